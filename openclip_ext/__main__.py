@@ -1,0 +1,3 @@
+from openclip_ext.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,8 @@
+"""The one exception that means: the person at the terminal can fix this."""
+
+
+class UserError(ValueError):
+    """A wrong input. The message names the input, its value, and the fix, in one line.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """

@@ -1,0 +1,22 @@
+"""OpenCLIP's own loss, as it is."""
+
+from openclip_ext.losses.wrapped import WrappedLoss
+from openclip_ext.registry import LossSpec
+
+
+def build(options, *, num_samples: int, rank: int, world_size: int) -> WrappedLoss:
+    """`open_clip.ClipLoss`, gathered with gradient, so that N ranks equal one.
+
+    Value: mean of the two cross entropies of `logit_scale * image @ text.T` over the global batch.
+    """
+    from open_clip import ClipLoss
+
+    return WrappedLoss(ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size), world_size)
+
+
+SPEC = LossSpec(
+    name="clip",
+    summary="OpenCLIP's ClipLoss: softmax over the batch, positive in the denominator",
+    paper="Radford et al., ICML 2021",
+    build=build,
+)

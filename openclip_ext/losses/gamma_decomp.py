@@ -1,0 +1,139 @@
+"""The contrastive loss over the whole training set, made decomposable by Gamma auxiliary variables."""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from openclip_ext.ops.gather import gather_rows
+from openclip_ext.ops.pairs import PairBatch, gather_pairs, log_mean_ratio, pair_loss
+from openclip_ext.options import option
+from openclip_ext.registry import LossSpec
+from openclip_ext.state.rate_table import RateTable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    gamma: float = option(
+        0.2,
+        "weight of the current batch in the rate memory, at the end of its schedule",
+        allowed="in (0, 1]",
+        check=lambda g: 0 < g <= 1,
+    )
+    gamma_decay: float = option(
+        0.5,
+        "share of training over which the weight falls from 1 to gamma along a cosine",
+        allowed="in [0, 1]",
+        check=lambda share: 0 <= share <= 1,
+    )
+    draws: int = option(
+        0,
+        "m, Gamma draws averaged per anchor and step; 0: their conditional mean",
+        allowed=">= 0",
+        check=lambda m: m >= 0,
+    )
+    decoupled: bool = option(False, "leave the positive out of the denominator")
+    negatives: int = option(
+        0, "K, negatives in the target loss; 0: all others of the training set", allowed=">= 0", check=lambda k: k >= 0
+    )
+
+
+class GammaDecompLoss(nn.Module):
+    """Target: `L = mean_i log(iota + K Z_i)`, `Z_i = mean_{j != i} r_ij` over all N - 1 others, both directions averaged.
+
+    r_ij = exp(s_ij - s_ii); iota is 1, or 0 if `decoupled`. Since `1/x = integral of exp(-u x) du`, an auxiliary
+    variable per anchor turns the log into a plain sum over pairs, whose gradient any batch estimates without bias:
+
+        rate      R_i <- (1 - g) R_i + g (iota + K mean_{j in batch} r_ij)      per sample and direction
+        E-step    u_i ~ Gamma(shape m, rate m R_i), or its mean 1 / R_i when draws = 0
+        M-step    gradient  u_i K mean_j r_ij grad q_ij,  u_i and r_ij held constant
+
+    The value returned is the mean of `log R_i`, the current estimate of L.
+
+    Source: Chen et al., "Why do We Need Large Batchsizes in Contrastive Learning? A Gradient-Bias Perspective",
+    NeurIPS 2022. The rate memory and its schedule follow SogCLR (ICML 2022) and FastCLIP (2024).
+    """
+
+    def __init__(self, options: Options, *, num_samples: int, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+        self.options = options
+        self.log_negatives = math.log(options.negatives or num_samples - 1)
+        self.rates = RateTable(num_samples)
+        self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
+        self.gamma_now = options.gamma
+
+    def begin_step(self, *, step: int, total_steps: int) -> None:
+        """Set the weight of the current batch: from 1 along a cosine to `gamma`, reached after `gamma_decay` of training."""
+        gamma, decay_steps = self.options.gamma, self.options.gamma_decay * total_steps
+        progress = min(step / decay_steps, 1.0) if decay_steps > 0 else 1.0
+        self.gamma_now = gamma + (1 - gamma) * (1 + math.cos(math.pi * progress)) / 2
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        *,
+        sample_ids: Tensor,
+        output_dict: bool = True,
+    ) -> dict[str, Tensor] | Tensor:
+        """The loss of the global batch.
+
+        Args:
+            image_features: (B, D), unit norm.
+            text_features: (B, D), unit norm.
+            logit_scale: (), the inverse temperature.
+            sample_ids: (B,), in [0, num_samples).
+            output_dict: return a dict (default) or `contrastive_loss` alone.
+
+        Returns:
+            contrastive_loss: the current estimate of L, with the M-step gradient.
+            gamma: the weight of the current batch in the rates.
+            first_visits: the share of the batch that was never seen before.
+
+        Raises:
+            IndexError: a sample id outside of the table.
+        """
+        pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
+        log_estimate = self.log_negatives + log_mean_ratio(pairs)
+        if not self.options.decoupled:
+            log_estimate = nn.functional.softplus(log_estimate)  # log(1 + K mean r)
+        log_rate = self.rates.blend(pairs.ids, log_estimate, self.gamma_now)
+        self.rates.stage(pairs.all_ids, gather_rows(log_rate.T.contiguous(), pairs.sizes).T)
+        log_u = self._log_draws(pairs) - log_rate
+        loss = pair_loss(pairs, value=log_rate, log_weight=self.log_negatives + log_u)
+        if not output_dict:
+            return loss
+        first_visits = self.rates.log_rate[0, pairs.all_ids].isnan().float().mean()
+        return {"contrastive_loss": loss, "gamma": torch.tensor(self.gamma_now), "first_visits": first_visits}
+
+    def commit(self) -> None:
+        """Write the rates of this step's samples."""
+        self.rates.commit()
+        self.steps_taken += 1
+
+    def _log_draws(self, pairs: PairBatch) -> Tensor:
+        """log of Gamma(m, m) draws for this rank's anchors, (2, B): zero for draws = 0.
+
+        Every rank draws for the whole batch from a generator seeded by the step, so an anchor gets the same draw on
+        whichever rank it lands.
+        """
+        draws = self.options.draws
+        if draws == 0:
+            return torch.zeros((), dtype=pairs.image.dtype, device=pairs.image.device)
+        generator = torch.Generator().manual_seed(int(self.steps_taken))
+        shape = torch.full((2, len(pairs.all_ids)), float(draws), dtype=torch.float64)
+        sample = torch._standard_gamma(shape, generator=generator) / draws
+        return sample[:, pairs.own_rows].log().to(pairs.image)
+
+
+SPEC = LossSpec(
+    name="gamma_decomp",
+    summary="the loss over the whole training set from small batches: a rate memory and Gamma auxiliary variables",
+    paper="Chen et al., NeurIPS 2022",
+    options=Options,
+    needs=frozenset({"sample_ids"}),
+    build=GammaDecompLoss,
+)

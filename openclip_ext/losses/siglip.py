@@ -1,0 +1,20 @@
+"""OpenCLIP's own sigmoid loss, as it is."""
+
+from openclip_ext.losses.wrapped import WrappedLoss
+from openclip_ext.registry import LossSpec
+
+
+def build(options, *, num_samples: int, rank: int, world_size: int) -> WrappedLoss:
+    """`open_clip.SigLipLoss`: `-1/B sum_ij log sigmoid(y_ij (logit_scale <v_i, t_j> + logit_bias))`, y = 1 for i = j, else -1."""
+    from open_clip import SigLipLoss
+
+    return WrappedLoss(SigLipLoss(rank=rank, world_size=world_size), world_size)
+
+
+SPEC = LossSpec(
+    name="siglip",
+    summary="OpenCLIP's SigLipLoss: a logistic loss on every pair, no normaliser",
+    paper="Zhai et al., ICCV 2023",
+    needs=frozenset({"logit_bias"}),
+    build=build,
+)

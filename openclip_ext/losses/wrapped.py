@@ -1,0 +1,29 @@
+"""An adapter for losses that are already written for OpenCLIP."""
+
+from torch import Tensor, nn
+
+from openclip_ext.ops.gather import mean_over_ranks
+
+
+class WrappedLoss(nn.Module):
+    """Calls a loss of OpenCLIP and reports its mean over ranks as the value, its gradient untouched.
+
+    Half-precision features are promoted to float32 first.
+    """
+
+    def __init__(self, loss: nn.Module, world_size: int) -> None:
+        super().__init__()
+        self.loss = loss
+        self.world_size = world_size
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, output_dict: bool = True, **extra
+    ) -> dict[str, Tensor] | Tensor:
+        half = image_features.dtype.itemsize < 4
+        if half:
+            image_features, text_features = image_features.float(), text_features.float()
+        outputs = self.loss(image_features, text_features, logit_scale, **extra, output_dict=True)
+        outputs = {
+            name: value + (mean_over_ranks(value, self.world_size) - value.detach()) for name, value in outputs.items()
+        }
+        return outputs if output_dict else sum(outputs.values())

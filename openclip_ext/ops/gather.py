@@ -1,0 +1,47 @@
+"""Gathers over ranks, without gradient, for batches whose sizes may differ between ranks."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_sizes(num_rows: int, world_size: int, device: torch.device) -> tuple[int, ...]:
+    """The number of rows on each rank, in rank order. A collective call when `world_size > 1`."""
+    if world_size == 1:
+        return (num_rows,)
+    sizes = torch.empty(world_size, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([num_rows], device=device))
+    return tuple(sizes.tolist())
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Rows of all ranks stacked in rank order, detached.
+
+    Args:
+        rows: this rank's rows, shape (B, ...).
+        sizes: rows on each rank, from `gather_sizes`; ranks with fewer are padded on the way.
+
+    Returns:
+        Shape (sum(sizes), ...).
+    """
+    if len(sizes) == 1:
+        return rows.detach()
+    longest = max(sizes)
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    stacked = rows.new_empty(len(sizes) * longest, *rows.shape[1:])
+    dist.all_gather_into_tensor(stacked, padded)
+    if min(sizes) == longest:
+        return stacked
+    return torch.cat([part[:size] for part, size in zip(stacked.split(longest), sizes, strict=True)])
+
+
+@torch.no_grad()
+def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
+    """The mean of a scalar over ranks, detached."""
+    if world_size == 1:
+        return value.detach()
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size

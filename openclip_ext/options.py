@@ -1,0 +1,133 @@
+"""Typed options of a loss: declared as a dataclass, parsed from `key=value`, checked, printed."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from openclip_ext.errors import UserError
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def option(default: Any, meaning: str, *, allowed: str = "", check: Callable[[Any], bool] | None = None) -> Any:
+    """Declare one field of an options dataclass.
+
+    Args:
+        default: the value when nothing is given; it must pass `check`.
+        meaning: what the option does, in one line; printed by `openclip-ext losses NAME`.
+        allowed: the accepted range in words, for error messages, such as "in (0, 1]".
+        check: returns whether a value of the right type is accepted.
+    """
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "allowed": allowed, "check": check})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """For a loss without options."""
+
+
+def describe_options(options_type: type) -> list[dict[str, Any]]:
+    """Name, type, default, accepted values and meaning of each option, in the order of declaration."""
+    hints = typing.get_type_hints(options_type)
+    return [
+        {
+            "name": field.name,
+            "type": _type_name(hints[field.name]),
+            "default": field.default,
+            "allowed": _allowed(hints[field.name], field.metadata.get("allowed", "")),
+            "meaning": field.metadata.get("meaning", ""),
+        }
+        for field in dataclasses.fields(options_type)
+    ]
+
+
+def parse_assignments(assignments: Iterable[str], flag: str) -> dict[str, str]:
+    """Split `key=value` strings as given to `flag`. Raises UserError where there is no `=` or a key comes twice."""
+    values: dict[str, str] = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator or not key:
+            raise UserError(f"{flag} {assignment}: expected key=value, such as {flag} gamma=0.5")
+        if key in values:
+            raise UserError(f"{flag} {assignment}: {key} is given twice; keep one")
+        values[key] = value
+    return values
+
+
+def build_options(options_type: type, values: Mapping[str, Any], owner: str, flag: str = "option") -> Any:
+    """An instance of `options_type` from strings or typed values.
+
+    Args:
+        options_type: a keyword-only dataclass whose fields come from `option`.
+        values: option name to value; strings are converted to the declared type.
+        owner: whose options these are, for error messages, such as "loss gamma_decomp".
+        flag: how the values were given, for error messages.
+
+    Raises:
+        UserError: an unknown name, a value of the wrong type, or one outside of the accepted range.
+    """
+    hints = typing.get_type_hints(options_type)
+    fields = {field.name: field for field in dataclasses.fields(options_type)}
+    converted = {}
+    for name, value in values.items():
+        if name not in fields:
+            known = ", ".join(fields) or "none: it takes no options"
+            raise UserError(f"{flag} {name}={value}: {owner} has no option {name!r}; its options: {known}")
+        metadata = fields[name].metadata
+        try:
+            converted[name] = _convert(value, hints[name])
+            accepted = metadata.get("check") is None or metadata["check"](converted[name])
+        except (ValueError, TypeError):
+            accepted = False
+        if not accepted:
+            wanted = f"{_type_name(hints[name])} {_allowed(hints[name], metadata.get('allowed', ''))}".strip()
+            raise UserError(
+                f"{flag} {name}={value}: {name} of {owner} must be {wanted} (default {fields[name].default})"
+            )
+    return options_type(**converted)
+
+
+def _convert(value: Any, wanted: Any) -> Any:
+    """`value` as `wanted`: a plain type, a Literal, or a union of those with None."""
+    if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union:
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        (wanted,) = (part for part in typing.get_args(wanted) if part is not type(None))
+    if typing.get_origin(wanted) is typing.Literal:
+        for choice in typing.get_args(wanted):
+            if str(choice) == str(value):
+                return choice
+        raise ValueError(value)
+    if wanted is bool:
+        return value if isinstance(value, bool) else _BOOLEANS[_lowered(value)]
+    if isinstance(value, bool):
+        raise TypeError(value)
+    if wanted is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError(value)
+    number = wanted(value)
+    if wanted is float and number != number:
+        raise ValueError(value)
+    return number
+
+
+def _lowered(value: Any) -> str:
+    lowered = str(value).lower()
+    if lowered not in _BOOLEANS:
+        raise ValueError(value)
+    return lowered
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of"
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join("none" if part is type(None) else part.__name__ for part in typing.get_args(hint))
+    return hint.__name__
+
+
+def _allowed(hint: Any, declared: str) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(str(choice) for choice in typing.get_args(hint))
+    return declared

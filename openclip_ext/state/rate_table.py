@@ -1,0 +1,70 @@
+"""A running rate per sample and direction."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class RateTable(nn.Module):
+    """Running averages `R_i <- (1 - g) R_i + g rho_i` of positive rates, one per sample and direction, kept as logs.
+
+    The first visit of a sample sets `R_i = rho_i`. `blend` computes, `stage` remembers, `commit` writes: a loss that
+    is evaluated several times in one optimizer step, or in a step that is then skipped, changes nothing before
+    `commit`. Every rank holds the whole table and stages the updates of all ranks, so any rank's copy is complete.
+
+    Args:
+        num_samples: N, how many samples there are; ids run from 0 to N - 1. Memory: 8 N bytes.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        super().__init__()
+        self.register_buffer("log_rate", torch.full((2, num_samples), math.nan, dtype=torch.float32))
+        self._staged: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def blend(self, ids: Tensor, log_estimate: Tensor, gamma: float) -> Tensor:
+        """log of the average after this visit.
+
+        Args:
+            ids: (B,) sample ids.
+            log_estimate: (2, B), log of this visit's estimates.
+            gamma: weight g of this visit, in (0, 1].
+
+        Returns:
+            (2, B), in the dtype of `log_estimate`.
+
+        Raises:
+            IndexError: an id outside of the table.
+        """
+        outside = (ids < 0) | (ids >= self.log_rate.shape[1])
+        if outside.any():
+            raise IndexError(
+                f"sample id {ids[outside][0].item()} is outside of the rate table of {self.log_rate.shape[1]} samples; "
+                "num_samples must cover the whole data set"
+            )
+        old = self.log_rate[:, ids].to(log_estimate.dtype)
+        keep = math.log1p(-gamma) if gamma < 1 else -math.inf
+        blended = torch.logaddexp(old + keep, log_estimate + math.log(gamma))
+        return torch.where(old.isnan(), log_estimate, blended)
+
+    def stage(self, ids: Tensor, log_rate: Tensor) -> None:
+        """Remember what `commit` will write: (G,) ids and (2, G) log rates. Replaces what was staged before."""
+        self._staged = (ids, log_rate)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Write the staged rates. An id that was staged several times gets the mean of its rates.
+
+        Rates that are not finite are left out. Without anything staged, nothing happens.
+        """
+        if self._staged is None:
+            return
+        (ids, log_rate), self._staged = self._staged, None
+        unique, position, count = ids.unique(return_inverse=True, return_counts=True)
+        position = position.expand(2, -1)
+        largest = log_rate.new_full((2, len(unique)), -math.inf).scatter_reduce(1, position, log_rate, "amax")
+        scaled = (log_rate - largest.gather(1, position)).exp()
+        total = torch.zeros_like(largest).scatter_add(1, position, scaled)
+        merged = (largest + (total / count).log()).to(self.log_rate.dtype)
+        self.log_rate[:, unique] = torch.where(merged.isfinite(), merged, self.log_rate[:, unique])
