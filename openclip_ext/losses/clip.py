@@ -9,7 +9,7 @@ def build(options, *, num_samples: int, rank: int, world_size: int) -> WrappedLo
 
     Value: mean of the two cross entropies of `logit_scale * image @ text.T` over the global batch.
     """
-    from open_clip import ClipLoss
+    from open_clip.loss import ClipLoss
 
     return WrappedLoss(ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size), world_size)
 

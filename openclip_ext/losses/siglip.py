@@ -5,8 +5,11 @@ from openclip_ext.registry import LossSpec
 
 
 def build(options, *, num_samples: int, rank: int, world_size: int) -> WrappedLoss:
-    """`open_clip.SigLipLoss`: `-1/B sum_ij log sigmoid(y_ij (logit_scale <v_i, t_j> + logit_bias))`, y = 1 for i = j, else -1."""
-    from open_clip import SigLipLoss
+    """`open_clip.loss.SigLipLoss`, averaged over ranks.
+
+    Value: `-1/G sum_ij log sigmoid(y_ij (logit_scale <v_i, t_j> + logit_bias))`, y_ij = 1 for i = j, else -1.
+    """
+    from open_clip.loss import SigLipLoss
 
     return WrappedLoss(SigLipLoss(rank=rank, world_size=world_size), world_size)
 
