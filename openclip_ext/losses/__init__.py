@@ -5,7 +5,7 @@ from typing import Any
 
 from openclip_ext.losses.objective import Objective
 from openclip_ext.options import build_options
-from openclip_ext.registry import LOSSES, TERMS, get_spec
+from openclip_ext.registry import TERMS, get_spec
 
 
 def create_loss(
@@ -43,17 +43,43 @@ def create_loss(
         ['contrastive_loss', 'first_visits', 'gamma']
         >>> loss.commit()
     """
-    world = {"num_samples": num_samples, "rank": rank, "world_size": world_size}
-    spec = get_spec(name)
-    base = spec.build(build_options(spec.options, options, f"loss {name}"), **world)
-    objective = Objective(base, spec.needs)
-    for term_name, term_options in (terms or {}).items():
-        term_options = dict(term_options)
-        weight = float(term_options.pop("weight", 1.0))
-        term = get_spec(term_name, TERMS, flag="--loss-term")
-        module = term.build(build_options(term.options, term_options, f"loss term {term_name}"), **world)
-        objective.add_term(term_name, module, term.needs, weight)
-    return objective
+    return ObjectivePlan(name, options, terms, flag="option").build(num_samples, rank, world_size)
 
 
-__all__ = ["LOSSES", "Objective", "create_loss"]
+class ObjectivePlan:
+    """A loss and its terms by name, looked up and checked, not yet built: the data's size may not be known yet.
+
+    Args:
+        name: of the loss.
+        options: of the loss.
+        terms: as in `create_loss`.
+        flag: how the options were given, for error messages.
+
+    Raises:
+        UserError: unknown name or option, or a value that is not accepted.
+    """
+
+    def __init__(self, name, options, terms=None, flag="--loss-arg") -> None:
+        self.spec = get_spec(name)
+        self.options = build_options(self.spec.options, options, f"loss {name}", flag)
+        self.terms = []
+        for term_name, term_options in (terms or {}).items():
+            term, given = get_spec(term_name, TERMS, flag="--loss-term"), dict(term_options)
+            weight = float(given.pop("weight", 1.0))
+            built = build_options(term.options, given, f"loss term {term_name}", f"--loss-term {term_name}")
+            self.terms.append((term, weight, built))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the loop must provide; see `openclip_ext.registry.NEEDS`."""
+        return self.spec.needs.union(*(term.needs for term, _, _ in self.terms))
+
+    def build(self, num_samples: int, rank: int, world_size: int) -> Objective:
+        world = {"num_samples": num_samples, "rank": rank, "world_size": world_size}
+        objective = Objective(self.spec.build(self.options, **world), self.spec.needs)
+        for term, weight, options in self.terms:
+            objective.add_term(term.name, term.build(options, **world), term.needs, weight)
+        return objective
+
+
+__all__ = ["Objective", "ObjectivePlan", "create_loss"]

@@ -1,5 +1,6 @@
 """OpenCLIP's own loss, as it is."""
 
+from openclip_ext._host import clip_loss
 from openclip_ext.losses.wrapped import WrappedLoss
 from openclip_ext.registry import LossSpec
 
@@ -9,9 +10,7 @@ def build(options, *, num_samples: int, rank: int, world_size: int) -> WrappedLo
 
     Value: mean of the two cross entropies of `logit_scale * image @ text.T` over the global batch.
     """
-    from open_clip.loss import ClipLoss
-
-    return WrappedLoss(ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size), world_size)
+    return WrappedLoss(clip_loss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size), world_size)
 
 
 SPEC = LossSpec(

@@ -1,5 +1,6 @@
 """OpenCLIP's own sigmoid loss, as it is."""
 
+from openclip_ext._host import siglip_loss
 from openclip_ext.losses.wrapped import WrappedLoss
 from openclip_ext.registry import LossSpec
 
@@ -9,9 +10,7 @@ def build(options, *, num_samples: int, rank: int, world_size: int) -> WrappedLo
 
     Value: `-1/G sum_ij log sigmoid(y_ij (logit_scale <v_i, t_j> + logit_bias))`, y_ij = 1 for i = j, else -1.
     """
-    from open_clip.loss import SigLipLoss
-
-    return WrappedLoss(SigLipLoss(rank=rank, world_size=world_size), world_size)
+    return WrappedLoss(siglip_loss(rank=rank, world_size=world_size), world_size)
 
 
 SPEC = LossSpec(

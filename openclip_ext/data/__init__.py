@@ -1,0 +1,1 @@
+"""Shards of image-text pairs: listing, streaming with sample ids, packing, checking."""

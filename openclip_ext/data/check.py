@@ -1,0 +1,72 @@
+"""What is wrong with a set of shards."""
+
+import collections
+import dataclasses
+from typing import Any
+
+from tqdm import tqdm
+
+from openclip_ext.data import tar
+from openclip_ext.data.listing import ShardListing
+
+DUPLICATE_KEY = "duplicate key"
+EMPTY_CAPTION = "empty caption"
+
+
+@dataclasses.dataclass
+class ShardReport:
+    """One shard: samples found, samples that `sizes.json` says (None without one), faults by kind."""
+
+    url: str
+    samples: int
+    expected: int | None
+    faults: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def check_shards(listing: ShardListing, *, decode: bool = True, progress: bool = True) -> list[ShardReport]:
+    """Read every shard to its end and count what training would skip or misread.
+
+    Args:
+        listing: the shards.
+        decode: decode every image and caption too, else only count samples.
+        progress: show a progress bar.
+    """
+    seen: collections.Counter[str] = collections.Counter()
+    bar = tqdm(listing.urls, unit="shard", desc="check", disable=not progress)
+    return [_check_shard(url, listing.size_of.get(url), seen, decode) for url in bar]
+
+
+def _check_shard(url: str, expected: int | None, seen: collections.Counter, decode: bool) -> ShardReport:
+    skips = tar.Skips()
+    samples = 0
+    for sample in tar.read_shard(url, skips.record):
+        samples += 1
+        if not decode:
+            continue
+        seen[sample["__key__"]] += 1
+        if seen[sample["__key__"]] > 1:
+            skips.record(DUPLICATE_KEY, url)
+        caption = tar.decode_caption(sample, skips.record)
+        if caption is not None and not caption.strip():
+            skips.record(EMPTY_CAPTION, url)
+        tar.decode_image(sample, skips.record)
+    if expected is not None and samples != expected:
+        skips[tar.MORE_SAMPLES if samples > expected else tar.FEWER_SAMPLES, url] += abs(samples - expected)
+    return ShardReport(url, samples, expected, {kind: count for (kind, _), count in skips.items()})
+
+
+def format_table(reports: list[ShardReport]) -> str:
+    """One line per shard that has faults, and a line of totals."""
+    lines = []
+    width = max(len(report.url) for report in reports)
+    for report in reports:
+        if report.faults:
+            faults = ", ".join(f"{count} x {kind}" for kind, count in sorted(report.faults.items()))
+            lines.append(f"{report.url:<{width}}  {report.samples:>8} samples  {faults}")
+    samples = sum(report.samples for report in reports)
+    faulty = len(lines)
+    verdict = f"{faulty} with faults" if faulty else "no faults"
+    return "\n".join([*lines, f"{len(reports)} shards, {samples} samples, {verdict}"])

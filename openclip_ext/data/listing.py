@@ -1,0 +1,135 @@
+"""Which shards there are, in which order, and how many samples each holds."""
+
+import ast
+import dataclasses
+import functools
+import glob
+import json
+import os
+from collections.abc import Sequence
+
+import braceexpand
+
+from openclip_ext.errors import UserError
+
+SIZES_FILE = "sizes.json"
+LENGTH_FILE = "__len__"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardListing:
+    """Shards in listing order, each once.
+
+    Attributes:
+        urls: paths or URLs.
+        weights: one sampling weight per shard, for sampling with replacement; None: all equal.
+        sizes: samples per shard as `sizes.json` says, None where there is no such file.
+        length: total number of samples, None if neither `sizes.json` nor `__len__` tells.
+    """
+
+    urls: tuple[str, ...]
+    weights: tuple[float, ...] | None
+    sizes: tuple[int, ...] | None
+    length: int | None
+
+    @functools.cached_property
+    def offsets(self) -> dict[str, int]:
+        """The sample id of each shard's first sample. Needs `sizes`."""
+        starts, start = {}, 0
+        for url, size in zip(self.urls, self.sizes, strict=True):
+            starts[url] = start
+            start += size
+        return starts
+
+    @functools.cached_property
+    def size_of(self) -> dict[str, int]:
+        return dict(zip(self.urls, self.sizes or (), strict=False))
+
+
+def list_shards(sources: str, upsampling_factors: str | None = None, flag: str = "--train-data") -> ShardListing:
+    """Expand what `--train-data` was given.
+
+    Args:
+        sources: patterns joined by `::`. Each is a path or URL with braces (`{000..331}`), a glob, or a folder,
+            which stands for all `*.tar` in it.
+        upsampling_factors: numbers joined by `::`, one per source.
+        flag: for error messages.
+
+    Raises:
+        UserError: a source matches no shard, shards are missing, or the factors do not fit the sources.
+    """
+    patterns = sources.split("::")
+    factors = _factors(upsampling_factors, patterns)
+    weight_of: dict[str, float] = {}
+    for pattern, factor in zip(patterns, factors, strict=True):
+        for url in _expand(pattern, flag):
+            weight_of[url] = weight_of.get(url, 0.0) + factor
+    urls = tuple(weight_of)
+    sizes, length = _sizes(urls)
+    return ShardListing(urls, tuple(weight_of.values()) if upsampling_factors else None, sizes, length)
+
+
+def _factors(upsampling_factors: str | None, patterns: Sequence[str]) -> list[float]:
+    if upsampling_factors is None:
+        return [1.0] * len(patterns)
+    try:
+        factors = [float(factor) for factor in upsampling_factors.split("::")]
+    except ValueError:
+        factors = []
+    if len(factors) != len(patterns):
+        raise UserError(
+            f"--train-data-upsampling-factors {upsampling_factors}: give one number per source of --train-data, "
+            f"joined by '::'; there are {len(patterns)} sources"
+        )
+    return factors
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url and not url.startswith("pipe:")
+
+
+def _expand(pattern: str, flag: str) -> list[str]:
+    if not is_local(pattern):
+        return list(braceexpand.braceexpand(pattern))
+    if os.path.isdir(pattern):
+        urls = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
+        if not urls:
+            raise UserError(f"{flag} {pattern}: the folder holds no *.tar; pack one with: openclip-ext shards pack")
+        return urls
+    urls = []
+    for path in braceexpand.braceexpand(pattern):
+        urls += sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+    missing = [url for url in urls if not os.path.exists(url)]
+    if not urls or len(missing) == len(urls):
+        raise UserError(f"{flag} {pattern}: no shard matches; check the path (current folder: {os.getcwd()})")
+    if missing:
+        raise UserError(
+            f"{flag} {pattern}: {len(missing)} of {len(urls)} shards do not exist, the first is {missing[0]}; "
+            "give a pattern of existing shards, or the folder"
+        )
+    return urls
+
+
+def _sizes(urls: Sequence[str]) -> tuple[tuple[int, ...] | None, int | None]:
+    """Sizes per shard from the `sizes.json` beside each, and the total, if they are known."""
+    folders = list(dict.fromkeys(os.path.dirname(url) for url in urls))
+    known: dict[str, int] = {}
+    for folder in folders:
+        path = os.path.join(folder, SIZES_FILE)
+        if is_local(folder) and os.path.exists(path):
+            known |= {os.path.join(folder, name): int(size) for name, size in read_json(path).items()}
+    if all(url in known for url in urls):
+        sizes = tuple(known[url] for url in urls)
+        return sizes, sum(sizes)
+    if len(folders) == 1 and is_local(folders[0]) and os.path.exists(os.path.join(folders[0], LENGTH_FILE)):
+        with open(os.path.join(folders[0], LENGTH_FILE)) as file:
+            return None, int(ast.literal_eval(file.read()))
+    return None, None
+
+
+def read_json(path: str) -> dict:
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); write it anew with: openclip-ext shards index") from error

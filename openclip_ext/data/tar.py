@@ -1,0 +1,128 @@
+"""Reading one shard: its samples in order, and what is wrong with it."""
+
+import collections
+import contextlib
+import io
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+
+from PIL import Image, UnidentifiedImageError
+from webdataset.gopen import gopen
+from webdataset.tariterators import base_plus_ext, tar_file_iterator
+
+# In the order in which OpenCLIP looks for them.
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+CAPTION_EXTENSION = "txt"
+
+# Files that webdataset reads as remarks on the shard.
+_META = re.compile(r"__[^/]*__($|/)")
+
+#: What can be wrong, by name, as counted and reported.
+UNREADABLE_SHARD = "unreadable shard"
+TRUNCATED_SHARD = "truncated shard"
+MISSING_IMAGE = "missing image"
+MISSING_CAPTION = "missing caption"
+CORRUPT_IMAGE = "corrupt image"
+CORRUPT_CAPTION = "corrupt caption"
+MORE_SAMPLES = "more samples than sizes.json says"
+FEWER_SAMPLES = "fewer samples than sizes.json says"
+
+Record = Callable[[str, str], None]
+
+
+class Skips(collections.Counter):
+    """How often what went wrong in which shard: (kind, shard) to count."""
+
+    def record(self, kind: str, url: str) -> None:
+        self[kind, url] += 1
+
+    def flush(self) -> list[tuple[str, str, int]]:
+        """All counts, which are then forgotten here."""
+        rows = [(kind, url, count) for (kind, url), count in self.items()]
+        self.clear()
+        return rows
+
+
+def read_shard(url: str, record: Record) -> Iterator[dict]:
+    """The samples of a shard, in order.
+
+    A sample is a run of files with one name up to the first dot, as webdataset and OpenCLIP group them. Each is a dict
+    of its files' bytes by lower-case extension plus `__key__`, `__url__` and `__ordinal__`, its position in the shard.
+    Samples that lack something count too, so that positions do not depend on what is usable.
+
+    A shard that cannot be opened yields nothing, one that breaks off yields what is whole; both are recorded.
+    """
+    started = False
+    try:
+        with contextlib.closing(gopen(url)) as stream:
+            files = ((file["fname"], file["data"]) for file in tar_file_iterator(stream))
+            for sample in _group(files, url):
+                started = True
+                yield sample
+    except GeneratorExit:
+        raise
+    except Exception:  # tarfile, zlib, the operating system and remote readers each raise their own
+        record(TRUNCATED_SHARD if started else UNREADABLE_SHARD, url)
+
+
+def count_samples(path: str, record: Record) -> int:
+    """How many samples `read_shard` finds in a local shard, from the headers alone."""
+    try:
+        with tarfile.open(path) as shard:
+            return sum(1 for _ in _group(((member.name, b"") for member in shard if member.isreg()), path))
+    except (tarfile.TarError, OSError, EOFError):
+        record(UNREADABLE_SHARD, path)
+        return 0
+
+
+def _group(files: Iterable[tuple[str, bytes]], url: str) -> Iterator[dict]:
+    """Samples of a stream of (name, content). The last one comes only if the stream ends well."""
+    sample: dict = {}
+    ordinal = -1
+    for name, data in files:
+        key, extension = base_plus_ext(name)
+        if key is None or _META.match(name):
+            continue
+        extension = extension.lower()
+        if key != sample.get("__key__") or extension in sample:
+            if sample:
+                yield sample
+            ordinal += 1
+            sample = {"__key__": key, "__url__": url, "__ordinal__": ordinal}
+        sample[extension] = data
+    if sample:
+        yield sample
+
+
+def decode_image(sample: dict, record: Record) -> Image.Image | None:
+    """The sample's picture in RGB, or None, recorded, where there is none or it cannot be decoded."""
+    data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
+    if data is None:
+        record(MISSING_IMAGE, sample["__url__"])
+        return None
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        record(CORRUPT_IMAGE, sample["__url__"])
+        return None
+
+
+def decode_caption(sample: dict, record: Record) -> str | None:
+    """The sample's caption, or None, recorded, where there is none or it is no UTF-8."""
+    data = sample.get(CAPTION_EXTENSION)
+    if data is None:
+        record(MISSING_CAPTION, sample["__url__"])
+        return None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        record(CORRUPT_CAPTION, sample["__url__"])
+        return None
+
+
+def decode_pair(sample: dict, record: Record) -> tuple[Image.Image, str] | None:
+    """The sample's picture and caption, or None, recorded, where either is missing or broken."""
+    caption = decode_caption(sample, record)
+    image = decode_image(sample, record) if caption is not None else None
+    return None if image is None else (image, caption)

@@ -1,0 +1,1 @@
+"""Scores of a model: zero-shot classification and retrieval."""

@@ -1,0 +1,87 @@
+"""What `--val-data`, `--imagenet-val` and `--imagenet-v2` measure between epochs."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from openclip_ext import _host
+from openclip_ext.errors import UserError
+from openclip_ext.evaluation.retrieval import retrieval_metrics
+from openclip_ext.evaluation.zero_shot import zero_shot_accuracy
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """Held-out data and how to run the model on it.
+
+    Attributes:
+        tokenizer: the model's.
+        device: where the model is.
+        autocast: a function that returns the context to run the model in.
+        dtype: of images; None: as loaded.
+        pairs: batches with `image` and `text`, or None.
+        imagenet: metric prefix to batches of (images, class indices).
+        val_frequency: epochs between evaluations on `pairs`; 0: never.
+        zeroshot_frequency: epochs between evaluations on `imagenet`; 0: never.
+    """
+
+    tokenizer: Any
+    device: torch.device
+    autocast: Any
+    dtype: torch.dtype | None
+    pairs: Iterable[dict] | None
+    imagenet: dict[str, Iterable]
+    val_frequency: int
+    zeroshot_frequency: int
+    progress: bool = True
+
+    def due(self, epoch: int, last: bool) -> bool:
+        """Whether anything is measured after `epoch` completed epochs."""
+        return self._due(self.pairs is not None, self.val_frequency, epoch, last) or self._due(
+            bool(self.imagenet), self.zeroshot_frequency, epoch, last
+        )
+
+    @staticmethod
+    def _due(has_data: bool, frequency: int, epoch: int, last: bool) -> bool:
+        return has_data and frequency > 0 and (last or epoch % frequency == 0)
+
+    def evaluate(self, model, epoch: int, last: bool) -> dict[str, float]:
+        """Metrics under OpenCLIP's names. The model is left in evaluation mode."""
+        model.eval()
+        metrics: dict[str, float] = {}
+        if self._due(bool(self.imagenet), self.zeroshot_frequency, epoch, last):
+            names, templates = _host.imagenet_names()
+            for prefix, batches in self.imagenet.items():
+                scores = zero_shot_accuracy(
+                    model, self.tokenizer, batches, names, templates,
+                    device=self.device, autocast=self.autocast, dtype=self.dtype, progress=self.progress,
+                )  # fmt: skip
+                metrics |= {f"{prefix}-top1": scores["top1"], f"{prefix}-top5": scores["top5"]}
+        if self._due(self.pairs is not None, self.val_frequency, epoch, last):
+            metrics |= self._pair_metrics(model)
+        return metrics
+
+    @torch.no_grad()
+    def _pair_metrics(self, model) -> dict[str, float]:
+        """Retrieval, and `clip_val_loss`: InfoNCE within batches, as OpenCLIP computes it."""
+        images, texts, loss, count = [], [], 0.0, 0
+        for batch in tqdm(self.pairs, desc="validation", unit="batch", disable=not self.progress):
+            with self.autocast():
+                image = batch["image"].to(device=self.device, dtype=self.dtype)
+                out = model(image, batch["text"].to(self.device))
+            logits = out["logit_scale"].float() * out["image_features"].float() @ out["text_features"].float().T
+            labels = torch.arange(len(logits), device=logits.device)
+            loss += (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)).item() / 2 * len(logits)
+            count += len(logits)
+            images.append(out["image_features"].float())
+            texts.append(out["text_features"].float())
+        if count == 0:
+            raise UserError("--val-data: no usable pair in these shards; look at them with: openclip-ext shards check")
+        return retrieval_metrics(torch.cat(images), torch.cat(texts)) | {
+            "clip_val_loss": loss / count,
+            "num_samples": count,
+        }

@@ -1,0 +1,126 @@
+"""Flags of `openclip-ext train`: OpenCLIP's own, plus ours. Imports no torch."""
+
+import argparse
+from collections.abc import Sequence
+
+from openclip_ext import _host
+from openclip_ext.errors import UserError
+from openclip_ext.options import parse_assignments
+
+#: OpenCLIP flags that this loop does not take, and what to do instead.
+REFUSED = {
+    "horovod": "start several processes with accelerate launch or torchrun",
+    "trace": "it is for inference; trace the exported checkpoint",
+    "torchscript": "use --torchcompile, or script the exported checkpoint",
+    "use_bnb_linear": "train without it",
+    "distill_model": "not supported; train without it",
+    "distill_pretrained": "not supported; train without it",
+    "copy_codebase": "not supported; params.txt in the run's folder records flags and versions",
+    "remote_sync": "not supported; copy the run's folder yourself",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong flag in one line, without the usage text of a hundred flags."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see openclip-ext train --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="openclip-ext train",
+        parents=[_host.build_parser()],
+        conflict_handler="resolve",
+        allow_abbrev=False,
+        description="Train or fine-tune a CLIP model with any registered loss. Flags are OpenCLIP's, plus those at the end.",
+    )
+    ours = parser.add_argument_group("added by openclip-ext")
+    ours.add_argument("--loss", help="Name of a registered loss; see openclip-ext losses. Default: clip.")
+    ours.add_argument(
+        "--loss-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="An option of the loss, such as gamma=0.5; repeatable. See openclip-ext losses NAME.",
+    )
+    ours.add_argument(
+        "--loss-term",
+        action="append",
+        default=[],
+        metavar="NAME=WEIGHT[,KEY=VALUE…]",
+        help="A registered term to add to the loss; repeatable.",
+    )
+    ours.add_argument(
+        "--sample-id",
+        choices=["index", "hash"],
+        default="index",
+        help="Identify a sample by its position in the shards (needs sizes.json) or by a hash of its key.",
+    )
+    ours.add_argument(
+        "--sample-id-table",
+        type=int,
+        metavar="N",
+        help="Table size for --sample-id hash. Default: four times the number of samples.",
+    )
+    ours.add_argument(
+        "--check-shards",
+        action="store_true",
+        help="Count the samples of all shards before the first step; any difference from sizes.json is an error.",
+    )
+    ours.add_argument("--model-config", metavar="FILE", help="An OpenCLIP model config in JSON, known by its file name.")
+    return parser
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Parsed and checked flags, with `loss_options` and `loss_terms` as dicts.
+
+    Raises:
+        UserError: an unknown flag, a wrong value, or flags that exclude each other.
+    """
+    args = build_parser().parse_args(argv)
+    for name, remedy in REFUSED.items():
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: {remedy}")
+    if not args.train_data and not args.val_data and not args.imagenet_val and not args.imagenet_v2:
+        raise UserError("--train-data: give the shards to train on, such as --train-data 'shards/{000..331}.tar'")
+    for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.siglip and args.loss not in (None, "siglip"):
+        raise UserError(f"--siglip --loss {args.loss}: these exclude each other; drop one")
+    args.loss = args.loss or ("siglip" if args.siglip else "clip")
+    args.loss_options = parse_assignments(args.loss_arg, "--loss-arg")
+    args.loss_terms = parse_terms(args.loss_term)
+    if args.train_data_upsampling_factors and not args.dataset_resampled:
+        raise UserError("--train-data-upsampling-factors: needs --dataset-resampled")
+    if args.dataset_type in ("csv", "synthetic"):
+        raise UserError(
+            f"--dataset-type {args.dataset_type}: not supported; pack a CSV into shards with: openclip-ext shards pack"
+        )
+    _host.fill_optimizer_defaults(args)
+    if args.lr is None:
+        raise UserError("--lr: give a learning rate with a timm optimizer")
+    return args
+
+
+def parse_terms(assignments: Sequence[str]) -> dict[str, dict[str, str]]:
+    """`NAME=WEIGHT[,KEY=VALUE…]` strings to {name: {"weight": …, key: value}}.
+
+    Raises:
+        UserError: a weight that is no number or negative, or a term given twice.
+    """
+    terms: dict[str, dict[str, str]] = {}
+    for assignment in assignments:
+        head, *options = assignment.split(",")
+        name, _, weight = head.partition("=")
+        try:
+            usable = float(weight) >= 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise UserError(f"--loss-term {assignment}: expected NAME=WEIGHT with a weight >= 0")
+        if name in terms:
+            raise UserError(f"--loss-term {assignment}: {name} is given twice; keep one")
+        terms[name] = {"weight": weight} | parse_assignments(options, f"--loss-term {name}")
+    return terms

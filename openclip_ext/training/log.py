@@ -1,0 +1,99 @@
+"""What a run says: one line of progress, a log file, and a JSONL file with every reported scalar."""
+
+import collections
+import json
+import logging
+import math
+import os
+import sys
+import time
+
+from torch import Tensor
+from tqdm import tqdm
+
+logger = logging.getLogger("openclip_ext")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
+    """Send this package's log to the console and to a file, each if wanted."""
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False
+    stop_logging()
+    if console:
+        handler = _ConsoleHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    if path:
+        handler = logging.FileHandler(path)
+        handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%Y-%m-%d,%H:%M:%S"))
+        logger.addHandler(handler)
+
+
+def stop_logging() -> None:
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+
+
+class EpochLog:
+    """Progress of one epoch on one rank, and its lines in the JSONL file.
+
+    Scalars are read from the device only when they are shown or written: every `every` steps, and for the progress
+    line at most twice a second.
+    """
+
+    def __init__(self, *, epoch: int, steps: int, samples_per_step: int, every: int, path: str | None, show: bool) -> None:
+        self.epoch, self.steps, self.samples_per_step, self.every = epoch, steps, samples_per_step, every
+        self._path = path
+        self._bar = tqdm(
+            total=steps * samples_per_step, unit="sample", unit_scale=True, desc=f"epoch {epoch + 1}", disable=not show
+        )
+        self._window_start, self._window_steps = time.perf_counter(), 0
+        self._shown_at = -math.inf
+
+    def step(self, index: int, step: int, outputs: dict[str, Tensor], **scalars: float) -> None:
+        """Report optimizer step number `index` of this epoch, `step` of the run."""
+        self._bar.update(self.samples_per_step)
+        self._window_steps += 1
+        now = time.perf_counter()
+        due = self._path is not None and (index % self.every == 0 or index + 1 == self.steps)
+        show = not self._bar.disable and now - self._shown_at > 0.5
+        if not (due or show):
+            return
+        values = {name: float(value) for name, value in outputs.items()} | scalars
+        values["loss"] = sum(value for name, value in values.items() if name.endswith("_loss"))
+        if show:
+            self._shown_at = now
+            losses = (f"{name} {value:.4g}" for name, value in values.items() if name.endswith("_loss"))
+            self._bar.set_postfix_str(" ".join(losses))
+        if due:
+            seconds = now - self._window_start
+            values["samples_per_second"] = self.samples_per_step * self._window_steps / max(seconds, 1e-9)
+            self._window_start, self._window_steps = now, 0
+            append_json(self._path, {"step": step, "epoch": self.epoch, **values})
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def append_json(path: str, row: dict) -> None:
+    """Add one line to a JSONL file. Values that JSON has no word for (NaN, infinity) become null."""
+    clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    with open(path, "a") as file:
+        file.write(json.dumps(clean) + "\n")
+
+
+def report_skips(rows: list[tuple[str, str, int]], epoch: int) -> None:
+    """Say by kind and shard what could not be used in an epoch."""
+    totals: collections.Counter[tuple[str, str]] = collections.Counter()
+    for kind, url, count in rows:
+        totals[kind, url] += count
+    for (kind, url), count in sorted(totals.items()):
+        logger.warning("epoch %d: %d x %s in %s", epoch + 1, count, kind, os.path.relpath(url) if "://" not in url else url)
