@@ -125,7 +125,7 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
         tokenizer = open_clip.get_tokenizer(
             args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
         )
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, AssertionError) as error:
         raise UserError(_model_error(args, error)) from error
     if args.lock_image:
         model.lock_image_tower(
@@ -151,7 +151,7 @@ def _model_error(args: argparse.Namespace, error: Exception) -> str:
             "--model local-dir:FOLDER"
         )
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "state_dict" in str(error):
+    if "state_dict" in str(error) or isinstance(error, AssertionError):
         return f"--pretrained {args.pretrained}: its weights do not fit --model {args.model} ({first_line})"
     return f"--model {args.model} --pretrained {args.pretrained or 'none'}: {first_line}"
 
@@ -192,7 +192,9 @@ def create_optimizer(args: argparse.Namespace, model, loss_parameters: Iterable)
         no_decay = [p for key, p in named if _without_decay(key, p)]
         decay = [p for key, p in named if not _without_decay(key, p)]
         groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": args.wd}]
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps)
+        # The fused kernel hides from Accelerate that a gradient scaler skipped its step.
+        fused = args.precision != "amp"
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=fused)
     else:
         raise UserError(f"--opt {args.opt}: no such optimizer; use adamw, or timm/NAME for any of timm's")
     loss_parameters = list(loss_parameters)

@@ -69,7 +69,7 @@ class Evaluator:
     def _pair_metrics(self, model) -> dict[str, float]:
         """Retrieval, and `clip_val_loss`: InfoNCE within batches, as OpenCLIP computes it."""
         images, texts, loss, count = [], [], 0.0, 0
-        for batch in tqdm(self.pairs, desc="validation", unit="batch", disable=not self.progress):
+        for batch in tqdm(self.pairs, desc="validation", unit="batch", disable=not self.progress, leave=False):
             with self.autocast():
                 image = batch["image"].to(device=self.device, dtype=self.dtype)
                 out = model(image, batch["text"].to(self.device))

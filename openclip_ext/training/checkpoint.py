@@ -68,6 +68,9 @@ class Checkpoint:
         if len(state["param_groups"]) < len(optimizer.param_groups):
             state["param_groups"].append(optimizer.state_dict()["param_groups"][-1])
             remarks.append("the loss's parameters have no optimizer state in it")
+        for group, current in zip(state["param_groups"], optimizer.param_groups, strict=False):
+            if "fused" in current:  # which kernel runs is this run's choice
+                group["fused"] = current["fused"]
         try:
             optimizer.load_state_dict(state)
         except ValueError as error:

@@ -53,7 +53,12 @@ class EpochLog:
         self.epoch, self.steps, self.samples_per_step, self.every = epoch, steps, samples_per_step, every
         self._path = path
         self._bar = tqdm(
-            total=steps * samples_per_step, unit="sample", unit_scale=True, desc=f"epoch {epoch + 1}", disable=not show
+            total=steps * samples_per_step,
+            unit="sample",
+            unit_scale=True,
+            desc=f"epoch {epoch + 1}",
+            disable=not show,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file needs no animation
         )
         self._window_start, self._window_steps = time.perf_counter(), 0
         self._shown_at = -math.inf

@@ -309,7 +309,8 @@ def _evaluate(evaluator: Evaluator, model, epoch: int, last: bool, folder: str |
     if not main:
         return None
     metrics = evaluator.evaluate(model, epoch, last)
-    logger.info("after epoch %d: %s", epoch, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    shown = {name: value for name, value in metrics.items() if name.endswith(("R@1", "-top1", "clip_val_loss"))}
+    logger.info("after epoch %d: %s", epoch, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
     if folder:
         append_json(os.path.join(folder, "checkpoints", "results.jsonl"), {"epoch": epoch, **metrics})
     return metrics

@@ -1,0 +1,218 @@
+"""`openclip-ext demo`: small CLIP models from scratch on handwritten digits, one per loss and seed, compared."""
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import time
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from openclip_ext.data import digits
+from openclip_ext.data.pack import pack
+from openclip_ext.data.pipeline import StreamConfig, eval_loader
+from openclip_ext.data.listing import list_shards
+from openclip_ext.errors import UserError
+from openclip_ext.evaluation.retrieval import retrieval_metrics
+from openclip_ext.evaluation.zero_shot import zero_shot_accuracy
+from openclip_ext.losses import ObjectivePlan
+from openclip_ext.training.flags import parse_args
+from openclip_ext.training.run import train
+
+MODEL = "digits-tiny"
+MODEL_CONFIG = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": digits.IMAGE_SIZE, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+#: What is compared, and how it is called in the report.
+SCORES = {
+    "zero_shot_top1": "zero-shot top-1",
+    "image_to_text_R@1": "image→text recall@1",
+    "text_to_image_R@1": "text→image recall@1",
+}
+CURVE = "text_to_image_R@10"
+# Two-sided 95 % quantile of Student's t by degrees of freedom; beyond ten it is close to the normal one.
+_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+def run_demo(out: str, *, losses: list[str], seeds: int, epochs: int, batch_size: int) -> dict:
+    """Pack the digits, train every loss with every seed, score on the test split, write `report.json` and `report.png`.
+
+    All losses see the same batches: the order is a function of the seed. Scores come from the test split, curves from
+    the validation split.
+
+    Raises:
+        UserError: an unknown loss, or no seed.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: must be at least 1")
+    for name in losses:
+        ObjectivePlan(name, {})
+    started = time.time()
+    os.makedirs(out, exist_ok=True)
+    shutil.rmtree(os.path.join(out, "logs"), ignore_errors=True)
+    shards = _pack(out)
+    model_config = os.path.join(out, f"{MODEL}.json")
+    with open(model_config, "w") as file:
+        json.dump(MODEL_CONFIG, file, indent=1)
+    runs = []
+    jobs = [(loss, seed) for seed in range(seeds) for loss in losses]
+    for number, (loss, seed) in enumerate(jobs, start=1):
+        tqdm.write(f"[{number}/{len(jobs)}] {loss}, seed {seed}")
+        flags = _flags(out, shards, model_config, loss, seed, epochs, batch_size)
+        with _quiet_third_parties():
+            train(parse_args(flags))
+            runs.append({"loss": loss, "seed": seed, **_score(out, shards, loss, seed, epochs)})
+    report = {
+        "created": datetime.datetime.now().isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 1),
+        "versions": {name: version(name) for name in ("openclip-ext", "open_clip_torch", "torch")},
+        "settings": {"epochs": epochs, "batch_size": batch_size, "seeds": seeds, "model": MODEL_CONFIG},
+        "data": {name: len(rows) for name, rows in digits.digit_splits().items()},
+        "summary": _summary(runs, losses),
+        "runs": runs,
+    }
+    with open(os.path.join(out, "report.json"), "w") as file:
+        json.dump(report, file, indent=1)
+    _draw(report, losses, os.path.join(out, "report.png"))
+    print(_table(report, losses))
+    print(f"{out}/report.json, {out}/report.png")
+    return report
+
+
+def _pack(out: str) -> str:
+    """Write the splits as shards, anew on every call."""
+    root = os.path.join(out, "shards")
+    shutil.rmtree(root, ignore_errors=True)
+    for name, rows in digits.digit_splits().items():
+        pairs = [(image, caption) for image, caption, _ in rows]
+        shuffle_seed = 0 if name == "train" else None
+        pack(pairs, os.path.join(root, name), samples_per_shard=200, shuffle_seed=shuffle_seed, progress=False)
+    return root
+
+
+def _flags(out, shards, model_config, loss, seed, epochs, batch_size) -> list[str]:
+    flags = {
+        "--model": MODEL,
+        "--model-config": model_config,
+        "--train-data": os.path.join(shards, "train"),
+        "--train-num-samples": len(digits.digit_splits()["train"]) // batch_size * batch_size,
+        "--val-data": os.path.join(shards, "val"),
+        "--loss": loss,
+        "--seed": seed,
+        "--epochs": epochs,
+        "--batch-size": batch_size,
+        "--device": "cpu",
+        "--precision": "fp32",
+        "--workers": 0,
+        "--lr": 1e-3,
+        "--wd": 0.1,
+        "--warmup": 40,
+        "--save-frequency": 0,
+        "--log-every-n-steps": 5,
+        "--logs": os.path.join(out, "logs"),
+        "--name": f"{loss}-{seed}",
+    }
+    return [str(part) for pair in flags.items() for part in pair]
+
+
+def _score(out: str, shards: str, loss: str, seed: int, epochs: int) -> dict:
+    """Scores of a run's last checkpoint on the test split, and its validation curve."""
+    import open_clip
+
+    folder = os.path.join(out, "logs", f"{loss}-{seed}", "checkpoints")
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        MODEL, pretrained=os.path.join(folder, f"epoch_{epochs}.pt"), output_dict=True
+    )
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(MODEL)
+    listing = list_shards(os.path.join(shards, "test"))
+    config = StreamConfig(listing=listing, batch_size=256, image_transform=preprocess, tokenizer=tokenizer)
+    batches = list(eval_loader(config, workers=0))
+    with torch.no_grad():
+        images = torch.cat([model.encode_image(batch["image"], normalize=True) for batch in batches])
+        texts = torch.cat([model.encode_text(batch["text"], normalize=True) for batch in batches])
+    labels = torch.tensor([label for _, _, label in digits.digit_splits()["test"]])
+    pictures = torch.cat([batch["image"] for batch in batches])
+    accuracy = zero_shot_accuracy(
+        model, tokenizer, [(pictures, labels)], digits.CLASS_NAMES, digits.TEMPLATES,
+        device=torch.device("cpu"), autocast=contextlib.nullcontext, progress=False,
+    )  # fmt: skip
+    with open(os.path.join(folder, "results.jsonl")) as file:
+        curve = [json.loads(line)[CURVE] for line in file]
+    return {"zero_shot_top1": accuracy["top1"], **retrieval_metrics(images, texts), "validation_curve": curve}
+
+
+def _summary(runs: list[dict], losses: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and half-width of the 95 % interval of each score, by loss; no interval from a single seed."""
+    summary: dict = {}
+    for loss in losses:
+        summary[loss] = {}
+        for score in SCORES:
+            values = np.array([run[score] for run in runs if run["loss"] == loss])
+            summary[loss][score] = {"mean": float(values.mean())}
+            if len(values) > 1:
+                t = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96
+                summary[loss][score]["interval"] = float(t * values.std(ddof=1) / len(values) ** 0.5)
+    return summary
+
+
+def _table(report: dict, losses: list[str]) -> str:
+    lines = [f"{'test split, mean ± 95 % interval':34}" + "".join(f"{title:>22}" for title in SCORES.values())]
+    for loss in losses:
+        cells = [report["summary"][loss][score] for score in SCORES]
+        lines.append(f"{loss:34}" + "".join(f"{_cell(cell):>22}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(cell: dict[str, float]) -> str:
+    mean = f"{100 * cell['mean']:.1f}"
+    return f"{mean} ± {100 * cell['interval']:.1f}" if "interval" in cell else mean
+
+
+def _draw(report: dict, losses: list[str], path: str) -> None:
+    """Validation curves (mean and range over seeds) beside the test scores (mean and 95 % interval)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
+    width = 0.8 / len(losses)
+    for number, loss in enumerate(losses):
+        curves = 100 * np.array([run["validation_curve"] for run in report["runs"] if run["loss"] == loss])
+        epochs = np.arange(1, curves.shape[1] + 1)
+        (line,) = left.plot(epochs, curves.mean(0), marker=".", label=loss)
+        left.fill_between(epochs, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15)
+        cells = [report["summary"][loss][score] for score in SCORES]
+        positions = np.arange(len(SCORES)) + (number - (len(losses) - 1) / 2) * width
+        errors = [100 * cell.get("interval", 0.0) for cell in cells]
+        right.bar(positions, [100 * cell["mean"] for cell in cells], width, yerr=errors, capsize=3, label=loss)
+    settings = report["settings"]
+    left.set(title="validation, range over seeds", xlabel="epoch", ylabel="text→image recall@10, %")
+    right.set(title="test, 95 % interval", ylabel="%")
+    right.set_xticks(range(len(SCORES)), list(SCORES.values()))
+    left.legend()
+    figure.suptitle(f"handwritten digits, batch {settings['batch_size']}, {settings['seeds']} seed(s)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+@contextlib.contextmanager
+def _quiet_third_parties():
+    """OpenCLIP warns on the root logger that a model starts from scratch, which is the point here."""
+    import logging
+
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)
+
+
