@@ -1,6 +1,16 @@
+import json
+
 import pytest
 import torch
+from openclip_ext.data import digits
+from openclip_ext.data.pack import pack
 from openclip_ext.testing import RankPool
+
+TINY_MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +22,50 @@ def _fixed_seed():
 def ranks():
     with RankPool() as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def model_config(tmp_path_factory):
+    """Path of a model config small enough to train in a test; the model is called `tiny-test`."""
+    path = tmp_path_factory.mktemp("model") / "tiny-test.json"
+    path.write_text(json.dumps(TINY_MODEL))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    """(PNG bytes, caption) of real handwritten digits."""
+    return [(image, caption) for image, caption, _ in digits.digit_splits()["train"]]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory, pairs):
+    """A folder with four shards of 64 digits each, and sizes.json."""
+    folder = tmp_path_factory.mktemp("shards")
+    pack(pairs[:256], str(folder), samples_per_shard=64, progress=False)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def val_shards(tmp_path_factory, pairs):
+    """A folder with one shard of 50 other digits."""
+    folder = tmp_path_factory.mktemp("val")
+    pack(pairs[300:350], str(folder), progress=False)
+    return str(folder)
+
+
+@pytest.fixture
+def train_flags(shards, model_config, tmp_path):
+    """A function from extra flags to a full command line of `openclip-ext train`."""
+
+    def flags(*extra):
+        fixed = {
+            "--model": "tiny-test", "--model-config": model_config, "--train-data": shards, "--batch-size": "32",
+            "--epochs": "1", "--workers": "0", "--device": "cpu", "--precision": "fp32", "--lr": "1e-3",
+            "--warmup": "2", "--log-every-n-steps": "1", "--logs": str(tmp_path / "logs"), "--name": "run",
+        }  # fmt: skip
+        given = [str(part) for part in extra]
+        kept = [part for key, value in fixed.items() if key not in given for part in (key, value)]
+        return ["train", *kept, *given]
+
+    return flags

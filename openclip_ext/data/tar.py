@@ -3,9 +3,11 @@
 import collections
 import contextlib
 import io
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 from webdataset.gopen import gopen
@@ -14,6 +16,8 @@ from webdataset.tariterators import base_plus_ext, tar_file_iterator
 # In the order in which OpenCLIP looks for them.
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 CAPTION_EXTENSION = "txt"
+
+END_MARKER = 1024  # bytes of zeros that close a tar
 
 # Files that webdataset reads as remarks on the shard.
 _META = re.compile(r"__[^/]*__($|/)")
@@ -56,8 +60,7 @@ def read_shard(url: str, record: Record) -> Iterator[dict]:
     started = False
     try:
         with contextlib.closing(gopen(url)) as stream:
-            files = ((file["fname"], file["data"]) for file in tar_file_iterator(stream))
-            for sample in _group(files, url):
+            for sample in _group(_files(stream, url), url):
                 started = True
                 yield sample
     except GeneratorExit:
@@ -66,14 +69,34 @@ def read_shard(url: str, record: Record) -> Iterator[dict]:
         record(TRUNCATED_SHARD if started else UNREADABLE_SHARD, url)
 
 
+def _files(stream: IO[bytes], url: str) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of a shard's files. Raises EOFError after the last one if the shard breaks off."""
+    for file in tar_file_iterator(stream):
+        yield file["fname"], file["data"]
+    _require_end(url)
+
+
+def _require_end(url: str) -> None:
+    """Raise EOFError if a local tar lacks its end marker: tarfile takes a break within a header for the end."""
+    if not os.path.isfile(url) or not url.endswith(".tar"):
+        return
+    with open(url, "rb") as file:
+        file.seek(max(0, os.path.getsize(url) - END_MARKER))
+        if any(file.read()):
+            raise EOFError(url)
+
+
 def count_samples(path: str, record: Record) -> int:
     """How many samples `read_shard` finds in a local shard, from the headers alone."""
     try:
+        _require_end(path)
         with tarfile.open(path) as shard:
             return sum(1 for _ in _group(((member.name, b"") for member in shard if member.isreg()), path))
-    except (tarfile.TarError, OSError, EOFError):
+    except EOFError:
+        record(TRUNCATED_SHARD, path)
+    except (tarfile.TarError, OSError):
         record(UNREADABLE_SHARD, path)
-        return 0
+    return 0
 
 
 def _group(files: Iterable[tuple[str, bytes]], url: str) -> Iterator[dict]:
