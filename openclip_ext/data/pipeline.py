@@ -204,7 +204,12 @@ def eval_loader(config: StreamConfig, *, workers: int, pin_memory: bool = False)
 
 def _loader(stream: IterableDataset, workers: int, pin_memory: bool) -> DataLoader:
     return DataLoader(
-        stream, batch_size=None, num_workers=workers, persistent_workers=workers > 0, pin_memory=pin_memory
+        stream,
+        batch_size=None,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else it draws from the training process's
     )
 
 

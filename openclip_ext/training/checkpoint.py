@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pickle
 import re
 from typing import Any
 
@@ -109,8 +108,8 @@ def load_checkpoint(path: str) -> Checkpoint:
         raise UserError(f"--resume {path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
+    except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise UserError(f"--resume {path}: not a checkpoint of tensors and plain values ({reason})") from error
     if not isinstance(content, dict):
         raise UserError(f"--resume {path}: not a checkpoint (holds a {type(content).__name__})")

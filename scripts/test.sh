@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Set up a virtual environment if there is none, and run the tests. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh" "[test]"
+exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,191 @@
+"""Streams of batches: ids, order, faults, and what they do not depend on."""
+
+import collections
+import hashlib
+import os
+import random
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from openclip_ext import UserError
+from openclip_ext.data.hash_ids import HashIds
+from openclip_ext.data.listing import list_shards
+from openclip_ext.data.pipeline import StreamConfig, eval_loader, train_loader
+from openclip_ext.data.tar import Skips, decode_pair, read_shard
+from torchvision.transforms.functional import pil_to_tensor
+
+
+def to_tensor(image):
+    return pil_to_tensor(image).float()
+
+
+def noisy(image):
+    return to_tensor(image) + torch.rand(1) + random.random() + np.random.rand()
+
+
+def as_codes(texts):
+    """Captions as fixed-length character codes, so that a batch can be compared with the shard's text."""
+    return torch.tensor([[ord(c) for c in text[:60].ljust(60)] for text in texts])
+
+
+def config(folder, **changes):
+    fixed = {"batch_size": 16, "image_transform": to_tensor, "tokenizer": as_codes, "sample_id": "index"}
+    return StreamConfig(listing=list_shards(folder), **(fixed | changes))
+
+
+def epoch(folder, *, workers=0, number=0, num_samples=256, **changes):
+    loader = train_loader(config(folder, **changes), num_samples=num_samples, workers=workers)
+    loader.stream.set_epoch(number)
+    return list(loader.batches)
+
+
+def ids_of(batches):
+    return torch.cat([batch["sample_id"] for batch in batches]).tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_has_every_sample_once_under_its_own_id(shards, workers):
+    batches = epoch(shards, workers=workers)
+    assert sorted(ids_of(batches)) == list(range(256))
+    originals = {}
+    for url in list_shards(shards).urls:
+        for sample in read_shard(url, Skips().record):
+            originals[len(originals)] = decode_pair(sample, Skips().record)
+    for batch in batches:
+        assert not batch["skipped"]
+        for image, text, sample_id in zip(batch["image"], batch["text"], batch["sample_id"].tolist(), strict=True):
+            picture, caption = originals[sample_id]
+            assert torch.equal(image, to_tensor(picture)) and torch.equal(text, as_codes([caption])[0])
+
+
+def test_ranks_and_workers_share_the_shards(shards):
+    seen = [ids_of(epoch(shards, rank=rank, world_size=2, workers=2)) for rank in range(2)]
+    assert sorted(seen[0] + seen[1]) == list(range(256))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_order_is_a_function_of_seed_and_epoch(shards, workers):
+    first = ids_of(epoch(shards, workers=workers))
+    random.seed(99)
+    torch.manual_seed(99)
+    assert ids_of(epoch(shards, workers=workers)) == first
+    assert ids_of(epoch(shards, workers=workers, number=1)) != first
+    assert ids_of(epoch(shards, workers=workers, seed=1)) != first
+
+
+def test_persistent_workers_follow_the_epoch(shards):
+    loader = train_loader(config(shards), num_samples=256, workers=2)
+    orders = []
+    for number in (0, 1, 0):
+        loader.stream.set_epoch(number)
+        orders.append(ids_of(loader.batches))
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_augmentation_depends_on_sample_and_epoch_only(shards):
+    def images(**changes):
+        batches = epoch(shards, image_transform=noisy, **changes)
+        return {i: image for batch in batches for i, image in zip(batch["sample_id"].tolist(), batch["image"], strict=True)}
+
+    alone, shared = images(), images(workers=2) | images(rank=1, world_size=2)
+    assert all(torch.equal(alone[i], shared[i]) for i in alone)
+    assert not torch.equal(alone[0], images(number=1)[0])
+
+
+def test_reading_in_the_training_process_leaves_its_random_state_alone(shards):
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    epoch(shards, image_transform=noisy)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert state[:2] == after[:2] and torch.equal(state[2], after[2])
+
+
+def test_an_epoch_is_rounded_up_to_equal_full_batches(shards):
+    loader = train_loader(config(shards, batch_size=30), num_samples=256, workers=2)
+    assert (loader.num_batches, loader.num_samples) == (10, 300)
+    batches = list(loader.batches)
+    assert [len(batch["image"]) for batch in batches] == [30] * 10
+
+
+def test_resampling_draws_shards_by_their_weight(shards):
+    folder = f"{shards}/00000.tar::{shards}/00001.tar"
+    listing = list_shards(folder, "3::1")
+    stream = StreamConfig(listing=listing, batch_size=64, image_transform=to_tensor, tokenizer=as_codes,
+                          sample_id="index", resampled=True)  # fmt: skip
+    loader = train_loader(stream, num_samples=64 * 128, workers=0)
+    shares = collections.Counter(i // 64 for i in ids_of(loader.batches))
+    # 128 shards' worth of draws with probability 3/4: a standard deviation is 5 shards.
+    assert shares[0] / 64 == pytest.approx(96, abs=20) and set(shares) == {0, 1}
+
+
+def test_faulty_samples_are_skipped_and_counted_by_kind_and_shard(tmp_path, shards):
+    shutil.copytree(shards, tmp_path / "s")
+    bad = tmp_path / "s" / "00001.tar"
+    with tarfile.open(bad) as source, tarfile.open(tmp_path / "new.tar", "w") as target:
+        for member in source.getmembers():
+            if member.name == "000000070.txt":
+                continue
+            content = source.extractfile(member)
+            if member.name == "000000071.png":
+                member.size = 20
+            target.addfile(member, content)
+    shutil.move(tmp_path / "new.tar", bad)
+    cut = tmp_path / "s" / "00002.tar"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    batches = epoch(str(tmp_path / "s"), num_samples=192)
+    skipped = collections.Counter()
+    for batch in batches:
+        for kind, url, count in batch["skipped"]:
+            skipped[kind, os.path.basename(url)] += count
+    assert skipped["missing caption", "00001.tar"] >= 1
+    assert skipped["corrupt image", "00001.tar"] >= 1
+    assert skipped["truncated shard", "00002.tar"] >= 1
+    assert skipped["fewer samples than sizes.json says", "00002.tar"] >= 1
+    assert not {70, 71} & set(ids_of(batches))
+
+
+def test_ids_of_a_shard_with_more_samples_than_recorded_stay_in_its_range(tmp_path, shards):
+    shutil.copytree(shards, tmp_path / "s")
+    (tmp_path / "s" / "sizes.json").write_text('{"00000.tar": 64, "00001.tar": 60, "00002.tar": 64, "00003.tar": 64}')
+    batches = epoch(str(tmp_path / "s"))
+    counts = collections.Counter(ids_of(batches))
+    assert max(counts) == 251 and sum(counts[i] for i in range(64, 124)) == 64
+    kinds = {(kind, os.path.basename(url)) for batch in batches for kind, url, _ in batch["skipped"]}
+    assert kinds == {("more samples than sizes.json says", "00001.tar")}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("resampled", [False, True])
+def test_shards_without_a_full_batch_are_an_error_not_an_endless_wait(tmp_path, workers, resampled):
+    (tmp_path / "0.tar").write_bytes(b"no tar at all" * 100)
+    (batch,) = epoch(str(tmp_path), workers=workers, resampled=resampled, sample_id=None)
+    assert "finds only 0 usable samples" in batch["error"] and "unreadable shard" in batch["error"]
+
+
+def test_more_workers_than_shards_is_an_error_with_the_fix(shards):
+    with pytest.raises(UserError, match=r"--workers 3: 2 process\(es\) need at least 6 shards and there are 4; use --workers 2"):
+        train_loader(config(shards, world_size=2), num_samples=256, workers=3)
+
+
+def test_hashed_ids_depend_on_the_key_alone(shards):
+    batches = epoch(shards, sample_id="hash")
+    hashes = ids_of(batches)
+    digest = hashlib.blake2b(b"000000000", digest_size=8).digest()
+    assert len(set(hashes)) == 256 and int.from_bytes(digest, "big") >> 1 in hashes
+    ids = HashIds(1000)
+    table = torch.cat([ids(batch["sample_id"]) for batch in batches])
+    assert table.min() >= 0 and table.max() < 1000
+    assert ids.collisions == 256 - len(table.unique())
+    before = ids.collisions
+    assert torch.equal(ids(batches[0]["sample_id"]), table[:16]) and ids.collisions - before <= before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_reads_every_pair_once_in_order(shards, val_shards, workers):
+    batches = list(eval_loader(config(val_shards), workers=workers))
+    assert [len(batch["image"]) for batch in batches] == [16, 16, 16, 2]
+    again = list(eval_loader(config(val_shards), workers=workers))
+    assert all(torch.equal(a["text"], b["text"]) for a, b in zip(batches, again, strict=True))
+    assert sum(len(batch["image"]) for batch in eval_loader(config(shards), workers=workers)) == 256
