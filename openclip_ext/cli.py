@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         return args.run(args)
     except UserError as error:
-        print(f"openclip-ext: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
+            print(f"openclip-ext: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("openclip-ext: interrupted", file=sys.stderr)

@@ -6,8 +6,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from openclip_ext.ops.counter_random import log_gamma_mean
 from openclip_ext.ops.gather import gather_rows
-from openclip_ext.ops.pairs import PairBatch, gather_pairs, log_mean_ratio, pair_loss
+from openclip_ext.ops.pairs import gather_pairs, log_mean_ratio, pair_loss
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
 from openclip_ext.state.rate_table import RateTable
@@ -102,7 +103,7 @@ class GammaDecompLoss(nn.Module):
             log_estimate = nn.functional.softplus(log_estimate)  # log(1 + K mean r)
         log_rate = self.rates.blend(pairs.ids, log_estimate, self.gamma_now)
         self.rates.stage(pairs.all_ids, gather_rows(log_rate.T.contiguous(), pairs.sizes).T)
-        log_u = self._log_draws(pairs) - log_rate
+        log_u = self._log_draws(pairs.ids) - log_rate
         loss = pair_loss(pairs, value=log_rate, log_weight=self.log_negatives + log_u)
         if not output_dict:
             return loss
@@ -114,19 +115,12 @@ class GammaDecompLoss(nn.Module):
         self.rates.commit()
         self.steps_taken += 1
 
-    def _log_draws(self, pairs: PairBatch) -> Tensor:
-        """log of Gamma(m, m) draws for this rank's anchors, (2, B): zero for draws = 0.
-
-        Every rank draws for the whole batch from a generator seeded by the step, so an anchor gets the same draw on
-        whichever rank it lands.
-        """
+    def _log_draws(self, ids: Tensor) -> Tensor | float:
+        """log of Gamma(m, m) draws for anchors of both directions, (2, B); 0 for draws = 0."""
         draws = self.options.draws
         if draws == 0:
-            return torch.zeros((), dtype=pairs.image.dtype, device=pairs.image.device)
-        generator = torch.Generator().manual_seed(int(self.steps_taken))
-        shape = torch.full((2, len(pairs.all_ids)), float(draws), dtype=torch.float64)
-        sample = torch._standard_gamma(shape, generator=generator) / draws
-        return sample[:, pairs.own_rows].log().to(pairs.image)
+            return 0.0
+        return torch.stack([log_gamma_mean(self.steps_taken, ids, direction, draws) for direction in range(2)])
 
 
 SPEC = LossSpec(

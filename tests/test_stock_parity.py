@@ -1,0 +1,128 @@
+"""Against stock `open_clip_train.main`: same batches, same losses; checkpoints go both ways."""
+
+import json
+import logging
+import types
+
+import pytest
+import torch
+from openclip_ext.cli import main
+from openclip_ext.data.listing import list_shards
+from openclip_ext.data.pipeline import StreamConfig, train_loader
+
+stock = pytest.importorskip("open_clip_train.main")
+
+
+@pytest.fixture(autouse=True)
+def _root_logging_kept():
+    handlers, level = list(logging.root.handlers), logging.root.level
+    yield
+    for handler in set(logging.root.handlers) - set(handlers):
+        logging.root.removeHandler(handler)
+        handler.close()
+    logging.root.handlers, logging.root.level = handlers, level
+
+
+class OurBatches:
+    """Our loader in the shape in which stock's loop takes one."""
+
+    def __init__(self, shards, preprocess, tokenizer, batch_size):
+        config = StreamConfig(listing=list_shards(shards), batch_size=batch_size, image_transform=preprocess,
+                              tokenizer=tokenizer)  # fmt: skip
+        self.loader = train_loader(config, num_samples=config.listing.length, workers=0)
+        self.dataloader = self
+        self.num_batches, self.num_samples = self.loader.num_batches, self.loader.num_samples
+
+    def set_epoch(self, epoch):
+        self.loader.stream.set_epoch(epoch)
+
+    def __iter__(self):
+        return ((batch["image"], batch["text"]) for batch in self.loader.batches)
+
+
+def stock_losses(monkeypatch, flags, shards):
+    """Losses of each step of stock's loop over our batches."""
+    seen = []
+    create_loss = stock.create_loss
+
+    def recording(args):
+        loss = create_loss(args)
+
+        def forward(**inputs):
+            outputs = loss(**inputs)
+            seen.append(outputs["contrastive_loss"].item())
+            return outputs
+
+        return forward
+
+    monkeypatch.setattr(stock, "create_loss", recording)
+    monkeypatch.setattr(stock, "get_data", lambda args, preprocess, epoch, tokenizer: {
+        "train": OurBatches(shards, preprocess[0], tokenizer, args.batch_size)
+    })  # fmt: skip
+    stock.main(flags)
+    return seen
+
+
+def moving(checkpoint):
+    """Weights whose gradient is not zero up to rounding, as that of the keys' bias is: there Adam amplifies noise."""
+    return {key: value for key, value in checkpoint["state_dict"].items() if "in_proj_bias" not in key}
+
+
+def without_ours(flags):
+    """The same command line for stock."""
+    flags = list(flags[1:])
+    position = flags.index("--model-config")
+    del flags[position : position + 2]
+    return flags
+
+
+@pytest.mark.parametrize("extra", [[], ["--grad-clip-norm", "0.5", "--wd", "0.5"], ["--siglip"],
+                                   ["--lr-scheduler", "const"]])  # fmt: skip
+def test_losses_equal_stocks_over_24_steps(monkeypatch, train_flags, shards, tmp_path, extra):
+    assert main(train_flags("--epochs", 3, "--name", "ours", *extra)) == 0
+    rows = (tmp_path / "logs" / "ours" / "metrics.jsonl").read_text().splitlines()
+    ours = [json.loads(row)["contrastive_loss"] for row in rows]
+    reference = stock_losses(monkeypatch, without_ours(train_flags("--epochs", 3, "--name", "stock", *extra)), shards)
+    assert len(reference) == 24
+    assert ours == pytest.approx(reference, rel=1e-5)
+    checkpoints = [torch.load(tmp_path / "logs" / name / "checkpoints" / "epoch_3.pt") for name in ("ours", "stock")]
+    torch.testing.assert_close(moving(checkpoints[0]), moving(checkpoints[1]), rtol=1e-3, atol=1e-5)
+    assert checkpoints[0].keys() == checkpoints[1].keys()
+
+
+@pytest.mark.parametrize("first", ["ours", "stock"])
+def test_either_loop_resumes_the_others_checkpoint(monkeypatch, train_flags, shards, tmp_path, first):
+    def ours(*flags):
+        assert main(train_flags(*flags)) == 0
+
+    def theirs(*flags):
+        stock_losses(monkeypatch, without_ours(train_flags(*flags)), shards)
+
+    begin, go_on = (ours, theirs) if first == "ours" else (theirs, ours)
+    begin("--epochs", 2, "--name", "whole")
+    begin("--epochs", 1, "--name", "begun", "--warmup", 0, "--lr-scheduler", "const")
+    path = tmp_path / "logs" / "begun" / "checkpoints" / "epoch_1.pt"
+    go_on("--epochs", 2, "--name", "resumed", "--resume", path, "--warmup", 0, "--lr-scheduler", "const")
+    begin("--epochs", 2, "--name", "reference", "--warmup", 0, "--lr-scheduler", "const")
+    resumed, reference = (
+        torch.load(tmp_path / "logs" / name / "checkpoints" / "epoch_2.pt") for name in ("resumed", "reference")
+    )
+    torch.testing.assert_close(moving(resumed), moving(reference), rtol=1e-3, atol=1e-5)
+
+
+def test_a_checkpoint_with_loss_state_resumes_in_stock(monkeypatch, train_flags, shards, tmp_path):
+    assert main(train_flags("--loss", "gamma_decomp", "--name", "ours")) == 0
+    path = tmp_path / "logs" / "ours" / "checkpoints" / "epoch_1.pt"
+    flags = without_ours(train_flags("--epochs", 2, "--name", "stock", "--resume", path))
+    losses = stock_losses(monkeypatch, flags, shards)
+    assert len(losses) == 8 and all(map(torch.isfinite, map(torch.tensor, losses)))
+
+
+def test_stocks_parser_agrees_on_a_long_command_line(train_flags, val_shards):
+    from open_clip_train.params import parse_args as theirs
+    from openclip_ext.training.flags import parse_args as ours
+
+    flags = without_ours(train_flags("--val-data", val_shards, "--aug-cfg", "scale=(0.5,1.0)", "--force-image-size", 32))
+    mine, reference = vars(ours(flags)), vars(theirs(flags))
+    assert {key: mine[key] for key in reference} == reference
+    assert isinstance(types.SimpleNamespace(**mine).lr, float)
