@@ -132,7 +132,7 @@ def _score(out: str, shards: str, loss: str, seed: int, epochs: int) -> dict:
     model.eval()
     tokenizer = open_clip.get_tokenizer(MODEL)
     listing = list_shards(os.path.join(shards, "test"))
-    config = StreamConfig(listing=listing, batch_size=256, image_transform=preprocess, tokenizer=tokenizer)
+    config = StreamConfig(source=listing, batch_size=256, image_transform=preprocess, tokenizer=tokenizer)
     batches = list(eval_loader(config, workers=0))
     with torch.no_grad():
         images = torch.cat([model.encode_image(batch["image"], normalize=True) for batch in batches])

@@ -17,7 +17,9 @@ TERMS = "open_clip.loss_terms"
 _KIND = {LOSSES: "loss", TERMS: "loss term"}
 
 #: What a loss may ask of the loop and of the data pipeline; what none asks for is not computed.
-NEEDS = frozenset({"sample_ids", "logit_bias", "image_aug", "text_aug", "trunk_features"})
+NEEDS = frozenset(
+    {"sample_ids", "logit_bias", "teacher_features", "caption_logits", "image_aug", "text_aug", "trunk_features"}
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,12 +33,12 @@ def as_codes(texts):
 
 def config(folder, **changes):
     fixed = {"batch_size": 16, "image_transform": to_tensor, "tokenizer": as_codes, "sample_id": "index"}
-    return StreamConfig(listing=list_shards(folder), **(fixed | changes))
+    return StreamConfig(source=list_shards(folder), **(fixed | changes))
 
 
 def epoch(folder, *, workers=0, number=0, num_samples=256, **changes):
     loader = train_loader(config(folder, **changes), num_samples=num_samples, workers=workers)
-    loader.stream.set_epoch(number)
+    loader.set_epoch(number)
     return list(loader.batches)
 
 
@@ -80,7 +80,7 @@ def test_persistent_workers_follow_the_epoch(shards):
     loader = train_loader(config(shards), num_samples=256, workers=2)
     orders = []
     for number in (0, 1, 0):
-        loader.stream.set_epoch(number)
+        loader.set_epoch(number)
         orders.append(ids_of(loader.batches))
     assert orders[0] == orders[2] != orders[1]
 
@@ -112,7 +112,7 @@ def test_an_epoch_is_rounded_up_to_equal_full_batches(shards):
 def test_resampling_draws_shards_by_their_weight(shards):
     folder = f"{shards}/00000.tar::{shards}/00001.tar"
     listing = list_shards(folder, "3::1")
-    stream = StreamConfig(listing=listing, batch_size=64, image_transform=to_tensor, tokenizer=as_codes,
+    stream = StreamConfig(source=listing, batch_size=64, image_transform=to_tensor, tokenizer=as_codes,
                           sample_id="index", resampled=True)  # fmt: skip
     loader = train_loader(stream, num_samples=64 * 128, workers=0)
     shares = collections.Counter(i // 64 for i in ids_of(loader.batches))

@@ -27,14 +27,14 @@ class OurBatches:
     """Our loader in the shape in which stock's loop takes one."""
 
     def __init__(self, shards, preprocess, tokenizer, batch_size):
-        config = StreamConfig(listing=list_shards(shards), batch_size=batch_size, image_transform=preprocess,
+        config = StreamConfig(source=list_shards(shards), batch_size=batch_size, image_transform=preprocess,
                               tokenizer=tokenizer)  # fmt: skip
-        self.loader = train_loader(config, num_samples=config.listing.length, workers=0)
+        self.loader = train_loader(config, num_samples=config.source.length, workers=0)
         self.dataloader = self
         self.num_batches, self.num_samples = self.loader.num_batches, self.loader.num_samples
 
     def set_epoch(self, epoch):
-        self.loader.stream.set_epoch(epoch)
+        self.loader.set_epoch(epoch)
 
     def __iter__(self):
         return ((batch["image"], batch["text"]) for batch in self.loader.batches)

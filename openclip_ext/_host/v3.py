@@ -61,6 +61,55 @@ def siglip_loss(**options: Any):
     return SigLipLoss(**options)
 
 
+def distill_loss(**options: Any):
+    """`open_clip.loss.DistillClipLoss`."""
+    from open_clip.loss import DistillClipLoss
+
+    return DistillClipLoss(**options)
+
+
+def create_teacher(args: argparse.Namespace, device):
+    """The model of `--distill-model` and `--distill-pretrained`, in evaluation mode.
+
+    Raises:
+        UserError: unknown model, or weights that cannot be had.
+    """
+    import open_clip
+
+    try:
+        teacher = open_clip.create_model(
+            args.distill_model, args.distill_pretrained, device=device, precision=args.precision, output_dict=True,
+            cache_dir=args.cache_dir,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, OSError, KeyError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--distill-model {args.distill_model} --distill-pretrained {args.distill_pretrained}: {reason}"
+        ) from error
+    return teacher.eval().requires_grad_(False)
+
+
+def start_remote_sync(local: str, remote: str, protocol: str, seconds: int):
+    """Copy a run's folder to a remote place now and every so often, with OpenCLIP's own code; returns what ends it.
+
+    Raises:
+        UserError: the first copy failed.
+    """
+    from open_clip_train.file_utils import remote_sync, start_sync_process
+
+    if not remote_sync(local, remote, protocol):
+        raise UserError(f"--remote-sync {remote}: the first copy by {protocol} failed; see the message above")
+    process = start_sync_process(seconds, local, remote, protocol)
+    process.start()
+
+    def finish() -> None:
+        process.terminate()
+        process.join()
+        remote_sync(local, remote, protocol)
+
+    return finish
+
+
 def input_dtype(precision: str):
     """The dtype of images under `--precision`; None: leave as they are."""
     from open_clip import get_input_dtype

@@ -19,14 +19,18 @@ _EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def pairs_from_csv(path: str, image_key: str, caption_key: str, separator: str | None) -> list[tuple[str, str]]:
-    """(image path, caption) of each row. Relative image paths start at the CSV's folder.
+def pairs_from_csv(
+    path: str, image_key: str, caption_key: str, separator: str | None, *, check_images: bool = True
+) -> list[tuple[str, str]]:
+    """(image path, caption) of each row. Relative image paths start at the CSV's folder if the first one exists there,
+    else at the current folder.
 
     Args:
         path: the CSV file, with a header row.
         image_key: its column of image paths.
         caption_key: its column of captions.
         separator: None: a tab for .tsv, else a comma.
+        check_images: make sure that each image exists.
 
     Raises:
         UserError: no such file or column, or a row without a value in one.
@@ -39,10 +43,14 @@ def pairs_from_csv(path: str, image_key: str, caption_key: str, separator: str |
         for flag, key in (("--csv-img-key", image_key), ("--csv-caption-key", caption_key)):
             if key not in (reader.fieldnames or ()):
                 raise UserError(f"{flag} {key}: {path} has no such column; its columns: {reader.fieldnames}")
-        base = os.path.dirname(path)
-        pairs = [(os.path.join(base, row[image_key] or ""), row[caption_key]) for row in reader]
+        pairs = [(row[image_key] or "", row[caption_key]) for row in reader]
+    if not pairs:
+        raise UserError(f"{path}: holds no rows below its header")
+    base = os.path.dirname(path)
+    if os.path.isfile(os.path.join(base, pairs[0][0])):
+        pairs = [(os.path.join(base, image), caption) for image, caption in pairs]
     for number, (image, caption) in enumerate(pairs, start=2):
-        if caption is None or not os.path.isfile(image):
+        if caption is None or (check_images and not os.path.isfile(image)):
             what = "has no caption" if caption is None else f"names {image}, which does not exist"
             raise UserError(f"{path}: row {number} {what}; mend or remove the row")
     return pairs

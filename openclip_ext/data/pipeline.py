@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 from webdataset.filters import _shuffle
 
 from openclip_ext.data import tar
 from openclip_ext.data.listing import ShardListing
+from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
 
 # OpenCLIP's buffers: (size, filled before the first sample leaves).
@@ -27,13 +28,25 @@ SAMPLE_BUFFER = (5000, 1000)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """What a stream of training batches depends on."""
+    """What batches depend on.
 
-    listing: ShardListing
+    Attributes:
+        source: shards, or a table of pairs.
+        batch_size: per rank.
+        image_transform: picture to tensor.
+        tokenizer: captions to (B, L) ids.
+        sample_id: None: none wanted; "index": position in the source; "hash": 63 bits of the key's hash.
+        resampled: draw shards with replacement.
+        seed: of order and augmentation.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    source: ShardListing | Table
     batch_size: int
     image_transform: Callable[[Any], torch.Tensor]
     tokenizer: Callable[[list[str]], torch.Tensor]
-    sample_id: str | None = None  # None, "index", "hash"
+    sample_id: str | None = None
     resampled: bool = False
     seed: int = 0
     rank: int = 0
@@ -81,7 +94,7 @@ class TrainStream(IterableDataset):
             batches = 0
             while len(rows := list(islice(decoded, self.config.batch_size))) == self.config.batch_size:
                 batches += 1
-                yield self._collate(rows) | {"skipped": skips.flush()}
+                yield _collated(rows, self.config) | {"skipped": skips.flush()}
             if batches == 0:
                 yield {"error": self._no_batch(len(rows), num_workers, skips), "skipped": skips.flush()}
                 return
@@ -91,10 +104,10 @@ class TrainStream(IterableDataset):
         config = self.config
         if config.resampled:
             # A pass ends, so that shards without anything usable are noticed.
-            yield from rng.choices(config.listing.urls, config.listing.weights, k=max(16, len(config.listing.urls)))
+            yield from rng.choices(config.source.urls, config.source.weights, k=max(16, len(config.source.urls)))
             return
         # The same order on all ranks and workers, of which each takes its share.
-        shuffled = _shuffle(iter(config.listing.urls), *SHARD_BUFFER, random.Random(config.seed + epoch))
+        shuffled = _shuffle(iter(config.source.urls), *SHARD_BUFFER, random.Random(config.seed + epoch))
         own_rank = islice(shuffled, config.rank, None, config.world_size)
         yield from islice(own_rank, worker, None, num_workers)
 
@@ -105,8 +118,8 @@ class TrainStream(IterableDataset):
                 digest = hashlib.blake2b(sample["__key__"].encode(), digest_size=8).digest()
                 yield sample | {"sample_id": int.from_bytes(digest, "big") >> 1}
             return
-        size = self.config.listing.size_of.get(url)
-        start = self.config.listing.offsets[url] if size is not None else zlib.crc32(url.encode()) << 31
+        size = self.config.source.size_of.get(url)
+        start = self.config.source.offsets[url] if size is not None else zlib.crc32(url.encode()) << 31
         ordinal = -1
         for sample in tar.read_shard(url, record):
             ordinal = sample["__ordinal__"]
@@ -125,19 +138,47 @@ class TrainStream(IterableDataset):
         _seed_all(hash((self.config.seed, epoch, sample["sample_id"])))
         return self.config.image_transform(pair[0]), pair[1], sample["sample_id"]
 
-    def _collate(self, rows: list[tuple]) -> dict:
-        images, captions, sample_ids = zip(*rows, strict=True)
-        batch = {"image": torch.stack(images), "text": self.config.tokenizer(list(captions))}
-        return batch | {"sample_id": torch.tensor(sample_ids)} if self.config.sample_id else batch
-
     def _no_batch(self, usable: int, num_workers: int, skips: tar.Skips) -> str:
         faults = ", ".join(f"{kind} in {url}" for kind, url in list(skips)[:3])
         return (
             f"--batch-size {self.config.batch_size}: a data worker of rank {self.config.rank} finds only {usable} usable "
-            f"samples in its share of {len(self.config.listing.urls)} shards ({num_workers} workers x "
+            f"samples in its share of {len(self.config.source.urls)} shards ({num_workers} workers x "
             f"{self.config.world_size} processes); use a smaller --batch-size or fewer --workers"
             + (f" (skipped: {faults})" if faults else "")
         )
+
+
+class TableStream(Dataset):
+    """Rows of a table as batches of the same form. A row that cannot be used is recorded and the next one taken."""
+
+    def __init__(self, config: StreamConfig, *, training: bool) -> None:
+        self.config, self.training = config, training
+        self._epoch = multiprocessing.Value("i", 0)
+        self._skips = tar.Skips()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.value = epoch
+
+    def __len__(self) -> int:
+        return len(self.config.source)
+
+    def __getitem__(self, index: int) -> tuple:
+        for attempt in range(len(self)):
+            row = (index + attempt) % len(self)
+            try:
+                image, caption = self.config.source.load(row)
+            except (OSError, ValueError, SyntaxError):
+                self._skips.record(tar.CORRUPT_IMAGE, self.config.source.name)
+                continue
+            if not self.training:
+                return self.config.image_transform(image), caption, row
+            with contextlib.nullcontext() if get_worker_info() else _random_state_kept():
+                _seed_all(hash((self.config.seed, self._epoch.value, row)))
+                return self.config.image_transform(image), caption, row
+        raise UserError(f"{self.config.source.name}: none of its images can be opened")
+
+    def collate(self, rows: list[tuple]) -> dict:
+        return _collated(rows, self.config) | {"skipped": self._skips.flush()}
 
 
 class EvalStream(IterableDataset):
@@ -148,17 +189,13 @@ class EvalStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
-        urls = self.config.listing.urls[info.id :: info.num_workers] if info else self.config.listing.urls
+        urls = self.config.source.urls[info.id :: info.num_workers] if info else self.config.source.urls
         skips = tar.Skips()
         samples = (sample for url in urls for sample in tar.read_shard(url, skips.record))
         pairs = filter(None, (tar.decode_pair(sample, skips.record) for sample in samples))
         while batch := list(islice(pairs, self.config.batch_size)):
-            images, captions = zip(*batch, strict=True)
-            yield {
-                "image": torch.stack([self.config.image_transform(image) for image in images]),
-                "text": self.config.tokenizer(list(captions)),
-                "skipped": skips.flush(),
-            }
+            rows = [(self.config.image_transform(image), caption, 0) for image, caption in batch]
+            yield _collated(rows, self.config) | {"skipped": skips.flush()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,51 +203,99 @@ class TrainLoader:
     """A training loader with its numbers, as in OpenCLIP's `DataInfo`.
 
     Attributes:
+        set_epoch: to be called before each pass over `batches`.
         batches: iterable over the batches of this rank.
         num_batches: batches per epoch on each rank.
         num_samples: samples per epoch on all ranks, rounded up to whole batches.
     """
 
-    stream: TrainStream
+    set_epoch: Callable[[int], None]
     batches: DataLoader
     num_batches: int
     num_samples: int
 
 
 def train_loader(config: StreamConfig, *, num_samples: int, workers: int, pin_memory: bool = False) -> TrainLoader:
-    """Batches of an epoch of `num_samples` samples, rounded up so that all ranks and workers give as many.
+    """Batches of training epochs; see `TrainStream` and `TableStream`.
+
+    Args:
+        config: what batches depend on.
+        num_samples: per epoch and over all ranks, for shards; a table's epoch is the table.
+        workers: processes that load data; 0: this one.
+        pin_memory: for copies to a GPU.
 
     Raises:
-        UserError: there are fewer shards than data workers over all ranks.
+        UserError: there are fewer shards than data workers over all ranks, or less than a batch.
     """
+    if isinstance(config.source, Table):
+        return _table_train_loader(config, workers, pin_memory)
+    return _shard_train_loader(config, num_samples, workers, pin_memory)
+
+
+def _shard_train_loader(config: StreamConfig, num_samples: int, workers: int, pin_memory: bool) -> TrainLoader:
+    """Rounded up, so that all ranks and workers give as many batches."""
     readers = max(1, workers) * config.world_size
-    if not config.resampled and len(config.listing.urls) < readers:
+    if not config.resampled and len(config.source.urls) < readers:
         raise UserError(
             f"--workers {workers}: {config.world_size} process(es) need at least {readers} shards and there are "
-            f"{len(config.listing.urls)}; use --workers {len(config.listing.urls) // config.world_size}, "
+            f"{len(config.source.urls)}; use --workers {len(config.source.urls) // config.world_size}, "
             "--dataset-resampled, or more and smaller shards"
         )
     global_batch = config.batch_size * config.world_size
     batches_per_worker = math.ceil(math.ceil(num_samples / global_batch) / max(1, workers))
     num_batches = batches_per_worker * max(1, workers)
     stream = TrainStream(config, batches_per_worker)
-    return TrainLoader(stream, _loader(stream, workers, pin_memory), num_batches, num_batches * global_batch)
+    batches = _loader(stream, workers, pin_memory, batch_size=None)
+    return TrainLoader(stream.set_epoch, batches, num_batches, num_batches * global_batch)
+
+
+def _table_train_loader(config: StreamConfig, workers: int, pin_memory: bool) -> TrainLoader:
+    """Rounded down, as OpenCLIP does for CSV files: what fills no batch on each rank waits for another epoch."""
+    stream = TableStream(config, training=True)
+    sampler = DistributedSampler(
+        stream, num_replicas=config.world_size, rank=config.rank, shuffle=True, seed=config.seed, drop_last=True
+    )
+
+    def set_epoch(epoch: int) -> None:
+        stream.set_epoch(epoch)
+        sampler.set_epoch(epoch)
+
+    batches = _loader(
+        stream, workers, pin_memory,
+        batch_size=config.batch_size, sampler=sampler, collate_fn=stream.collate, drop_last=True,
+    )  # fmt: skip
+    if len(batches) == 0:
+        raise UserError(
+            f"--batch-size {config.batch_size}: the data has only {len(config.source)} pairs for {config.world_size} "
+            "process(es); use a smaller --batch-size"
+        )
+    return TrainLoader(set_epoch, batches, len(batches), len(batches) * config.batch_size * config.world_size)
 
 
 def eval_loader(config: StreamConfig, *, workers: int, pin_memory: bool = False) -> DataLoader:
-    """Every pair once; see `EvalStream`."""
-    return _loader(EvalStream(config), min(workers, len(config.listing.urls)), pin_memory)
+    """Every usable pair once, in order, the last batch partial."""
+    if isinstance(config.source, Table):
+        stream = TableStream(config, training=False)
+        return _loader(stream, workers, pin_memory, batch_size=config.batch_size, collate_fn=stream.collate)
+    return _loader(EvalStream(config), min(workers, len(config.source.urls)), pin_memory, batch_size=None)
 
 
-def _loader(stream: IterableDataset, workers: int, pin_memory: bool) -> DataLoader:
+def _loader(dataset: Dataset, workers: int, pin_memory: bool, **options) -> DataLoader:
     return DataLoader(
-        stream,
-        batch_size=None,
+        dataset,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else it draws from the training process's
+        **options,
     )
+
+
+def _collated(rows: list[tuple], config: StreamConfig) -> dict:
+    """A batch of (image tensor, caption, sample id)."""
+    images, captions, sample_ids = zip(*rows, strict=True)
+    batch = {"image": torch.stack(images), "text": config.tokenizer(list(captions))}
+    return batch | {"sample_id": torch.tensor(sample_ids)} if config.sample_id else batch
 
 
 def _seed_all(seed: int) -> None:

@@ -54,12 +54,14 @@ class ObjectivePlan:
         options: of the loss.
         terms: as in `create_loss`.
         flag: how the options were given, for error messages.
+        weight: of the loss itself; 1 but for CoCa models.
 
     Raises:
         UserError: unknown name or option, or a value that is not accepted.
     """
 
-    def __init__(self, name, options, terms=None, flag="--loss-arg") -> None:
+    def __init__(self, name, options, terms=None, flag="--loss-arg", weight=1.0) -> None:
+        self.weight = weight
         self.spec = get_spec(name)
         self.options = build_options(self.spec.options, options, f"loss {name}", flag)
         self.terms = []
@@ -76,7 +78,7 @@ class ObjectivePlan:
 
     def build(self, num_samples: int, rank: int, world_size: int) -> Objective:
         world = {"num_samples": num_samples, "rank": rank, "world_size": world_size}
-        objective = Objective(self.spec.build(self.options, **world), self.spec.needs)
+        objective = Objective(self.spec.build(self.options, **world), self.spec.needs, self.weight)
         for term, weight, options in self.terms:
             objective.add_term(term.name, term.build(options, **world), term.needs, weight)
         return objective

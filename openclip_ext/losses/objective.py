@@ -13,12 +13,12 @@ class Objective(nn.Module):
         needs: what `forward` must be given besides features and logit scale (see `openclip_ext.registry.NEEDS`).
     """
 
-    def __init__(self, base: nn.Module, needs: frozenset[str]) -> None:
+    def __init__(self, base: nn.Module, needs: frozenset[str], weight: float = 1.0) -> None:
         super().__init__()
         self.base = base
         self.terms = nn.ModuleDict()
         self._needs = {"base": needs}
-        self._weights: dict[str, float] = {}
+        self._weights = {"base": weight}
 
     def add_term(self, name: str, term: nn.Module, needs: frozenset[str], weight: float) -> None:
         """Add `weight` times the term, which returns `{"<name>_loss": tensor}`."""
@@ -38,9 +38,9 @@ class Objective(nn.Module):
         Raises:
             TypeError: something a part needs is missing from `extra`.
         """
-        outputs = self._call("base", self.base, image_features, text_features, logit_scale, extra)
-        for name, term in self.terms.items():
-            for key, value in self._call(name, term, image_features, text_features, logit_scale, extra).items():
+        outputs: dict[str, Tensor] = {}
+        for name, part in {"base": self.base, **self.terms}.items():
+            for key, value in self._call(name, part, image_features, text_features, logit_scale, extra).items():
                 outputs[key] = self._weights[name] * value if key.endswith("_loss") else value
         return outputs if output_dict else total_loss(outputs)
 
@@ -69,6 +69,8 @@ class Objective(nn.Module):
 ARGUMENTS = {
     "sample_ids": ("sample_ids",),
     "logit_bias": ("logit_bias",),
+    "teacher_features": ("dist_image_features", "dist_text_features", "dist_logit_scale"),
+    "caption_logits": ("logits", "labels"),
     "image_aug": ("image_features_aug",),
     "text_aug": ("text_features_aug",),
     "trunk_features": ("image_trunk_features", "text_trunk_features"),

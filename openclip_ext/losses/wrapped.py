@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from openclip_ext.ops.gather import mean_over_ranks
+from openclip_ext.ops.precision import promoted
 
 
 class WrappedLoss(nn.Module):
@@ -19,10 +20,7 @@ class WrappedLoss(nn.Module):
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, output_dict: bool = True, **extra
     ) -> dict[str, Tensor] | Tensor:
-        half = image_features.dtype.itemsize < 4
-        if half:
-            image_features, text_features = image_features.float(), text_features.float()
-        outputs = self.loss(image_features, text_features, logit_scale, **extra, output_dict=True)
+        outputs = self.loss(*promoted(image_features, text_features, logit_scale), **extra, output_dict=True)
         outputs = {
             name: value + (mean_over_ranks(value, self.world_size) - value.detach()) for name, value in outputs.items()
         }

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from openclip_ext.ops.gather import gather_rows, gather_sizes
+from openclip_ext.ops.precision import promoted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,7 @@ def gather_pairs(
             f"image_features {tuple(image_features.shape)} and text_features {tuple(text_features.shape)} "
             "must both be (batch, width)"
         )
-    dtype = torch.promote_types(image_features.dtype, torch.float32)
-    image, text = image_features.to(dtype), text_features.to(dtype)
+    image, text = promoted(image_features, text_features)
     sizes = gather_sizes(len(image), world_size, image.device)
     if sum(sizes) < 2:
         raise ValueError("a contrastive loss needs at least two pairs in the global batch; raise --batch-size")
@@ -81,7 +81,7 @@ def gather_pairs(
     else:
         ids = sample_ids.to(image.device)
         all_ids = gather_rows(ids, sizes)
-    return PairBatch(image, text, logit_scale.to(dtype), all_image, all_text, ids, all_ids, sizes, rank)
+    return PairBatch(image, text, logit_scale.to(image.dtype), all_image, all_text, ids, all_ids, sizes, rank)
 
 
 @torch.no_grad()

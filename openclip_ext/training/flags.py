@@ -13,10 +13,6 @@ REFUSED = {
     "trace": "it is for inference; trace the exported checkpoint",
     "torchscript": "use --torchcompile, or script the exported checkpoint",
     "use_bnb_linear": "train without it",
-    "distill_model": "not supported; train without it",
-    "distill_pretrained": "not supported; train without it",
-    "copy_codebase": "not supported; params.txt in the run's folder records flags and versions",
-    "remote_sync": "not supported; copy the run's folder yourself",
 }
 
 
@@ -82,7 +78,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name, remedy in REFUSED.items():
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: {remedy}")
-    if not args.train_data and not args.val_data and not args.imagenet_val and not args.imagenet_v2:
+    args.precision_given = any(part.partition("=")[0] == "--precision" for part in argv)
+    if args.dataset_type != "synthetic" and not any((args.train_data, args.val_data, args.imagenet_val, args.imagenet_v2)):
         raise UserError("--train-data: give the shards to train on, such as --train-data 'shards/{000..331}.tar'")
     for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
         if getattr(args, name) < 1:
@@ -94,10 +91,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args.loss_terms = parse_terms(args.loss_term)
     if args.train_data_upsampling_factors and not args.dataset_resampled:
         raise UserError("--train-data-upsampling-factors: needs --dataset-resampled")
-    if args.dataset_type in ("csv", "synthetic"):
-        raise UserError(
-            f"--dataset-type {args.dataset_type}: not supported; pack a CSV into shards with: openclip-ext shards pack"
-        )
+    known = {"", "all", "tensorboard", "wandb"}
+    if not set(args.report_to.replace(" ", "").split(",")) <= known:
+        raise UserError(f"--report-to {args.report_to}: use tensorboard, wandb, or both joined by a comma")
     _host.fill_optimizer_defaults(args)
     if args.lr is None:
         raise UserError("--lr: give a learning rate with a timm optimizer")

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 
 from torch import Tensor
 from tqdm import tqdm
@@ -43,15 +44,24 @@ def stop_logging() -> None:
 
 
 class EpochLog:
-    """Progress of one epoch on one rank, and its lines in the JSONL file.
+    """Progress of one epoch on one rank; `write` is given a row of scalars when one is due.
 
     Scalars are read from the device only when they are shown or written: every `every` steps, and for the progress
     line at most twice a second.
     """
 
-    def __init__(self, *, epoch: int, steps: int, samples_per_step: int, every: int, path: str | None, show: bool) -> None:
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        steps: int,
+        samples_per_step: int,
+        every: int,
+        write: Callable[[dict], None] | None,
+        show: bool,
+    ) -> None:
         self.epoch, self.steps, self.samples_per_step, self.every = epoch, steps, samples_per_step, every
-        self._path = path
+        self._write = write
         self._bar = tqdm(
             total=steps * samples_per_step,
             unit="sample",
@@ -68,7 +78,7 @@ class EpochLog:
         self._bar.update(self.samples_per_step)
         self._window_steps += 1
         now = time.perf_counter()
-        due = self._path is not None and (index % self.every == 0 or index + 1 == self.steps)
+        due = self._write is not None and (index % self.every == 0 or index + 1 == self.steps)
         show = not self._bar.disable and now - self._shown_at > 0.5
         if not (due or show):
             return
@@ -82,7 +92,7 @@ class EpochLog:
             seconds = now - self._window_start
             values["samples_per_second"] = self.samples_per_step * self._window_steps / max(seconds, 1e-9)
             self._window_start, self._window_steps = now, 0
-            append_json(self._path, {"step": step, "epoch": self.epoch, **values})
+            self._write({"step": step, "epoch": self.epoch, **values})
 
     def close(self) -> None:
         self._bar.close()

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.pipeline import TrainLoader
 from openclip_ext.errors import UserError
 from openclip_ext.losses.objective import Objective, total_loss
 from openclip_ext.training.log import EpochLog
 
-#: Entries of a model's output that do not belong to a sample.
-SCALARS = ("logit_scale", "logit_bias")
 MAX_SKIPPED_STEPS = 100
 
 
@@ -28,7 +28,8 @@ class Trainer:
 
     Attributes:
         accelerator: owns device, wrapping, autocast, gradient scaling and clipping.
-        model: prepared by the accelerator.
+        module: the model itself.
+        model: the same, prepared by the accelerator.
         loss: not prepared: its state must not be broadcast, and gradients of its parameters are averaged here.
         optimizer: prepared by the accelerator.
         schedule: sets the learning rate for a step; None: leave it.
@@ -37,9 +38,12 @@ class Trainer:
         accum_freq: batches per optimizer step.
         grad_clip_norm: None: no clipping.
         total_steps: of the whole run.
+        teacher: of distillation; None: there is none.
+        hash_ids: maps hashes of keys to sample ids; None: batches hold ids.
     """
 
     accelerator: Accelerator
+    module: nn.Module
     model: nn.Module
     loss: Objective
     optimizer: Any
@@ -49,7 +53,8 @@ class Trainer:
     accum_freq: int
     grad_clip_norm: float | None
     total_steps: int
-    sample_ids: Callable[[Tensor], Tensor] | None = None
+    teacher: nn.Module | None = None
+    hash_ids: HashIds | None = None
     skipped_steps: int = 0
 
     @property
@@ -64,7 +69,7 @@ class Trainer:
         """
         self.model.train()
         self.loss.train()
-        self.loader.stream.set_epoch(epoch)
+        self.loader.set_epoch(epoch)
         skipped: list[tuple[str, str, int]] = []
         batches = self._batches(skipped)
         for index in range(self.steps_per_epoch):
@@ -74,25 +79,24 @@ class Trainer:
             self.loss.begin_step(step=step, total_steps=self.total_steps)
             outputs = self._backward(list(itertools.islice(batches, self.accum_freq)))
             self._update(outputs)
-            outputs["logit_scale"] = self.unwrapped.logit_scale.detach().exp()
+            outputs["logit_scale"] = self.module.logit_scale.detach().exp()
             log.step(index, step, outputs, lr=self.optimizer.param_groups[0]["lr"], skipped_steps=self.skipped_steps)
         for _ in batches:  # what does not fill a step, so that workers end their epoch
             pass
         return skipped
 
-    @property
-    def unwrapped(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
-
     def _batches(self, skipped: list) -> Iterator[dict]:
-        """Batches on the device."""
+        """Batches on the device. Ranks agree on the first one, so that none waits for another that has no data."""
         device = self.accelerator.device
-        for batch in self.loader.batches:
+        for number, batch in enumerate(self.loader.batches):
             skipped += batch.pop("skipped")
-            if "error" in batch:
-                raise UserError(batch["error"])
-            if self.sample_ids is not None:
-                batch["sample_id"] = self.sample_ids(batch["sample_id"])
+            error = batch.get("error")
+            if number == 0 and self.accelerator.num_processes > 1:
+                error = next(filter(None, gather_object([error])), None)
+            if error is not None:
+                raise UserError(error)
+            if self.hash_ids is not None:
+                batch["sample_id"] = self.hash_ids(batch["sample_id"])
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             if self.input_dtype is not None:
                 batch["image"] = batch["image"].to(self.input_dtype)
@@ -107,7 +111,7 @@ class Trainer:
 
     def _backward_whole(self, batches: list[dict]) -> dict[str, Tensor]:
         (batch,) = batches
-        outputs = self._loss(self.model(batch["image"], batch["text"]), batch.get("sample_id"))
+        outputs = self._loss(self.model(batch["image"], batch["text"]), self._constants(batch))
         self.accelerator.backward(total_loss(outputs))
         return outputs
 
@@ -123,28 +127,36 @@ class Trainer:
             random_states.append(_random_state(self.accelerator.device))
             with torch.no_grad():
                 parts.append(self.model(batch["image"], batch["text"]))
-        per_sample = [key for key, value in parts[0].items() if key not in SCALARS and value is not None]
-        leaves = {key: torch.cat([part[key] for part in parts]).requires_grad_() for key in per_sample}
-        scalars = {key: parts[-1][key].detach().clone().requires_grad_() for key in SCALARS if parts[-1].get(key) is not None}
-        sample_ids = torch.cat([batch["sample_id"] for batch in batches]) if "sample_id" in batches[0] else None
-        outputs = self._loss(leaves | scalars, sample_ids)
+        leaves = {key: value.detach().clone() for key, value in _concatenated(parts).items()}
+        for leaf in leaves.values():
+            leaf.requires_grad_(leaf.is_floating_point())
+        outputs = self._loss(leaves, _concatenated([self._constants(batch) for batch in batches]))
         self.accelerator.backward(total_loss(outputs))
-        gradients = {key: leaf.grad.split([len(part[key]) for part in parts]) for key, leaf in leaves.items() if leaf.grad is not None}
+        sizes = [len(batch["image"]) for batch in batches]
+        gradients = {key: leaf.grad.split(sizes) for key, leaf in leaves.items() if leaf.grad is not None and leaf.ndim}
         for number, (batch, state) in enumerate(zip(batches, random_states, strict=True)):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), _replayed(state):
                 again = self.model(batch["image"], batch["text"])
-                pairs = [(again[key], parts_of[number]) for key, parts_of in gradients.items()]
-                if last:
-                    pairs += [(again[key], leaf.grad) for key, leaf in scalars.items() if leaf.grad is not None]
+                pairs = [(again[key], gradient[number]) for key, gradient in gradients.items()]
+                if last:  # scalars belong to no part
+                    pairs += [(again[key], x.grad) for key, x in leaves.items() if x.grad is not None and not x.ndim]
                 torch.autograd.backward(*zip(*pairs, strict=True))
         return outputs
 
-    def _loss(self, model_out: dict[str, Tensor], sample_ids: Tensor | None) -> dict[str, Tensor]:
-        extra = {key: value for key, value in model_out.items() if key not in ("image_features", "text_features", "logit_scale")}
-        if sample_ids is not None:
-            extra["sample_ids"] = sample_ids
-        return self.loss(model_out["image_features"], model_out["text_features"], model_out["logit_scale"], **extra)
+    def _constants(self, batch: dict) -> dict[str, Tensor]:
+        """What the loss is given that has no gradient."""
+        constants = {"sample_ids": batch["sample_id"]} if "sample_id" in batch else {}
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher_out = self.teacher(batch["image"], batch["text"])
+            constants |= {f"dist_{key}": value for key, value in teacher_out.items() if value is not None}
+        return constants
+
+    def _loss(self, model_out: dict[str, Tensor], constants: dict[str, Tensor]) -> dict[str, Tensor]:
+        features = dict(model_out)
+        required = [features.pop(key) for key in ("image_features", "text_features", "logit_scale")]
+        return self.loss(*required, **features, **constants)
 
     def _update(self, outputs: dict[str, Tensor]) -> None:
         """Step the optimizer and commit the loss's state, or do neither where something is not finite."""
@@ -159,7 +171,7 @@ class Trainer:
             self.skipped_steps = 0
             self.loss.commit()
             with torch.no_grad():
-                self.unwrapped.logit_scale.clamp_(0, math.log(100))  # as in OpenCLIP
+                self.module.logit_scale.clamp_(0, math.log(100))  # as in OpenCLIP
             return
         self.skipped_steps += 1
         if self.skipped_steps == MAX_SKIPPED_STEPS:
@@ -167,6 +179,12 @@ class Trainer:
                 f"the loss or its gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row; lower --lr, raise "
                 "--warmup, or use --grad-clip-norm 1 or --precision fp32"
             )
+
+
+def _concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Per-sample tensors of several batches as one; of scalars, which are equal, the last."""
+    keys = [key for key, value in parts[0].items() if value is not None]
+    return {key: torch.cat([part[key] for part in parts]) if parts[0][key].ndim else parts[-1][key] for key in keys}
 
 
 def _average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:

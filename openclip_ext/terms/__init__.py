@@ -1,0 +1,1 @@
+"""Additive terms, one file each, for any base loss."""

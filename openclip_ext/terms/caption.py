@@ -1,0 +1,49 @@
+"""The captioning loss of CoCa models."""
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from openclip_ext.ops.gather import mean_over_ranks
+from openclip_ext.ops.precision import promoted
+from openclip_ext.registry import LossSpec
+
+PAD = 0  # of OpenCLIP's tokenizer
+
+
+class CaptionTerm(nn.Module):
+    """Mean cross entropy of the next caption token over all tokens of the global batch that are no padding.
+
+    Source: Yu et al., "CoCa", TMLR 2022; `open_clip.loss.CoCaLoss` on one process.
+    """
+
+    def __init__(self, options, *, num_samples: int, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.world_size = world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        *,
+        logits: Tensor,
+        labels: Tensor,
+        output_dict: bool = True,
+    ) -> dict[str, Tensor] | Tensor:
+        """`logits` (B, L, V), `labels` (B, L). Returns `caption_loss`, the global mean."""
+        (logits,) = promoted(logits)
+        total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum")
+        # The mean count per rank, so that averaging gradients over ranks divides by the count of all.
+        count = mean_over_ranks((labels != PAD).sum().to(logits.dtype), self.world_size)
+        value = total / count
+        value = value + (mean_over_ranks(value, self.world_size) - value.detach())
+        return {"caption_loss": value} if output_dict else value
+
+
+SPEC = LossSpec(
+    name="caption",
+    summary="captioning loss of CoCa models; added for them, weighted by --coca-caption-loss-weight",
+    paper="Yu et al., TMLR 2022",
+    needs=frozenset({"caption_logits"}),
+    build=CaptionTerm,
+)

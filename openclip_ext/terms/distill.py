@@ -1,0 +1,47 @@
+"""Distillation from a teacher's similarities, as OpenCLIP has it."""
+
+from torch import Tensor, nn
+
+from openclip_ext._host import distill_loss
+from openclip_ext.ops.gather import mean_over_ranks
+from openclip_ext.ops.precision import promoted
+from openclip_ext.registry import LossSpec
+
+
+class DistillTerm(nn.Module):
+    """Cross entropy of the model's softmax over the batch against the teacher's, both directions averaged.
+
+    Source: the distillation part of `open_clip.loss.DistillClipLoss`.
+    """
+
+    def __init__(self, options, *, num_samples: int, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.world_size = world_size
+        self.loss = distill_loss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        *,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Tensor,
+        output_dict: bool = True,
+    ) -> dict[str, Tensor] | Tensor:
+        """Features (B, D) and scale () of the model, the same of the teacher. Returns `distill_loss`, the global mean."""
+        student = promoted(image_features, text_features, logit_scale)
+        teacher = promoted(dist_image_features, dist_text_features, dist_logit_scale)
+        value = self.loss(*student, *teacher, output_dict=True)["distill_loss"]
+        value = value + (mean_over_ranks(value, self.world_size) - value.detach())
+        return {"distill_loss": value} if output_dict else value
+
+
+SPEC = LossSpec(
+    name="distill",
+    summary="distillation from the similarities of --distill-model; added by that flag",
+    paper="open_clip.loss.DistillClipLoss",
+    needs=frozenset({"teacher_features"}),
+    build=DistillTerm,
+)

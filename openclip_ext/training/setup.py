@@ -1,0 +1,230 @@
+"""From flags to the parts of a run. Whatever can be wrong with the input is found here, before anything is written."""
+
+import argparse
+import dataclasses
+import datetime
+import os
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list, is_tensorboard_available, is_wandb_available
+
+from openclip_ext import _host
+from openclip_ext.data.check import check_shards
+from openclip_ext.data.listing import ShardListing, list_shards
+from openclip_ext.data.pipeline import StreamConfig, eval_loader
+from openclip_ext.data.table import Table, csv_table, synthetic_table
+from openclip_ext.errors import UserError
+from openclip_ext.evaluation.during_training import Evaluator
+from openclip_ext.evaluation.zero_shot import imagenet_loader
+from openclip_ext.losses import ObjectivePlan
+
+_MIXED = {"amp": "fp16", "amp_bf16": "bf16", "amp_bfloat16": "bf16"}
+#: What a loss may ask for that this loop provides.
+PROVIDED = frozenset({"sample_ids", "logit_bias", "teacher_features", "caption_logits"})
+
+
+def plan_objective(args: argparse.Namespace) -> ObjectivePlan:
+    """The loss and its terms, with those that OpenCLIP adds for distillation and for CoCa models.
+
+    Raises:
+        UserError: unknown names or options, or a need that this loop does not provide.
+    """
+    terms, weight = dict(args.loss_terms), 1.0
+    if args.distill_model:
+        if not args.distill_pretrained:
+            raise UserError(f"--distill-model {args.distill_model}: give its weights with --distill-pretrained")
+        terms.setdefault("distill", {})
+    if "coca" in args.model.lower().rsplit("/", 1)[-1]:
+        terms.setdefault("caption", {"weight": args.coca_caption_loss_weight})
+        weight = args.coca_contrastive_loss_weight
+    plan = ObjectivePlan(args.loss, args.loss_options, terms, weight=weight)
+    missing = plan.needs - PROVIDED
+    if "teacher_features" in plan.needs and not args.distill_model:
+        missing |= {"teacher_features (--distill-model)"}
+    if missing:
+        raise UserError(f"--loss {args.loss}: needs {', '.join(sorted(missing))}, which is not provided")
+    return plan
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What to train on.
+
+    Attributes:
+        source: shards or a table.
+        num_samples: per epoch and over all ranks.
+        num_ids: sample ids run from 0 to this: N of the loss.
+        sample_id: how samples are identified, None where the loss does not need it.
+    """
+
+    source: ShardListing | Table
+    num_samples: int
+    num_ids: int
+    sample_id: str | None
+
+
+def training_data(args: argparse.Namespace, plan: ObjectivePlan) -> TrainingData | None:
+    """What `--train-data` and its kin name; None where they name nothing.
+
+    Raises:
+        UserError: nothing matches, or the number of samples, or of ids where the loss needs them, cannot be known.
+    """
+    wanted = args.sample_id if "sample_ids" in plan.needs else None
+    kind = _dataset_type(args.train_data, args.dataset_type, "--train-data")
+    if kind == "synthetic":
+        if not args.train_num_samples:
+            raise UserError("--dataset-type synthetic: give the number of samples with --train-num-samples")
+        table = synthetic_table(args.train_num_samples)
+    elif not args.train_data:
+        return None
+    elif kind == "csv":
+        table = csv_table(args.train_data, args.csv_img_key, args.csv_caption_key, args.csv_separator)
+    else:
+        return _shard_data(args, wanted)
+    return TrainingData(table, len(table), len(table), wanted and "index")
+
+
+def _dataset_type(path: str | None, given: str, flag: str) -> str:
+    if given != "auto":
+        return given
+    return "csv" if path and path.endswith((".csv", ".tsv")) else "webdataset"
+
+
+def _shard_data(args: argparse.Namespace, wanted: str | None) -> TrainingData:
+    listing = list_shards(args.train_data, args.train_data_upsampling_factors)
+    num_samples = args.train_num_samples or listing.length
+    index = "openclip-ext shards index " + (os.path.dirname(listing.urls[0]) or ".")
+    if num_samples is None:
+        raise UserError(
+            f"--train-data {args.train_data}: the number of samples is not known; write sizes.json with: {index}, "
+            "or give --train-num-samples"
+        )
+    num_ids = listing.length or num_samples
+    if wanted == "hash":
+        num_ids = args.sample_id_table or 4 * num_ids
+    elif wanted == "index" and listing.sizes is None:
+        raise UserError(
+            f"--loss {args.loss}: needs sample ids, and {args.train_data} has no sizes.json to number samples by; "
+            f"write it with: {index}, or use --sample-id hash"
+        )
+    return TrainingData(listing, num_samples, num_ids, wanted)
+
+
+def require_sizes(listing: ShardListing, progress: bool) -> None:
+    """`--check-shards`. Raises UserError: a shard holds another number of samples than `sizes.json` says."""
+    for report in check_shards(listing, decode=False, progress=progress):
+        if report.faults or report.expected is None:
+            fault = ", ".join(report.faults) or "not in sizes.json"
+            raise UserError(
+                f"--check-shards: {report.url} holds {report.samples} samples, sizes.json says {report.expected} "
+                f"({fault}); write it anew with: openclip-ext shards index {os.path.dirname(report.url) or '.'}"
+            )
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Device, processes and precision as OpenCLIP's flags or Accelerate's configuration say.
+
+    Without a GPU the default, fp16 autocast, becomes fp32.
+
+    Raises:
+        UserError: the two disagree, or the precision needs a GPU.
+    """
+    _agree_with_accelerate(args)
+    cpu = args.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if cpu and args.precision in ("fp16", "pure_fp16"):
+        raise UserError(f"--precision {args.precision}: needs a GPU; use fp32 or amp_bf16 on CPU")
+    if cpu and args.precision == "amp":
+        args.precision = "fp32"
+    if torch.cuda.is_available() and not cpu:
+        torch.backends.cuda.matmul.allow_tf32 = True  # as OpenCLIP does
+        torch.backends.cudnn.benchmark = True
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=_MIXED.get(args.precision, "no"),
+        # Nothing here is divided by accumulation steps: the loop accumulates inside one backward call.
+        gradient_accumulation_steps=1,
+        kwargs_handlers=[DistributedDataParallelKwargs(static_graph=args.ddp_static_graph)],
+        log_with=_trackers(args.report_to) or None,
+    )
+
+
+def _trackers(report_to: str) -> list[str]:
+    """What `--report-to` names. Raises UserError: one of them is not installed."""
+    available = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
+    wanted = [name for name in available if name in report_to or "all" in report_to]
+    for name in wanted:
+        if not available[name]:
+            raise UserError(f"--report-to {report_to}: {name} is not installed; pip install {name}")
+    return wanted
+
+
+def _agree_with_accelerate(args: argparse.Namespace) -> None:
+    """Take the precision from `accelerate launch` where no flag gives it. Raises UserError where both do and differ."""
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if configured in ("fp16", "bf16"):
+        if args.precision_given and _MIXED.get(args.precision) != configured:
+            raise UserError(
+                f"--precision {args.precision}: Accelerate is configured for {configured}; drop the flag, or launch with "
+                "accelerate launch --mixed_precision no"
+            )
+        args.precision = "amp" if configured == "fp16" else "amp_bf16"
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "auto", str(args.accum_freq)):
+        raise UserError(
+            f"--accum-freq {args.accum_freq}: Accelerate is configured for {steps} gradient accumulation steps; give "
+            f"--accum-freq {steps}, or launch with accelerate launch --gradient_accumulation_steps 1"
+        )
+
+
+def run_folder(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+    """The folder of this run, None with `--logs none`. Not made yet.
+
+    Raises:
+        UserError: it holds a run already.
+    """
+    if not args.logs or args.logs.lower() == "none":
+        return None
+    if args.name is None:
+        stamp = datetime.datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
+        (stamp,) = broadcast_object_list([stamp]) if accelerator.num_processes > 1 else (stamp,)
+        model = args.model.replace("/", "-").replace(":", "-")
+        args.name = f"{stamp}-model_{model}-loss_{args.loss}-lr_{args.lr}-b_{args.batch_size}-p_{args.precision}"
+    folder = os.path.join(args.logs, args.name)
+    if os.path.exists(os.path.join(folder, "out.log")) and args.resume is None:
+        raise UserError(f"--name {args.name}: {folder} holds a run already; use another --name, or --resume latest")
+    return folder
+
+
+def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer, transform) -> Evaluator:
+    """What `--val-data`, `--imagenet-val` and `--imagenet-v2` ask for. Raises UserError: a path that does not fit."""
+    pairs = None
+    if args.val_data:
+        if _dataset_type(args.val_data, args.dataset_type, "--val-data") == "csv":
+            source = csv_table(args.val_data, args.csv_img_key, args.csv_caption_key, args.csv_separator)
+        else:
+            source = list_shards(args.val_data, flag="--val-data")
+        config = StreamConfig(
+            source=source, batch_size=args.batch_size, image_transform=transform, tokenizer=tokenizer
+        )
+        pairs = eval_loader(config, workers=args.workers)
+    imagenet = {}
+    for flag, path, prefix in (
+        ("--imagenet-val", args.imagenet_val, "imagenet-zeroshot-val"),
+        ("--imagenet-v2", args.imagenet_v2, "imagenetv2-zeroshot-val"),
+    ):
+        if path:
+            imagenet[prefix] = imagenet_loader(
+                path, transform, flag=flag, batch_size=args.batch_size, workers=args.workers
+            )
+    return Evaluator(
+        tokenizer=tokenizer,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+        dtype=_host.input_dtype(args.precision),
+        pairs=pairs,
+        imagenet=imagenet,
+        val_frequency=args.val_frequency,
+        zeroshot_frequency=args.zeroshot_frequency,
+        progress=accelerator.is_main_process,
+    )
