@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from openclip_ext.data import digits
 from openclip_ext.data.pack import pack
 from openclip_ext.testing import RankPool
@@ -16,6 +17,13 @@ TINY_MODEL = {
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """Accelerate keeps its state per process, where a user starts one process per run."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -220,7 +220,7 @@ def _make_folder(args, folder: str) -> None:
 
 def _start_trackers(args, accelerator: Accelerator, folder: str) -> None:
     """TensorBoard below the run's folder, Weights & Biases under OpenCLIP's names."""
-    accelerator.project_configuration.set_directories(folder)
+    accelerator.project_configuration.logging_dir = folder
     resume = "auto" if args.resume == "latest" else None
     wandb = {"name": args.name, "id": args.name, "notes": args.wandb_notes, "resume": resume}
     config = {name: value for name, value in vars(args).items() if isinstance(value, int | float | str | bool)}

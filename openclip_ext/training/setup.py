@@ -7,7 +7,7 @@ import os
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, is_tensorboard_available, is_wandb_available
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, is_tensorboard_available, is_wandb_available
 
 from openclip_ext import _host
 from openclip_ext.data.check import check_shards
@@ -146,6 +146,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         gradient_accumulation_steps=1,
         kwargs_handlers=[DistributedDataParallelKwargs(static_graph=args.ddp_static_graph)],
         log_with=_trackers(args.report_to) or None,
+        project_config=ProjectConfiguration(logging_dir=args.logs),  # of trackers; the run's folder once it is known
     )
 
 
