@@ -5,7 +5,7 @@ from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
 
 __version__ = "0.1.0"
-__all__ = ["LossSpec", "UserError", "create_loss", "option"]
+__all__ = ["LossSpec", "UserError", "create_loss", "option", "promoted"]
 
 
 def __getattr__(name: str):
@@ -14,4 +14,8 @@ def __getattr__(name: str):
         from openclip_ext.losses import create_loss
 
         return create_loss
+    if name == "promoted":
+        from openclip_ext.ops.precision import promoted
+
+        return promoted
     raise AttributeError(f"module 'openclip_ext' has no attribute {name!r}")

@@ -49,19 +49,22 @@ class RankPool:
             return self._answers(num_ranks)
 
     def _answers(self, num_ranks: int) -> list[Any]:
-        """Results in rank order. The first failure ends all: the other ranks may wait for the failed one forever."""
+        """Results in rank order. After a failure the other ranks, which may wait for that one forever, get a moment."""
         waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers[:num_ranks])}
-        results = {}
-        while waiting:
-            for connection in multiprocessing.connection.wait(list(waiting)):
+        results, failures = {}, {}
+        while ready := multiprocessing.connection.wait(list(waiting), timeout=2.0 if failures else None):
+            for connection in ready:
                 rank = waiting.pop(connection)
                 try:
-                    succeeded, results[rank] = connection.recv()
+                    succeeded, answer = connection.recv()
                 except EOFError:
-                    succeeded, results[rank] = False, "the process died"
-                if not succeeded:
-                    self.close()
-                    raise RuntimeError(f"rank {rank}:\n{results[rank]}")
+                    succeeded, answer = False, "the process died"
+                (results if succeeded else failures)[rank] = answer
+            if not waiting:
+                break
+        if failures:
+            self.close()
+            raise RuntimeError("\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(failures.items())))
         return [results[rank] for rank in range(num_ranks)]
 
     def _start(self):

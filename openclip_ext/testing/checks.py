@@ -1,0 +1,223 @@
+"""The checks that every loss of this package passes, for losses by other authors."""
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from openclip_ext.losses import Objective, create_loss
+from openclip_ext.testing.ranks import RankPool
+
+GLOBAL_BATCH, INPUT, WIDTH, NUM_SAMPLES = 8, 7, 5, 30
+
+
+def check_loss(
+    name: str, *, ranks: RankPool | None = None, num_ranks: tuple[int, ...] = (2, 4), gradcheck: bool = True, **options
+) -> None:
+    """Assert that a registered loss can be trusted in the training loop.
+
+    * gradient: on samples it has not seen, its gradient is that of its value (`torch.autograd.gradcheck`);
+    * stages: calling it changes no state before `commit`, and calling it again in the same step gives the same;
+    * state: `state_dict` holds all that later calls depend on;
+    * precision: under autocast and on half-precision features the value is float32, finite, and close;
+    * ranks: N gloo processes give the value (their mean), the averaged gradient and the next state of one process on
+      the concatenated batch, to 1e-5, over two steps in which samples change ranks.
+
+    Call it below `if __name__ == "__main__":` in a script, since the processes import the main module.
+
+    Args:
+        name: as in `--loss`.
+        ranks: a pool to use; None: one is started for this call, which takes some seconds.
+        num_ranks: the numbers of processes to compare with one.
+        gradcheck: False for a loss whose gradient is not that of its value by design.
+        **options: of the loss, and `terms` as in `create_loss`.
+
+    Raises:
+        AssertionError: a check fails; the message begins with its name.
+    """
+    if gradcheck:
+        with _named("gradient"):
+            _check_gradient(name, options)
+    with _named("stages"):
+        _check_stages(name, options)
+    with _named("state"):
+        _check_state(name, options)
+    with _named("precision"):
+        _check_precision(name, options)
+    with _named("ranks"), contextlib.nullcontext(ranks) if ranks else RankPool() as pool:
+        for number in num_ranks:
+            check_ranks(pool, name, options, [GLOBAL_BATCH // number] * number)
+
+
+def check_ranks(pool: RankPool, name: str, options: dict[str, Any], sizes: list[int]) -> None:
+    """Assert that ranks with batches of the given sizes, eight pairs in all, equal one process."""
+    (single,) = pool.run(two_steps, 1, name, options, [GLOBAL_BATCH])
+    several = pool.run(two_steps, len(sizes), name, options, sizes)
+    for step, expected in enumerate(single):
+        results = [steps[step] for steps in several]
+        mean = {key: sum(result["values"][key] for result in results) / len(sizes) for key in expected["values"]}
+        for rank, result in enumerate(results):
+            torch.testing.assert_close(
+                result | {"values": mean}, expected, rtol=1e-5, atol=1e-5, equal_nan=True,
+                msg=lambda text, rank=rank, step=step: f"step {step}, rank {rank}: {text}",
+            )  # fmt: skip
+
+
+class ToyModel(nn.Module):
+    """Linear towers that return what an OpenCLIP model returns, and whatever else a loss may need."""
+
+    def __init__(self, needs: frozenset[str]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.needs = needs
+        self.image = nn.Parameter(torch.randn(INPUT, WIDTH, generator=generator))
+        self.text = nn.Parameter(torch.randn(INPUT, WIDTH, generator=generator))
+        self.logit_scale = nn.Parameter(torch.tensor(1.6))
+        if "logit_bias" in needs:
+            self.logit_bias = nn.Parameter(torch.tensor(-2.0))
+        self.register_buffer("teacher", torch.randn(2, INPUT, WIDTH, generator=generator))
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        trunk = {"image": image @ self.image, "text": text @ self.text}
+        out = {f"{key}_features": normalize(value, dim=-1) for key, value in trunk.items()}
+        out["logit_scale"] = self.logit_scale.exp()
+        if "logit_bias" in self.needs:
+            out["logit_bias"] = self.logit_bias
+        if "teacher_features" in self.needs:
+            out["dist_image_features"] = normalize(image @ self.teacher[0], dim=-1)
+            out["dist_text_features"] = normalize(text @ self.teacher[1], dim=-1)
+            out["dist_logit_scale"] = torch.tensor(4.0)
+        if "caption_logits" in self.needs:
+            out["logits"] = (trunk["image"][:, :, None] * trunk["text"][:, None, :])[:, :3]
+            out["labels"] = (image[:, :3].abs() * 2).long().clamp_max(WIDTH - 1)
+        if "image_aug" in self.needs:
+            out["image_features_aug"] = normalize((image + 0.3 * image.roll(1, 1)) @ self.image, dim=-1)
+        if "text_aug" in self.needs:
+            out["text_features_aug"] = normalize((text + 0.3 * text.roll(1, 1)) @ self.text, dim=-1)
+        if "trunk_features" in self.needs:
+            out |= {f"{key}_trunk_features": value for key, value in trunk.items()}
+        return out
+
+
+def toy_steps() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Image inputs, text inputs and sample ids of two steps: the same samples, in another order the second time."""
+    generator = torch.Generator().manual_seed(5)
+    steps = []
+    for order in (torch.arange(GLOBAL_BATCH), torch.randperm(GLOBAL_BATCH, generator=generator)):
+        image, text = torch.randn(2, GLOBAL_BATCH, INPUT, generator=generator)
+        steps.append((image[order], text[order], (torch.arange(GLOBAL_BATCH) * 3)[order]))
+    return steps
+
+
+def evaluate_loss(loss: Objective, model: nn.Module, image: Tensor, text: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    """The loss's outputs for a toy batch."""
+    features = model(image, text)
+    required = [features.pop(key) for key in ("image_features", "text_features", "logit_scale")]
+    return loss(*required, **features, sample_ids=ids)
+
+
+def two_steps(rank: int, num_ranks: int, name: str, options: dict, sizes: list[int]) -> list[dict]:
+    """Values, averaged gradients and state after each of two steps at fixed parameters, on one of several ranks."""
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    loss = create_loss(name, num_samples=NUM_SAMPLES, rank=rank, world_size=num_ranks, **options)
+    toy = ToyModel(loss.needs)
+    model = DistributedDataParallel(toy) if num_ranks > 1 else toy
+    results = []
+    for step, (image, text, ids) in enumerate(toy_steps()):
+        loss.begin_step(step=step, total_steps=2)
+        toy.zero_grad()
+        loss.zero_grad()
+        outputs = evaluate_loss(loss, model, image[own], text[own], ids[own])
+        sum(value for key, value in outputs.items() if key.endswith("_loss")).backward()
+        loss.commit()
+        gradients = {key: parameter.grad.clone() for key, parameter in toy.named_parameters()}
+        for key, parameter in loss.named_parameters():
+            if num_ranks > 1:  # as the training loop does
+                torch.distributed.all_reduce(parameter.grad)
+            gradients[key] = parameter.grad / num_ranks
+        state = {key: value.clone() for key, value in loss.state_dict().items()}
+        results.append({"values": {k: v.detach() for k, v in outputs.items()}, "gradients": gradients, "state": state})
+    return results
+
+
+@contextlib.contextmanager
+def _named(check: str):
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:  # RuntimeError: from gradcheck, or from a rank
+        raise AssertionError(f"{check}: {error}") from error
+
+
+def _fresh(name: str, options: dict) -> tuple[Objective, ToyModel]:
+    loss = create_loss(name, num_samples=NUM_SAMPLES, **options)
+    return loss, ToyModel(loss.needs)
+
+
+def _total(outputs: dict[str, Tensor]) -> Tensor:
+    return sum(value for key, value in outputs.items() if key.endswith("_loss"))
+
+
+def _check_gradient(name: str, options: dict) -> None:
+    loss, model = _fresh(name, options)
+    loss, model = loss.double(), model.double()
+    image, text, ids = toy_steps()[0]
+    names = [key for key, _ in model.named_parameters()]
+
+    def value(*parameters):
+        def run(image, text):
+            return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (image, text))
+
+        return _total(evaluate_loss(loss, run, image.double(), text.double(), ids))
+
+    dtype = _total(evaluate_loss(loss, model, image.double(), text.double(), ids)).dtype
+    assert dtype == torch.float64, f"the value of float64 features is {dtype}; see openclip_ext.promoted"
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
+    torch.autograd.gradcheck(value, parameters)
+
+
+def _check_stages(name: str, options: dict) -> None:
+    loss, model = _fresh(name, options)
+    first, second = toy_steps()
+    evaluate_loss(loss, model, *first)
+    loss.commit()
+    before = {key: value.clone() for key, value in loss.state_dict().items()}
+    once = evaluate_loss(loss, model, *second)
+    torch.testing.assert_close(
+        loss.state_dict(), before, equal_nan=True, msg=lambda text: f"forward changed state before commit: {text}"
+    )
+    again = evaluate_loss(loss, model, *second)
+    torch.testing.assert_close(again, once, msg=lambda text: f"a second call in the same step differs: {text}")
+
+
+def _check_state(name: str, options: dict) -> None:
+    (loss, model), (copy, _) = _fresh(name, options), _fresh(name, options)
+    first, second = toy_steps()
+    evaluate_loss(loss, model, *first)
+    loss.commit()
+    file = io.BytesIO()
+    torch.save(loss.state_dict(), file)
+    file.seek(0)
+    copy.load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(
+        evaluate_loss(copy, model, *second),
+        evaluate_loss(loss, model, *second),
+        msg=lambda text: f"after load_state_dict the loss differs: {text}",
+    )
+
+
+def _check_precision(name: str, options: dict) -> None:
+    (loss, model), (copy, _) = _fresh(name, options), _fresh(name, options)
+    batch = toy_steps()[0]
+    exact = _total(evaluate_loss(loss, model, *batch))
+
+    def half(image, text):
+        return {key: x.bfloat16() if x.is_floating_point() else x for key, x in model(image, text).items()}
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = _total(evaluate_loss(copy, half, *batch))
+    assert rough.dtype == torch.float32, f"the value under autocast is {rough.dtype}, not float32"
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.02)
