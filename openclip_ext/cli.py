@@ -107,9 +107,7 @@ def _losses(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from openclip_ext.demo import run_demo
 
-    run_demo(
-        args.out, losses=args.losses.split(","), seeds=args.seeds, epochs=args.epochs, batch_size=args.batch_size
-    )
+    run_demo(args.out, losses=args.losses.split(","), seeds=args.seeds, epochs=args.epochs, batch_size=args.batch_size)
     return 0
 
 

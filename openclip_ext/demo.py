@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from openclip_ext.data import digits
+from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
 from openclip_ext.data.pipeline import StreamConfig, eval_loader
-from openclip_ext.data.listing import list_shards
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.retrieval import retrieval_metrics
 from openclip_ext.evaluation.zero_shot import zero_shot_accuracy
@@ -214,5 +214,3 @@ def _quiet_third_parties():
         yield
     finally:
         logging.root.setLevel(level)
-
-

@@ -49,5 +49,3 @@ def _table(specs) -> list[str]:
 def _as_data(spec: LossSpec) -> dict[str, Any]:
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name != "build"}
     return fields | {"needs": sorted(spec.needs), "options": describe_options(spec.options)}
-
-

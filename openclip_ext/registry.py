@@ -29,7 +29,7 @@ class LossSpec:
     Attributes:
         name: what follows `--loss`; equal to the name of the entry point.
         summary: what it does, in one line.
-        build: `build(options, *, num_samples, rank, world_size) -> torch.nn.Module`; a class with this signature will do.
+        build: `build(options, *, num_samples, rank, world_size) -> torch.nn.Module`; a class with this signature does.
         options: keyword-only dataclass whose fields are declared by `openclip_ext.option`.
         paper: where it was published.
         needs: a subset of `NEEDS`, what its forward must be given beyond features and logit scale.

@@ -15,6 +15,7 @@ import time
 import open_clip
 import torch
 import webdataset as wds
+
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pipeline import SAMPLE_BUFFER, StreamConfig, train_loader
 
@@ -67,7 +68,7 @@ def main() -> None:
             "ours": train_loader(config, num_samples=num_batches * args.batch_size, workers=workers).batches,
         }
         measured: dict[str, list[float]] = {"bare": [], "ours": []}
-        for name, loader in loaders.items():
+        for loader in loaders.values():
             seconds(loader)  # warm up
         for repeat in range(args.repeats):
             for name in sorted(loaders, reverse=bool(repeat % 2)):

@@ -16,10 +16,12 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 
 import open_clip
 import torch
 from open_clip_train import main as stock
+
 from openclip_ext.data.listing import list_shards
 from openclip_ext.training import loop, run
 from openclip_ext.training.flags import parse_args
@@ -97,9 +99,9 @@ def main() -> None:
             for repeat in range(args.repeats):
                 place = os.path.join(folder, f"{workers}-{repeat}")
                 jobs = [
-                    ("stock clip", lambda place=place: theirs(args, place, workers)),
-                    ("ours clip", lambda place=place: ours(args, place, workers, "clip")),
-                    ("ours gamma_decomp", lambda place=place: ours(args, place, workers, "gamma_decomp")),
+                    ("stock clip", partial(theirs, args, place, workers)),
+                    ("ours clip", partial(ours, args, place, workers, "clip")),
+                    ("ours gamma_decomp", partial(ours, args, place, workers, "gamma_decomp")),
                 ]
                 for name, job in jobs[repeat % 3 :] + jobs[: repeat % 3]:
                     measured[name] += job()[1:]

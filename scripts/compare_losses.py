@@ -15,11 +15,12 @@ import time
 
 import numpy as np
 import torch
-from openclip_ext import create_loss
-from openclip_ext.evaluation.retrieval import retrieval_metrics
 from torch import nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
+
+from openclip_ext import create_loss
+from openclip_ext.evaluation.retrieval import retrieval_metrics
 
 VALIDATION = 1000
 RECALLS = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
@@ -34,7 +35,11 @@ class TwoTowers(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(logit_scale).log())
 
     def forward(self, x, tokens):
-        return normalize(self.image(x), dim=-1), normalize(self.text(self.tokens(tokens)), dim=-1), self.logit_scale.exp()
+        return (
+            normalize(self.image(x), dim=-1),
+            normalize(self.text(self.tokens(tokens)), dim=-1),
+            self.logit_scale.exp(),
+        )
 
 
 def load(train_path: str, test_path: str, split: str):

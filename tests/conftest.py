@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+
 from openclip_ext.data import digits
 from openclip_ext.data.pack import pack
 from openclip_ext.testing import RankPool

@@ -7,7 +7,9 @@ import torch
 
 def unit(*shape, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(
+        dtype
+    )
 
 
 def ratios(image, text, scale):
@@ -17,7 +19,9 @@ def ratios(image, text, scale):
         rows = []
         for i in range(len(anchors)):
             positive = scale * torch.dot(anchors[i], columns[i])
-            rows.append([(j, scale * torch.dot(anchors[i], columns[j]) - positive) for j in range(len(columns)) if j != i])
+            rows.append(
+                [(j, scale * torch.dot(anchors[i], columns[j]) - positive) for j in range(len(columns)) if j != i]
+            )
         directions.append(rows)
     return directions
 

@@ -1,10 +1,11 @@
 """Bias at fixed parameters: the mean gradient over many small batches against the gradient of the full-data loss."""
 
-import oracles
 import pytest
 import torch
-from openclip_ext import create_loss
 from torch.nn.functional import normalize
+
+import oracles
+from openclip_ext import create_loss
 
 N, D, B = 128, 8, 8
 SCALE = torch.tensor(10.0)

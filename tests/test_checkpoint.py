@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from openclip_ext import UserError
 from openclip_ext.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+
 from openclip_ext.cli import main
 from openclip_ext.training.flags import REFUSED, build_parser
 
@@ -40,7 +41,8 @@ def test_one_loss_shows_its_options(capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [(["losses", "nope"], "losses nope: no such loss"), ([], "required: COMMAND"), (["fly"], "invalid choice: 'fly'"),
-     (["demo", "--seeds", "0"], "--seeds 0: must be at least 1"), (["demo", "--losses", "x"], "--loss x: no such loss")],
+     (["demo", "--seeds", "0"], "--seeds 0: must be at least 1"),
+     (["demo", "--losses", "x"], "--loss x: no such loss")],
 )  # fmt: skip
 def test_a_wrong_command_is_one_line(capsys, tmp_path, monkeypatch, command, message):
     monkeypatch.chdir(tmp_path)

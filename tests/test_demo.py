@@ -1,8 +1,9 @@
 import json
 
+from PIL import Image
+
 from openclip_ext.cli import main
 from openclip_ext.data import digits
-from PIL import Image
 
 
 def test_the_demo_writes_a_report_and_a_picture(tmp_path, capsys):

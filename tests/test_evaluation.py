@@ -4,13 +4,14 @@ import contextlib
 
 import numpy as np
 import open_clip
-import oracles
 import pytest
 import torch
+from PIL import Image
+
+import oracles
 from openclip_ext import UserError
 from openclip_ext.evaluation.retrieval import retrieval_metrics
 from openclip_ext.evaluation.zero_shot import imagenet_loader, zero_shot_accuracy
-from PIL import Image
 
 
 def slow_ranks(queries, candidates):

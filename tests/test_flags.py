@@ -6,6 +6,7 @@ import pathlib
 import open_clip
 import pytest
 import torch
+
 from openclip_ext.cli import main
 from test_stock_parity import stock_losses, without_ours
 
@@ -93,7 +94,9 @@ def test_distillation_adds_a_term_to_any_loss(monkeypatch, train_flags, shards, 
     distill = curve(tmp_path, "pupil", "distill_loss")
     assert distill[-1] < distill[0]
     if loss == "clip":
-        flags = without_ours(train_flags(*[flag for flag in flags if flag not in ("--loss", "clip")], "--logs", tmp_path / "s"))
+        flags = without_ours(
+            train_flags(*[flag for flag in flags if flag not in ("--loss", "clip")], "--logs", tmp_path / "s")
+        )
         reference = stock_losses(monkeypatch, flags, shards)
         assert curve(tmp_path, "pupil", "contrastive_loss") == pytest.approx(reference, rel=1e-5)
 
@@ -101,7 +104,18 @@ def test_distillation_adds_a_term_to_any_loss(monkeypatch, train_flags, shards, 
 def test_distillation_in_parts_equals_one_batch(train_flags, tmp_path):
     assert main(train_flags("--name", "teacher")) == 0
     teacher = tmp_path / "logs/teacher/checkpoints/epoch_1.pt"
-    flags = ("--distill-model", "tiny-test", "--distill-pretrained", teacher, "--epochs", 3, "--opt", "timm/sgd", "--lr", 0.1)
+    flags = (
+        "--distill-model",
+        "tiny-test",
+        "--distill-pretrained",
+        teacher,
+        "--epochs",
+        3,
+        "--opt",
+        "timm/sgd",
+        "--lr",
+        0.1,
+    )
     assert main(train_flags(*flags, "--batch-size", 256, "--name", "large")) == 0
     assert main(train_flags(*flags, "--batch-size", 128, "--accum-freq", 2, "--name", "parts")) == 0
     assert curve(tmp_path, "parts") == pytest.approx(curve(tmp_path, "large"), rel=1e-5)
@@ -155,7 +169,9 @@ def test_tensorboard_gets_every_scalar(train_flags, tmp_path, val_shards):
          "--accum-freq 1: Accelerate is configured for 4 gradient accumulation steps; give --accum-freq 4"),
     ],
 )  # fmt: skip
-def test_flags_and_accelerates_configuration_must_agree(monkeypatch, train_flags, capsys, variable, value, flags, message):
+def test_flags_and_accelerates_configuration_must_agree(
+    monkeypatch, train_flags, capsys, variable, value, flags, message
+):
     monkeypatch.setenv(variable, value)
     assert main(train_flags(*flags)) == 2
     assert message in capsys.readouterr().err

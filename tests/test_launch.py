@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from openclip_ext.cli import main
 from openclip_ext.data.pack import pack
 
@@ -29,7 +30,9 @@ LAUNCHERS = {
 def launch(launcher, flags):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MASTER_"))}
     environment |= {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0", "CUDA_VISIBLE_DEVICES": ""}
-    rendezvous = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if launcher == "torchrun" else ["--main_process_port=0"]
+    rendezvous = (
+        ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"] if launcher == "torchrun" else ["--main_process_port=0"]
+    )
     module, *rest = LAUNCHERS[launcher]
     command = [sys.executable, "-m", module, *rendezvous, *rest, *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
@@ -57,7 +60,12 @@ def test_two_processes_equal_one_with_twice_the_batch(train_flags, tmp_path, two
     torch.testing.assert_close(weights, one["state_dict"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(two.get("loss"), one.get("loss"), rtol=1e-4, atol=1e-5, equal_nan=True)
     # The state moves to another number of processes.
-    assert main(train_flags(*flags, "--name", "on", "--epochs", 7, "--resume", tmp_path / "logs/two/checkpoints/epoch_6.pt")) == 0
+    assert (
+        main(
+            train_flags(*flags, "--name", "on", "--epochs", 7, "--resume", tmp_path / "logs/two/checkpoints/epoch_6.pt")
+        )
+        == 0
+    )
 
 
 def test_a_wrong_flag_is_said_once(train_flags):

@@ -2,9 +2,10 @@
 
 import math
 
-import oracles
 import pytest
 import torch
+
+import oracles
 from openclip_ext import create_loss
 
 B, D, N = 6, 5, 40
@@ -134,9 +135,7 @@ def test_decoupled_without_draws_has_the_gradient_of_sogclr_on_every_visit():
     for visit in range(3):
         image, text = batch(seed=visit)
         extra = {"sample_ids": torch.arange(B)}
-        assert_same(
-            gradients_of(ours, image, text, **extra)[1], gradients_of(reference, image, text, **extra)[1], 1e-5
-        )
+        assert_same(gradients_of(ours, image, text, **extra)[1], gradients_of(reference, image, text, **extra)[1], 1e-5)
         ours.commit()
         reference.commit()
 

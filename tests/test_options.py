@@ -2,6 +2,7 @@ import dataclasses
 from typing import Literal
 
 import pytest
+
 from openclip_ext import UserError, option
 from openclip_ext.options import build_options, describe_options, parse_assignments
 
@@ -29,7 +30,10 @@ def test_strings_become_the_declared_types():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rat": "1"}, "--loss-arg rat=1: loss theirs has no option 'rat'; its options: rate, count, exact, kernel, limit"),
+        (
+            {"rat": "1"},
+            "--loss-arg rat=1: loss theirs has no option 'rat'; its options: rate, count, exact, kernel, limit",
+        ),
         ({"rate": "x"}, r"--loss-arg rate=x: rate of loss theirs must be float in \(0, 1\] \(default 0.5\)"),
         ({"rate": "nan"}, "rate=nan: rate of loss theirs must be float"),
         ({"rate": "0"}, "rate=0: rate of loss theirs must be float"),

@@ -10,12 +10,13 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.functional import pil_to_tensor
+
 from openclip_ext import UserError
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pipeline import StreamConfig, eval_loader, train_loader
 from openclip_ext.data.tar import Skips, decode_pair, read_shard
-from torchvision.transforms.functional import pil_to_tensor
 
 
 def to_tensor(image):
@@ -88,7 +89,9 @@ def test_persistent_workers_follow_the_epoch(shards):
 def test_augmentation_depends_on_sample_and_epoch_only(shards):
     def images(**changes):
         batches = epoch(shards, image_transform=noisy, **changes)
-        return {i: image for batch in batches for i, image in zip(batch["sample_id"].tolist(), batch["image"], strict=True)}
+        return {
+            i: image for batch in batches for i, image in zip(batch["sample_id"].tolist(), batch["image"], strict=True)
+        }
 
     alone, shared = images(), images(workers=2) | images(rank=1, world_size=2)
     assert all(torch.equal(alone[i], shared[i]) for i in alone)
@@ -165,7 +168,9 @@ def test_shards_without_a_full_batch_are_an_error_not_an_endless_wait(tmp_path, 
 
 
 def test_more_workers_than_shards_is_an_error_with_the_fix(shards):
-    with pytest.raises(UserError, match=r"--workers 3: 2 process\(es\) need at least 6 shards and there are 4; use --workers 2"):
+    with pytest.raises(
+        UserError, match=r"--workers 3: 2 process\(es\) need at least 6 shards and there are 4; use --workers 2"
+    ):
         train_loader(config(shards, world_size=2), num_samples=256, workers=3)
 
 

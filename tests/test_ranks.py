@@ -1,8 +1,9 @@
 """What `openclip_ext.testing` offers, and every loss of ours in it."""
 
 import pytest
-import rank_jobs
 import torch
+
+import rank_jobs
 from openclip_ext import LossSpec, promoted
 from openclip_ext.testing import check_loss
 from openclip_ext.testing.checks import check_ranks, two_steps

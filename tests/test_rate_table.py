@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from openclip_ext.state.rate_table import RateTable
 
 

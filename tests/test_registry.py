@@ -5,6 +5,7 @@ import textwrap
 
 import pytest
 import torch
+
 from openclip_ext import LossSpec, UserError, create_loss
 from openclip_ext.registry import TERMS, all_specs, get_spec, registered_names
 
@@ -88,9 +89,7 @@ def test_a_term_is_weighted_and_only_its_losses_are_summed(install):
     outputs = loss(image, text, torch.tensor(5.0))
     term = 0.25 * ((image - text).square().sum(1).mean() + 1.0)
     torch.testing.assert_close(outputs["pull_loss"], term)
-    torch.testing.assert_close(
-        loss(image, text, torch.tensor(5.0), output_dict=False), base["contrastive_loss"] + term
-    )
+    torch.testing.assert_close(loss(image, text, torch.tensor(5.0), output_dict=False), base["contrastive_loss"] + term)
     assert outputs["margin"] == 1.0
 
 

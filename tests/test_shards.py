@@ -8,13 +8,14 @@ import re
 import tarfile
 
 import pytest
+from PIL import Image
+
 from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data import pack
 from openclip_ext.data.check import check_shards
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.tar import Skips, read_shard
-from PIL import Image
 
 
 def write_tar(path, files):
@@ -48,7 +49,9 @@ def test_a_csv_becomes_shards_that_hold_its_rows(images, capsys):
     assert main(["shards", "pack", str(images / "pairs.csv"), str(out), "--samples-per-shard", "2"]) == 0
     assert "3 shards, 5 samples" in capsys.readouterr().out
     assert json.loads((out / "sizes.json").read_text()) == {"00000.tar": 2, "00001.tar": 2, "00002.tar": 1}
-    samples = [sample for name in sorted(os.listdir(out)) if name.endswith(".tar") for sample in read_all(out / name)[0]]
+    samples = [
+        sample for name in sorted(os.listdir(out)) if name.endswith(".tar") for sample in read_all(out / name)[0]
+    ]
     assert [sample["txt"].decode()[-3:] for sample in samples] == [", 0", ", 1", ", 2", ", 3", ", 4"]
     assert samples[1]["png"] == (images / "1.png").read_bytes()
     with Image.open(io.BytesIO(samples[0]["png"])) as ours, Image.open(images / "0.bmp") as original:
@@ -97,7 +100,9 @@ def test_packing_leaves_nothing_behind_when_it_fails(tmp_path, pairs):
 
 def test_index_counts_samples_of_existing_shards(tmp_path, shards):
     os.symlink(os.path.join(shards, "00000.tar"), tmp_path / "a.tar")
-    write_tar(tmp_path / "b.tar", [("1.txt", b"x"), ("1.jpg", b"x"), ("2.txt", b"x"), ("__meta__", b"x"), ("3.jpg", b"x")])
+    write_tar(
+        tmp_path / "b.tar", [("1.txt", b"x"), ("1.jpg", b"x"), ("2.txt", b"x"), ("__meta__", b"x"), ("3.jpg", b"x")]
+    )
     assert main(["shards", "index", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "sizes.json").read_text()) == {"a.tar": 64, "b.tar": 3}
 
@@ -197,7 +202,10 @@ def test_sources_that_match_nothing_are_named(tmp_path, shards, sources, factors
         (["pack", "{tmp}/pairs.csv", "{tmp}/o", "--csv-img-key", "image"], "--csv-img-key image: .* no such column"),
         (["pack", "{tmp}/broken.csv", "{tmp}/o"], "row 2 names .*gone.png, which does not exist"),
         (["pack", "{tmp}/pairs.csv", "{shards}"], "holds shards already"),
-        (["pack", "{tmp}/pairs.csv", "{tmp}/o", "--samples-per-shard", "0"], "--samples-per-shard 0: must be at least 1"),
+        (
+            ["pack", "{tmp}/pairs.csv", "{tmp}/o", "--samples-per-shard", "0"],
+            "--samples-per-shard 0: must be at least 1",
+        ),
         (["index", "{tmp}/nowhere"], "nowhere: no .*tar in this folder"),
         (["check", "{tmp}/nowhere"], "shards check {tmp}/nowhere: no shard matches"),
     ],

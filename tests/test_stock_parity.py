@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+
 from openclip_ext.cli import main
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pipeline import StreamConfig, train_loader
@@ -120,9 +121,12 @@ def test_a_checkpoint_with_loss_state_resumes_in_stock(monkeypatch, train_flags,
 
 def test_stocks_parser_agrees_on_a_long_command_line(train_flags, val_shards):
     from open_clip_train.params import parse_args as theirs
+
     from openclip_ext.training.flags import parse_args as ours
 
-    flags = without_ours(train_flags("--val-data", val_shards, "--aug-cfg", "scale=(0.5,1.0)", "--force-image-size", 32))
+    flags = without_ours(
+        train_flags("--val-data", val_shards, "--aug-cfg", "scale=(0.5,1.0)", "--force-image-size", 32)
+    )
     mine, reference = vars(ours(flags)), vars(theirs(flags))
     assert {key: mine[key] for key in reference} == reference
     assert isinstance(types.SimpleNamespace(**mine).lr, float)

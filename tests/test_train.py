@@ -6,6 +6,7 @@ import pathlib
 import open_clip
 import pytest
 import torch
+
 from openclip_ext.cli import main
 
 
@@ -59,7 +60,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(train_flags, tmp_path, l
     target = "latest" if how == "latest" else checkpoints / "epoch_latest.pt"
     assert main(train_flags(*flags, "--name", "halves", "--save-most-recent", "--resume", target)) == 0
     assert losses(tmp_path, "halves")[32:] == losses(tmp_path, "whole")[16:]
-    whole, halves = (torch.load(tmp_path / "logs" / name / "checkpoints" / "epoch_4.pt") for name in ("whole", "halves"))
+    whole, halves = (
+        torch.load(tmp_path / "logs" / name / "checkpoints" / "epoch_4.pt") for name in ("whole", "halves")
+    )
     for key in ("state_dict", "optimizer", "loss"):
         if key in whole:
             torch.testing.assert_close(halves[key], whole[key], rtol=0, atol=0, equal_nan=True)
@@ -160,7 +163,10 @@ def test_hashed_ids_need_no_index(train_flags, tmp_path, shards):
 BAD = [
     (["--loss", "nope"], "--loss nope: no such loss; registered: batch_corrected"),
     (["--loss", "gamma_decomp", "--loss-arg", "gama=1"], "--loss-arg gama=1: loss gamma_decomp has no option 'gama'"),
-    (["--loss", "gamma_decomp", "--loss-arg", "gamma=x"], "--loss-arg gamma=x: gamma of loss gamma_decomp must be float"),
+    (
+        ["--loss", "gamma_decomp", "--loss-arg", "gamma=x"],
+        "--loss-arg gamma=x: gamma of loss gamma_decomp must be float",
+    ),
     (["--loss-arg", "gamma"], "--loss-arg gamma: expected key=value"),
     (["--loss-term", "nope=1"], "--loss-term nope: no such loss term"),
     (["--loss-term", "nope=x"], "--loss-term nope=x: expected NAME=WEIGHT"),

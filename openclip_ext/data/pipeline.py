@@ -141,8 +141,8 @@ class TrainStream(IterableDataset):
     def _no_batch(self, usable: int, num_workers: int, skips: tar.Skips) -> str:
         faults = ", ".join(f"{kind} in {url}" for kind, url in list(skips)[:3])
         return (
-            f"--batch-size {self.config.batch_size}: a data worker of rank {self.config.rank} finds only {usable} usable "
-            f"samples in its share of {len(self.config.source.urls)} shards ({num_workers} workers x "
+            f"--batch-size {self.config.batch_size}: a data worker of rank {self.config.rank} finds only {usable} "
+            f"usable samples in its share of {len(self.config.source.urls)} shards ({num_workers} workers x "
             f"{self.config.world_size} processes); use a smaller --batch-size or fewer --workers"
             + (f" (skipped: {faults})" if faults else "")
         )

@@ -25,10 +25,7 @@ def retrieval_metrics(image_features: Tensor, text_features: Tensor, *, block: i
     directions = {"image_to_text": (image_features, text_features), "text_to_image": (text_features, image_features)}
     for name, (queries, candidates) in directions.items():
         ranks = torch.cat(
-            [
-                _ranks(queries[start : start + block], candidates, start)
-                for start in range(0, len(queries), block)
-            ]
+            [_ranks(queries[start : start + block], candidates, start) for start in range(0, len(queries), block)]
         )
         metrics[f"{name}_mean_rank"] = ranks.mean().item() + 1
         metrics[f"{name}_median_rank"] = float(np.median(ranks)) // 1 + 1

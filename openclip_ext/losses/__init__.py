@@ -24,7 +24,7 @@ def create_loss(
         num_samples: N, pairs in the training set; sample ids run from 0 to N - 1.
         rank: of this process.
         world_size: number of processes; above 1, `torch.distributed` must be initialised before the first call.
-        terms: term name to its options, among them `weight` (default 1), such as `{"brownian_bridge": {"weight": 0.25}}`.
+        terms: term name to its options, among them `weight` (default 1), such as `{"distill": {"weight": 0.25}}`.
         **options: options of the loss; strings are converted to the declared type.
 
     Returns:

@@ -41,7 +41,7 @@ class Options:
 
 
 class GammaDecompLoss(nn.Module):
-    """Target: `L = mean_i log(iota + K Z_i)`, `Z_i = mean_{j != i} r_ij` over all N - 1 others, both directions averaged.
+    """Target: `L = mean_i log(iota + K Z_i)`, `Z_i = mean_{j != i} r_ij` over all N - 1 others, averaged over directions.
 
     r_ij = exp(s_ij - s_ii); iota is 1, or 0 if `decoupled`. Since `1/x = integral of exp(-u x) du`, an auxiliary
     variable per anchor turns the log into a plain sum over pairs, whose gradient any batch estimates without bias:
@@ -66,7 +66,7 @@ class GammaDecompLoss(nn.Module):
         self.gamma_now = options.gamma
 
     def begin_step(self, *, step: int, total_steps: int) -> None:
-        """Set the weight of the current batch: from 1 along a cosine to `gamma`, reached after `gamma_decay` of training."""
+        """Set the weight of the current batch: a cosine from 1 to `gamma` over the first `gamma_decay` of training."""
         gamma, decay_steps = self.options.gamma, self.options.gamma_decay * total_steps
         progress = min(step / decay_steps, 1.0) if decay_steps > 0 else 1.0
         self.gamma_now = gamma + (1 - gamma) * (1 + math.cos(math.pi * progress)) / 2

@@ -30,7 +30,7 @@ class DistillTerm(nn.Module):
         dist_logit_scale: Tensor,
         output_dict: bool = True,
     ) -> dict[str, Tensor] | Tensor:
-        """Features (B, D) and scale () of the model, the same of the teacher. Returns `distill_loss`, the global mean."""
+        """Features (B, D) and scale () of the model, and of the teacher. Returns `distill_loss`, the global mean."""
         student = promoted(image_features, text_features, logit_scale)
         teacher = promoted(dist_image_features, dist_text_features, dist_logit_scale)
         value = self.loss(*student, *teacher, output_dict=True)["distill_loss"]

@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[_host.build_parser()],
         conflict_handler="resolve",
         allow_abbrev=False,
-        description="Train or fine-tune a CLIP model with any registered loss. Flags are OpenCLIP's, plus those at the end.",
+        description="Train or fine-tune a CLIP model with any registered loss. OpenCLIP's flags, then ours.",
     )
     ours = parser.add_argument_group("added by openclip-ext")
     ours.add_argument("--loss", help="Name of a registered loss; see openclip-ext losses. Default: clip.")
@@ -64,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Count the samples of all shards before the first step; any difference from sizes.json is an error.",
     )
-    ours.add_argument("--model-config", metavar="FILE", help="An OpenCLIP model config in JSON, known by its file name.")
+    ours.add_argument(
+        "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON, known by its file name."
+    )
     return parser
 
 
@@ -79,7 +81,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: {remedy}")
     args.precision_given = any(part.partition("=")[0] == "--precision" for part in argv)
-    if args.dataset_type != "synthetic" and not any((args.train_data, args.val_data, args.imagenet_val, args.imagenet_v2)):
+    if args.dataset_type != "synthetic" and not any(
+        (args.train_data, args.val_data, args.imagenet_val, args.imagenet_v2)
+    ):
         raise UserError("--train-data: give the shards to train on, such as --train-data 'shards/{000..331}.tar'")
     for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
         if getattr(args, name) < 1:

@@ -33,7 +33,9 @@ def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
         logger.addHandler(handler)
     if path:
         handler = logging.FileHandler(path)
-        handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%Y-%m-%d,%H:%M:%S"))
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%Y-%m-%d,%H:%M:%S")
+        )
         logger.addHandler(handler)
 
 
@@ -100,7 +102,9 @@ class EpochLog:
 
 def append_json(path: str, row: dict) -> None:
     """Add one line to a JSONL file. Values that JSON has no word for (NaN, infinity) become null."""
-    clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    clean = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
     with open(path, "a") as file:
         file.write(json.dumps(clean) + "\n")
 
@@ -111,4 +115,6 @@ def report_skips(rows: list[tuple[str, str, int]], epoch: int) -> None:
     for kind, url, count in rows:
         totals[kind, url] += count
     for (kind, url), count in sorted(totals.items()):
-        logger.warning("epoch %d: %d x %s in %s", epoch + 1, count, kind, os.path.relpath(url) if "://" not in url else url)
+        logger.warning(
+            "epoch %d: %d x %s in %s", epoch + 1, count, kind, os.path.relpath(url) if "://" not in url else url
+        )

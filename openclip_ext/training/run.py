@@ -253,7 +253,7 @@ def _evaluate(evaluator: Evaluator, model, epoch: int, last: bool, folder: str |
 
 
 def _save(args, trainer: Trainer, folder: str, epoch: int, last: bool) -> None:
-    """Write the checkpoints that `--save-frequency`, `--save-most-recent` and `--delete-previous-checkpoint` ask for."""
+    """Write and remove what `--save-frequency`, `--save-most-recent` and `--delete-previous-checkpoint` ask for."""
     checkpoints = os.path.join(folder, "checkpoints")
     targets = []
     if last or (args.save_frequency > 0 and epoch % args.save_frequency == 0):

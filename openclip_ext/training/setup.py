@@ -7,7 +7,13 @@ import os
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, is_tensorboard_available, is_wandb_available
+from accelerate.utils import (
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    is_tensorboard_available,
+    is_wandb_available,
+)
 
 from openclip_ext import _host
 from openclip_ext.data.check import check_shards
@@ -20,6 +26,8 @@ from openclip_ext.evaluation.zero_shot import imagenet_loader
 from openclip_ext.losses import ObjectivePlan
 
 _MIXED = {"amp": "fp16", "amp_bf16": "bf16", "amp_bfloat16": "bf16"}
+#: Kinds of distribution that keep no whole model on a rank; their checkpoints would not be OpenCLIP's.
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 #: What a loss may ask for that this loop provides.
 PROVIDED = frozenset({"sample_ids", "logit_bias", "teacher_features", "caption_logits"})
 
@@ -139,7 +147,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if torch.cuda.is_available() and not cpu:
         torch.backends.cuda.matmul.allow_tf32 = True  # as OpenCLIP does
         torch.backends.cudnn.benchmark = True
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=_MIXED.get(args.precision, "no"),
         # Nothing here is divided by accumulation steps: the loop accumulates inside one backward call.
@@ -148,6 +156,12 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=_trackers(args.report_to) or None,
         project_config=ProjectConfiguration(logging_dir=args.logs),  # of trackers; the run's folder once it is known
     )
+    if accelerator.distributed_type in SHARDED:
+        raise UserError(
+            f"Accelerate is configured for {accelerator.distributed_type.value}, which this loop does not support; run "
+            "accelerate config and choose multi-GPU without it"
+        )
+    return accelerator
 
 
 def _trackers(report_to: str) -> list[str]:
@@ -166,8 +180,8 @@ def _agree_with_accelerate(args: argparse.Namespace) -> None:
     if configured in ("fp16", "bf16"):
         if args.precision_given and _MIXED.get(args.precision) != configured:
             raise UserError(
-                f"--precision {args.precision}: Accelerate is configured for {configured}; drop the flag, or launch with "
-                "accelerate launch --mixed_precision no"
+                f"--precision {args.precision}: Accelerate is configured for {configured}; drop the flag, or launch "
+                "with accelerate launch --mixed_precision no"
             )
         args.precision = "amp" if configured == "fp16" else "amp_bf16"
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
@@ -205,9 +219,7 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
             source = csv_table(args.val_data, args.csv_img_key, args.csv_caption_key, args.csv_separator)
         else:
             source = list_shards(args.val_data, flag="--val-data")
-        config = StreamConfig(
-            source=source, batch_size=args.batch_size, image_transform=transform, tokenizer=tokenizer
-        )
+        config = StreamConfig(source=source, batch_size=args.batch_size, image_transform=transform, tokenizer=tokenizer)
         pairs = eval_loader(config, workers=args.workers)
     imagenet = {}
     for flag, path, prefix in (

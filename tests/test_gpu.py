@@ -1,0 +1,51 @@
+"""What only a CUDA device can show. Deselected by default: run with `pytest -m gpu`."""
+
+import json
+
+import pytest
+import torch
+
+from openclip_ext import create_loss
+from openclip_ext.cli import main
+from openclip_ext.testing.checks import ToyModel, evaluate_loss, toy_steps
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+LOSSES = ["clip", "siglip", "dcl", "batch_corrected", "sogclr", "gamma_decomp"]
+
+
+def results(name, device):
+    """Values, gradients and state after two steps on a device, brought to the CPU."""
+    options = {"draws": 2} if name == "gamma_decomp" else {}
+    loss = create_loss(name, num_samples=30, **options).to(device)
+    model = ToyModel(loss.needs).to(device)
+    found = []
+    for batch in toy_steps():
+        model.zero_grad()
+        outputs = evaluate_loss(loss, model, *(tensor.to(device) for tensor in batch))
+        outputs["contrastive_loss"].backward()
+        loss.commit()
+        gradients = {key: parameter.grad.cpu() for key, parameter in model.named_parameters()}
+        state = {key: value.cpu().clone() for key, value in loss.state_dict().items()}
+        found.append((outputs["contrastive_loss"].detach().cpu(), gradients, state))
+    return found
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_gives_on_the_gpu_what_it_gives_on_the_cpu(name):
+    torch.testing.assert_close(results(name, "cuda"), results(name, "cpu"), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("precision", ["amp", "amp_bf16", "fp32", "pure_bf16"])
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_every_precision_trains(train_flags, tmp_path, precision, accum_freq):
+    flags = ("--device", "cuda", "--precision", precision, "--loss", "gamma_decomp", "--epochs", 3, "--lr", "3e-3")
+    assert main(train_flags(*flags, "--accum-freq", accum_freq, "--grad-clip-norm", 1.0, "--workers", 2)) == 0
+    rows = [json.loads(row) for row in (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()]
+    curve = [row["loss"] for row in rows if row["loss"] is not None]
+    assert sum(curve[-4:]) < sum(curve[:4])
+    checkpoint = torch.load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_3.pt")
+    assert ("scaler" in checkpoint) == (precision == "amp")
