@@ -17,6 +17,7 @@ from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
 from openclip_ext.data.pipeline import StreamConfig, eval_loader
 from openclip_ext.errors import UserError
+from openclip_ext.evaluation.intervals import half_width
 from openclip_ext.evaluation.retrieval import retrieval_metrics
 from openclip_ext.evaluation.zero_shot import zero_shot_accuracy
 from openclip_ext.losses import ObjectivePlan
@@ -36,8 +37,6 @@ SCORES = {
     "text_to_image_R@1": "text→image recall@1",
 }
 CURVE = "text_to_image_R@10"
-# Two-sided 95 % quantile of Student's t by degrees of freedom; beyond ten it is close to the normal one.
-_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 def run_demo(out: str, *, losses: list[str], seeds: int, epochs: int, batch_size: int) -> dict:
@@ -157,8 +156,7 @@ def _summary(runs: list[dict], losses: list[str]) -> dict[str, dict[str, dict[st
             values = np.array([run[score] for run in runs if run["loss"] == loss])
             summary[loss][score] = {"mean": float(values.mean())}
             if len(values) > 1:
-                t = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96
-                summary[loss][score]["interval"] = float(t * values.std(ddof=1) / len(values) ** 0.5)
+                summary[loss][score]["interval"] = half_width(values)
     return summary
 
 

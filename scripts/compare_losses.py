@@ -11,7 +11,6 @@ Both files hold `x` (n, D) float features and `tokens` (n, captions, length) int
 
 import argparse
 import json
-import time
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from openclip_ext import create_loss
+from openclip_ext.evaluation.intervals import half_width
 from openclip_ext.evaluation.retrieval import retrieval_metrics
 
 VALIDATION = 1000
@@ -85,6 +85,10 @@ def run(args, loss_text: str, seed: int, data) -> dict[str, float]:
     return metrics | {"score": sum(metrics.values()) / len(metrics), "logit_scale": model.logit_scale.exp().item()}
 
 
+def cell(values: np.ndarray, sign: str = "") -> str:
+    return f"{values.mean():{sign}.2f} ± {half_width(values) or float('nan'):.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True)
@@ -102,14 +106,17 @@ def main() -> None:
     parser.add_argument("--json", help="write all runs to this file")
     args = parser.parse_args()
     data = load(args.train, args.test, args.split)
-    rows = []
-    print(f"{'loss':44} {'mean recall':>12}  per seed ({args.split} split)")
+    rows, scores = [], {}
+    baseline = args.losses[0]
+    print(f"{args.split} split, mean recall in %, 95 % intervals over {args.seeds} seeds")
     for loss_text in args.losses:
-        started = time.time()
         runs = [run(args, loss_text, seed, data) for seed in tqdm(range(args.seeds), desc=loss_text, leave=False)]
-        scores = np.array([metrics["score"] for metrics in runs])
-        print(f"{loss_text:44} {scores.mean():12.2f}  {' '.join(f'{score:.2f}' for score in scores)}"
-              f"  ({time.time() - started:.0f} s)", flush=True)  # fmt: skip
+        scores[loss_text] = np.array([metrics["score"] for metrics in runs])
+        # Seeds share batches, so differences are taken seed by seed.
+        difference = scores[loss_text] - scores[baseline]
+        print(
+            f"{loss_text:44} {cell(scores[loss_text])}   against {baseline}: {cell(difference, sign='+')}", flush=True
+        )
         rows.append({"loss": loss_text, "runs": runs})
     if args.json:
         with open(args.json, "w") as file:

@@ -68,6 +68,14 @@ def test_two_processes_equal_one_with_twice_the_batch(train_flags, tmp_path, two
     )
 
 
+def test_a_rank_without_enough_data_ends_all_with_one_line(train_flags, tmp_path, pairs):
+    pack(pairs[:30], str(tmp_path / "uneven"), samples_per_shard=20, progress=False)
+    flags = ("--train-data", tmp_path / "uneven", "--batch-size", 16)
+    result = launch("torchrun", train_flags(*flags))
+    assert result.returncode != 0
+    assert result.stderr.count("finds only 10 usable samples in its share of 2 shards") == 1
+
+
 def test_a_wrong_flag_is_said_once(train_flags):
     result = launch("torchrun", train_flags("--loss", "nope"))
     assert result.returncode != 0

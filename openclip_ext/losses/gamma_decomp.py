@@ -41,10 +41,11 @@ class Options:
 
 
 class GammaDecompLoss(nn.Module):
-    """Target: `L = mean_i log(iota + K Z_i)`, `Z_i = mean_{j != i} r_ij` over all N - 1 others, averaged over directions.
+    """Target: `L = mean_i log(iota + K Z_i)`, `Z_i = mean_{j != i} r_ij` over all N - 1 others, r_ij = exp(q_ij).
 
-    r_ij = exp(s_ij - s_ii); iota is 1, or 0 if `decoupled`. Since `1/x = integral of exp(-u x) du`, an auxiliary
-    variable per anchor turns the log into a plain sum over pairs, whose gradient any batch estimates without bias:
+    q_ij = s_ij - s_ii, directions are averaged, iota is 1, or 0 if `decoupled`. Since `1/x = integral of exp(-u x) du`,
+    an auxiliary variable per anchor turns the log into a plain sum over pairs, whose gradient any batch estimates
+    without bias:
 
         rate      R_i <- (1 - g) R_i + g (iota + K mean_{j in batch} r_ij)      per sample and direction
         E-step    u_i ~ Gamma(shape m, rate m R_i), or its mean 1 / R_i when draws = 0
