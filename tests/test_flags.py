@@ -52,6 +52,12 @@ def test_a_locked_tower_does_not_move(train_flags, tmp_path):
     assert not torch.equal(first["text_projection"], second["text_projection"])
 
 
+def test_log_local_writes_one_log_per_machine(train_flags, tmp_path):
+    assert main(train_flags("--log-local")) == 0
+    assert "loss clip over 256 samples" in (tmp_path / "logs" / "run" / "out-0.log").read_text()
+    assert not (tmp_path / "logs" / "run" / "out.log").exists()
+
+
 @pytest.fixture
 def csv(tmp_path, pairs):
     """A tab-separated file of 70 digits, one of whose images is broken."""

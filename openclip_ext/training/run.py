@@ -112,14 +112,15 @@ class _Run:
     def __init__(self, args: argparse.Namespace, trainer: Trainer, folder: str | None) -> None:
         self.args, self.trainer, self.accelerator = args, trainer, trainer.accelerator
         self.main = self.accelerator.is_main_process
-        self.folder = folder if self.main else None
+        self.run_folder = folder
+        self.folder = folder if self.main else None  # where this rank writes
         self._finish_sync = None
 
     def __enter__(self) -> "_Run":
         args = self.args
         if self.folder:
             _make_folder(args, self.folder)
-        start_logging(self.folder and os.path.join(self.folder, "out.log"), console=self.main, debug=args.debug)
+        start_logging(self._log_path(), console=self.main, debug=args.debug)
         if self.folder and args.remote_sync:
             remote = os.path.join(args.remote_sync, args.name)
             self._finish_sync = _host.start_remote_sync(
@@ -129,12 +130,21 @@ class _Run:
             _start_trackers(args, self.accelerator, self.folder)
         return self
 
-    def __exit__(self, *exception) -> None:
-        if self.args.report_to:
-            self.accelerator.end_training()
+    def __exit__(self, kind, *exception) -> None:
         if self._finish_sync:
             self._finish_sync()
         stop_logging()
+        if kind is None:  # ends trackers and the process group; after an error other ranks may not come here
+            self.accelerator.end_training()
+
+    def _log_path(self) -> str | None:
+        """One file for the run, or with `--log-local` one per machine."""
+        if not self.run_folder:
+            return None
+        if self.args.log_local and self.accelerator.is_local_main_process:
+            os.makedirs(self.run_folder, exist_ok=True)
+            return os.path.join(self.run_folder, f"out-{self.accelerator.process_index}.log")
+        return os.path.join(self.run_folder, "out.log") if self.main else None
 
     def say_start(self, data: setup.TrainingData, checkpoint: Checkpoint | None, remarks: list[str]) -> None:
         args, trainer, processes = self.args, self.trainer, self.accelerator.num_processes

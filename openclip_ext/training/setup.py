@@ -6,7 +6,7 @@ import datetime
 import os
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import (
     DistributedType,
     ProjectConfiguration,
@@ -147,12 +147,16 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if torch.cuda.is_available() and not cpu:
         torch.backends.cuda.matmul.allow_tf32 = True  # as OpenCLIP does
         torch.backends.cudnn.benchmark = True
+        _choose_gpu(args.device)
+    handlers = [DistributedDataParallelKwargs(static_graph=args.ddp_static_graph)]
+    if args.dist_backend or args.dist_url:
+        handlers.append(InitProcessGroupKwargs(backend=args.dist_backend, init_method=args.dist_url))
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=_MIXED.get(args.precision, "no"),
         # Nothing here is divided by accumulation steps: the loop accumulates inside one backward call.
         gradient_accumulation_steps=1,
-        kwargs_handlers=[DistributedDataParallelKwargs(static_graph=args.ddp_static_graph)],
+        kwargs_handlers=handlers,
         log_with=_trackers(args.report_to) or None,
         project_config=ProjectConfiguration(logging_dir=args.logs),  # of trackers; the run's folder once it is known
     )
@@ -162,6 +166,16 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             "accelerate config and choose multi-GPU without it"
         )
     return accelerator
+
+
+def _choose_gpu(device: str) -> None:
+    """`--device cuda:N` for a single process; several are placed by their local rank. Raises UserError: no such GPU."""
+    _, _, index = device.partition(":")
+    if not index or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    if not index.isdigit() or int(index) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
+    torch.cuda.set_device(int(index))
 
 
 def _trackers(report_to: str) -> list[str]:
@@ -206,7 +220,7 @@ def run_folder(args: argparse.Namespace, accelerator: Accelerator) -> str | None
         model = args.model.replace("/", "-").replace(":", "-")
         args.name = f"{stamp}-model_{model}-loss_{args.loss}-lr_{args.lr}-b_{args.batch_size}-p_{args.precision}"
     folder = os.path.join(args.logs, args.name)
-    if os.path.exists(os.path.join(folder, "out.log")) and args.resume is None:
+    if os.path.exists(os.path.join(folder, "params.txt")) and args.resume is None:
         raise UserError(f"--name {args.name}: {folder} holds a run already; use another --name, or --resume latest")
     return folder
 
