@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from openclip_ext import __version__
-from openclip_ext.errors import UserError
+from openclip_ext.errors import RankError, UserError
 
 DESCRIPTION = "Contrastive objectives for OpenCLIP that work at small batch, by name, without a fork."
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         return args.run(args)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
+        if isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":  # else once per machine
             print(f"openclip-ext: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from openclip_ext import _host
 from openclip_ext.data import digits
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
@@ -122,14 +123,11 @@ def _flags(out, shards, model_config, loss, seed, epochs, batch_size) -> list[st
 
 def _score(out: str, shards: str, loss: str, seed: int, epochs: int) -> dict:
     """Scores of a run's last checkpoint on the test split, and its validation curve."""
-    import open_clip
-
     folder = os.path.join(out, "logs", f"{loss}-{seed}", "checkpoints")
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        MODEL, pretrained=os.path.join(folder, f"epoch_{epochs}.pt"), output_dict=True
-    )
+    args = parse_args(["--model", MODEL, "--pretrained", os.path.join(folder, f"epoch_{epochs}.pt"), "--val-data", "-"])
+    logit_bias = "logit_bias" in ObjectivePlan(loss, {}).needs
+    model, _, preprocess, tokenizer = _host.create_model(args, torch.device("cpu"), logit_bias=logit_bias)
     model.eval()
-    tokenizer = open_clip.get_tokenizer(MODEL)
     listing = list_shards(os.path.join(shards, "test"))
     config = StreamConfig(source=listing, batch_size=256, image_transform=preprocess, tokenizer=tokenizer)
     batches = list(eval_loader(config, workers=0))

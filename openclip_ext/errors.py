@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class RankError(UserError):
+    """A wrong input that other ranks may not have noticed: said by every rank that has."""

@@ -8,14 +8,14 @@ from openclip_ext.data import digits
 
 def test_the_demo_writes_a_report_and_a_picture(tmp_path, capsys):
     out = tmp_path / "demo"
-    flags = ["demo", "--out", str(out), "--losses", "clip,gamma_decomp", "--seeds", "2", "--epochs", "1"]
+    flags = ["demo", "--out", str(out), "--losses", "siglip,gamma_decomp", "--seeds", "2", "--epochs", "1"]
     assert main([*flags, "--batch-size", "256"]) == 0
     report = json.loads((out / "report.json").read_text())
     assert [(run["loss"], run["seed"]) for run in report["runs"]] == [
-        ("clip", 0), ("gamma_decomp", 0), ("clip", 1), ("gamma_decomp", 1)
+        ("siglip", 0), ("gamma_decomp", 0), ("siglip", 1), ("gamma_decomp", 1)
     ]  # fmt: skip
-    cell = report["summary"]["clip"]["zero_shot_top1"]
-    values = [run["zero_shot_top1"] for run in report["runs"] if run["loss"] == "clip"]
+    cell = report["summary"]["siglip"]["zero_shot_top1"]
+    values = [run["zero_shot_top1"] for run in report["runs"] if run["loss"] == "siglip"]
     assert cell["mean"] == sum(values) / 2 and cell["interval"] >= 0
     assert len(report["runs"][0]["validation_curve"]) == 1
     with Image.open(out / "report.png") as picture:

@@ -201,6 +201,7 @@ def test_sources_that_match_nothing_are_named(tmp_path, shards, sources, factors
         (["pack", "{tmp}/none.csv", "{tmp}/o"], "none.csv: no such file"),
         (["pack", "{tmp}/pairs.csv", "{tmp}/o", "--csv-img-key", "image"], "--csv-img-key image: .* no such column"),
         (["pack", "{tmp}/broken.csv", "{tmp}/o"], "row 2 names .*gone.png, which does not exist"),
+        (["pack", "{tmp}/blank.csv", "{tmp}/o"], "row 3 lacks an image or a caption"),
         (["pack", "{tmp}/pairs.csv", "{shards}"], "holds shards already"),
         (
             ["pack", "{tmp}/pairs.csv", "{tmp}/o", "--samples-per-shard", "0"],
@@ -211,6 +212,7 @@ def test_sources_that_match_nothing_are_named(tmp_path, shards, sources, factors
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(images, shards, capsys, command, message):
+    (images / "blank.csv").write_text("filepath,title\n1.png,a\n,b\n")
     (images / "broken.csv").write_text("filepath,title\ngone.png,a\n")
     assert main(["shards", *(part.format(tmp=images, shards=shards) for part in command)]) == 2
     error = capsys.readouterr().err.strip().splitlines()

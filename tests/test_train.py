@@ -147,6 +147,64 @@ def test_a_step_that_is_not_finite_changes_nothing(train_flags, tmp_path, monkey
     assert checkpoint["loss"]["base.rates.log_rate"].isnan().sum() == 2 * 32
 
 
+@pytest.mark.parametrize("flags", [[], ["--grad-clip-norm", 1]])
+def test_a_gradient_that_is_not_finite_changes_nothing(train_flags, tmp_path, monkeypatch, flags):
+    from openclip_ext.training.loop import Trainer
+
+    original, calls = Trainer._backward, []
+
+    def poisoned(self, batches):
+        outputs = original(self, batches)
+        calls.append(1)
+        if len(calls) == 2:
+            self.module.logit_scale.grad.fill_(float("nan"))
+        return outputs
+
+    monkeypatch.setattr(Trainer, "_backward", poisoned)
+    assert main(train_flags("--loss", "gamma_decomp", *flags)) == 0
+    rows = lines(tmp_path / "logs" / "run" / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows[:4]] == [0, 1, 0, 0]
+    checkpoint = torch.load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt")
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    assert checkpoint["loss"]["base.steps_taken"] == 7
+
+
+def test_hashed_ids_leave_the_objective_as_it_is(train_flags, tmp_path):
+    for mode in ("index", "hash"):
+        assert main(train_flags("--loss", "gamma_decomp", "--sample-id", mode, "--name", mode)) == 0
+    # Within the first epoch every visit is a first one, so ids do not matter.
+    assert losses(tmp_path, "hash")[:8] == losses(tmp_path, "index")[:8]
+
+
+def test_resuming_repeats_no_random_draws_of_the_model(train_flags, tmp_path, model_config):
+    config = json.loads(pathlib.Path(model_config).read_text())
+    config["vision_cfg"] |= {"patch_dropout": 0.5}
+    path = tmp_path / "dropout.json"
+    path.write_text(json.dumps(config))
+    flags = ("--model", "dropout", "--model-config", path)
+    assert main(train_flags(*flags, "--epochs", 2, "--name", "whole", "--lr-scheduler", "const")) == 0
+    assert main(train_flags(*flags, "--epochs", 1, "--name", "half", "--lr-scheduler", "const")) == 0
+    resume = ("--resume", "latest", "--lr-scheduler", "const")
+    assert main(train_flags(*flags, "--epochs", 2, "--name", "half", *resume)) == 0
+    assert losses(tmp_path, "half") == losses(tmp_path, "whole")
+
+
+def test_resume_latest_without_a_checkpoint_says_so(train_flags, capsys):
+    assert main(train_flags("--resume", "latest")) == 0
+    assert "no checkpoint of this run yet" in capsys.readouterr().err
+    flags = train_flags("--resume", "latest")
+    del flags[flags.index("--name") : flags.index("--name") + 2]
+    assert main(flags) == 2
+    assert "--resume latest: name the run with --name" in capsys.readouterr().err
+
+
+def test_faulty_validation_pairs_are_reported(train_flags, tmp_path, val_shards, capsys):
+    cut = tmp_path / "val.tar"
+    cut.write_bytes((pathlib.Path(val_shards) / "00000.tar").read_bytes()[:30_000])
+    assert main(train_flags("--val-data", cut)) == 0
+    assert "validation: 1 x truncated shard in" in capsys.readouterr().err
+
+
 def test_hashed_ids_need_no_index(train_flags, tmp_path, shards):
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -179,6 +237,8 @@ BAD = [
     (["--batch-size", "500"], "--batch-size 500: a data worker of rank 0 finds only 256 usable samples"),
     (["--accum-freq", "99"], "--accum-freq 99: an epoch has only 8 batches"),
     (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    (["--ddp-static-graph", "--accum-freq", "2"], "--ddp-static-graph: cannot be combined with --accum-freq"),
+    (["--loss-term", "caption=1"], "needs caption_logits (a CoCa model)"),
     (["--horovod"], "--horovod: start several processes with accelerate launch"),
     (["--precision", "fp16"], "--precision fp16: needs a GPU"),
     (["--resume", "/nowhere.pt"], "--resume /nowhere.pt: no such file"),

@@ -174,7 +174,7 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
         tokenizer = open_clip.get_tokenizer(
             args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
         )
-    except (RuntimeError, ValueError, OSError, KeyError, AssertionError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError) as error:
         raise UserError(_model_error(args, error)) from error
     if args.lock_image:
         model.lock_image_tower(
@@ -200,6 +200,8 @@ def _model_error(args: argparse.Namespace, error: Exception) -> str:
             "--model local-dir:FOLDER"
         )
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, AttributeError):
+        return f"--pretrained {args.pretrained}: its weights do not fit; if they have a logit bias, add --siglip"
     if "state_dict" in str(error) or isinstance(error, AssertionError):
         return f"--pretrained {args.pretrained}: its weights do not fit --model {args.model} ({first_line})"
     return f"--model {args.model} --pretrained {args.pretrained or 'none'}: {first_line}"

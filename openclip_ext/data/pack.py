@@ -42,16 +42,19 @@ def pairs_from_csv(
         reader = csv.DictReader(file, delimiter=separator)
         for flag, key in (("--csv-img-key", image_key), ("--csv-caption-key", caption_key)):
             if key not in (reader.fieldnames or ()):
-                raise UserError(f"{flag} {key}: {path} has no such column; its columns: {reader.fieldnames}")
-        pairs = [(row[image_key] or "", row[caption_key]) for row in reader]
+                raise UserError(
+                    f"{flag} {key}: {path} has no such column; its columns, split at {separator!r} "
+                    f"(--csv-separator): {reader.fieldnames}"
+                )
+        pairs = [(row[image_key], row[caption_key]) for row in reader]
     if not pairs:
         raise UserError(f"{path}: holds no rows below its header")
     base = os.path.dirname(path)
-    if os.path.isfile(os.path.join(base, pairs[0][0])):
-        pairs = [(os.path.join(base, image), caption) for image, caption in pairs]
+    if pairs[0][0] and os.path.isfile(os.path.join(base, pairs[0][0])):
+        pairs = [(image and os.path.join(base, image), caption) for image, caption in pairs]
     for number, (image, caption) in enumerate(pairs, start=2):
-        if caption is None or (check_images and not os.path.isfile(image)):
-            what = "has no caption" if caption is None else f"names {image}, which does not exist"
+        if not image or not caption or (check_images and not os.path.isfile(image)):
+            what = f"names {image}, which does not exist" if image and caption else "lacks an image or a caption"
             raise UserError(f"{path}: row {number} {what}; mend or remove the row")
     return pairs
 
@@ -150,7 +153,7 @@ def _samples(pairs: Iterable[tuple[str | bytes, str]], bar: tqdm) -> Iterator[di
         bar.update()
         try:
             extension, data = _image_bytes(source)
-        except OSError as error:
+        except tar.IMAGE_ERRORS as error:
             bar.write(f"left out: {source if isinstance(source, str) else f'image {index}'} ({error})")
             continue
         yield {"__key__": f"{index:09d}", extension: data, tar.CAPTION_EXTENSION: caption.encode("utf-8")}

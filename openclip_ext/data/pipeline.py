@@ -126,7 +126,8 @@ class TrainStream(IterableDataset):
             if size is not None and ordinal >= size:
                 record(tar.MORE_SAMPLES, url)
             # Beyond the recorded size ids repeat within the shard: they must not run into the next one's.
-            yield sample | {"sample_id": start + (ordinal % size if size else ordinal)}
+            position = ordinal if size is None else ordinal % max(size, 1)
+            yield sample | {"sample_id": start + position}
         if size is not None and ordinal + 1 < size:
             record(tar.FEWER_SAMPLES, url)
 
@@ -167,7 +168,7 @@ class TableStream(Dataset):
             row = (index + attempt) % len(self)
             try:
                 image, caption = self.config.source.load(row)
-            except (OSError, ValueError, SyntaxError):
+            except tar.IMAGE_ERRORS:
                 self._skips.record(tar.CORRUPT_IMAGE, self.config.source.name)
                 continue
             if not self.training:
@@ -182,7 +183,10 @@ class TableStream(Dataset):
 
 
 class EvalStream(IterableDataset):
-    """Every usable pair of a listing once, in order, the last batch partial: dicts of `image`, `text`, `skipped`."""
+    """Every usable pair of a listing once: dicts of `image`, `text`, `skipped`, the last one partial.
+
+    In order with up to one worker; several take turns.
+    """
 
     def __init__(self, config: StreamConfig) -> None:
         self.config = config
@@ -236,10 +240,11 @@ def _shard_train_loader(config: StreamConfig, num_samples: int, workers: int, pi
     """Rounded up, so that all ranks and workers give as many batches."""
     readers = max(1, workers) * config.world_size
     if not config.resampled and len(config.source.urls) < readers:
+        fitting = len(config.source.urls) // config.world_size
+        fewer = f"--workers {fitting}, " if fitting else ""
         raise UserError(
             f"--workers {workers}: {config.world_size} process(es) need at least {readers} shards and there are "
-            f"{len(config.source.urls)}; use --workers {len(config.source.urls) // config.world_size}, "
-            "--dataset-resampled, or more and smaller shards"
+            f"{len(config.source.urls)}; use {fewer}--dataset-resampled, or more and smaller shards"
         )
     global_batch = config.batch_size * config.world_size
     batches_per_worker = math.ceil(math.ceil(num_samples / global_batch) / max(1, workers))
@@ -273,7 +278,7 @@ def _table_train_loader(config: StreamConfig, workers: int, pin_memory: bool) ->
 
 
 def eval_loader(config: StreamConfig, *, workers: int, pin_memory: bool = False) -> DataLoader:
-    """Every usable pair once, in order, the last batch partial."""
+    """Every usable pair once, in order with up to one worker, the last batch partial."""
     if isinstance(config.source, Table):
         stream = TableStream(config, training=False)
         return _loader(stream, workers, pin_memory, batch_size=config.batch_size, collate_fn=stream.collate)

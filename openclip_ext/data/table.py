@@ -14,19 +14,19 @@ class Table:
 
     Attributes:
         name: for messages.
-        rows: (image path, caption); an empty path stands for a black picture.
+        rows: (image path, caption); None as a path stands for a black picture.
     """
 
     name: str
-    rows: Sequence[tuple[str, str]]
+    rows: Sequence[tuple[str | None, str]]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def load(self, row: int) -> tuple[Image.Image, str]:
-        """The picture in RGB and the caption. Raises OSError, ValueError or SyntaxError where it cannot be opened."""
+        """The picture in RGB and the caption. Raises one of `tar.IMAGE_ERRORS` where it cannot be opened."""
         path, caption = self.rows[row]
-        if not path:
+        if path is None:
             return Image.new("RGB", (224, 224)), caption
         with Image.open(path) as image:
             return image.convert("RGB"), caption
@@ -39,4 +39,4 @@ def csv_table(path: str, image_key: str, caption_key: str, separator: str) -> Ta
 
 def synthetic_table(num_samples: int) -> Table:
     """`--dataset-type synthetic`: black pictures with one caption, to measure speed with."""
-    return Table("synthetic data", [("", "Dummy caption")] * num_samples)
+    return Table("synthetic data", [(None, "Dummy caption")] * num_samples)

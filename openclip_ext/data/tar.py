@@ -9,13 +9,16 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 # In the order in which OpenCLIP looks for them.
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 CAPTION_EXTENSION = "txt"
+
+#: What Pillow raises on files that are no image, or too large a one.
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 END_MARKER = 1024  # bytes of zeros that close a tar
 
@@ -126,7 +129,7 @@ def decode_image(sample: dict, record: Record) -> Image.Image | None:
         return None
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except IMAGE_ERRORS:
         record(CORRUPT_IMAGE, sample["__url__"])
         return None
 

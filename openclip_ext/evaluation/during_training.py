@@ -27,6 +27,8 @@ class Evaluator:
         imagenet: metric prefix to batches of (images, class indices).
         val_frequency: epochs between evaluations on `pairs`; 0: never.
         zeroshot_frequency: epochs between evaluations on `imagenet`; 0: never.
+        progress: show progress bars.
+        skipped: (kind, shard, count) of what could not be used of `pairs` the last time.
     """
 
     tokenizer: Any
@@ -38,6 +40,7 @@ class Evaluator:
     val_frequency: int
     zeroshot_frequency: int
     progress: bool = True
+    skipped: list[tuple[str, str, int]] = dataclasses.field(default_factory=list)
 
     def due(self, epoch: int, last: bool) -> bool:
         """Whether anything is measured after `epoch` completed epochs."""
@@ -69,7 +72,9 @@ class Evaluator:
     def _pair_metrics(self, model) -> dict[str, float]:
         """Retrieval, and `clip_val_loss`: InfoNCE within batches, as OpenCLIP computes it."""
         images, texts, loss, count = [], [], 0.0, 0
+        self.skipped.clear()
         for batch in tqdm(self.pairs, desc="validation", unit="batch", disable=not self.progress, leave=False):
+            self.skipped += batch["skipped"]
             with self.autocast():
                 image = batch["image"].to(device=self.device, dtype=self.dtype)
                 out = model(image, batch["text"].to(self.device))

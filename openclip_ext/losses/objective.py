@@ -1,5 +1,9 @@
 """What the training loop calls: a base loss plus weighted terms, with the hooks of a step."""
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor, nn
 
 
@@ -39,9 +43,10 @@ class Objective(nn.Module):
             TypeError: something a part needs is missing from `extra`.
         """
         outputs: dict[str, Tensor] = {}
-        for name, part in {"base": self.base, **self.terms}.items():
-            for key, value in self._call(name, part, image_features, text_features, logit_scale, extra).items():
-                outputs[key] = self._weights[name] * value if key.endswith("_loss") else value
+        with _float32(image_features.device):
+            for name, part in {"base": self.base, **self.terms}.items():
+                for key, value in self._call(name, part, image_features, text_features, logit_scale, extra).items():
+                    outputs[key] = self._weights[name] * value if key.endswith("_loss") else value
         return outputs if output_dict else total_loss(outputs)
 
     def _call(self, name, module, image_features, text_features, logit_scale, extra):
@@ -51,6 +56,12 @@ class Objective(nn.Module):
             raise TypeError(f"{type(module).__name__} needs {', '.join(missing)}")
         given = {key: extra[key] for key in names}
         return module(image_features, text_features, logit_scale, **given, output_dict=True)
+
+    def set_num_ids(self, num_ids: int) -> None:
+        """Let sample ids run from 0 to `num_ids` - 1 where they are no positions: the number of samples stays."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "set_num_ids"):
+                module.set_num_ids(num_ids)
 
     def begin_step(self, *, step: int, total_steps: int) -> None:
         """Tell the parts that have a schedule the time. Call before each optimizer step."""
@@ -75,6 +86,21 @@ ARGUMENTS = {
     "text_aug": ("text_features_aug",),
     "trunk_features": ("image_trunk_features", "text_trunk_features"),
 }
+
+
+@contextlib.contextmanager
+def _float32(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32: at a logit scale of 100 either would move a score by some hundredths."""
+    matmul = torch.backends.cuda.matmul
+    tf32 = device.type == "cuda" and matmul.allow_tf32
+    try:
+        if tf32:
+            matmul.allow_tf32 = False
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if tf32:
+            matmul.allow_tf32 = True
 
 
 def total_loss(outputs: dict[str, Tensor]) -> Tensor:

@@ -22,6 +22,10 @@ class RateTable(nn.Module):
         self.register_buffer("log_rate", torch.full((2, num_samples), math.nan, dtype=torch.float32))
         self._staged: tuple[Tensor, Tensor] | None = None
 
+    def set_num_ids(self, num_ids: int) -> None:
+        """Start anew with another number of places."""
+        self.log_rate = torch.full((2, num_ids), math.nan, dtype=torch.float32, device=self.log_rate.device)
+
     @torch.no_grad()
     def blend(self, ids: Tensor, log_estimate: Tensor, gamma: float) -> Tensor:
         """log of the average after this visit.

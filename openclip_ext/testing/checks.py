@@ -221,3 +221,18 @@ def _check_precision(name: str, options: dict) -> None:
         rough = _total(evaluate_loss(copy, half, *batch))
     assert rough.dtype == torch.float32, f"the value under autocast is {rough.dtype}, not float32"
     torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.02)
+    expected, found = (_feature_gradient(name, options, batch, autocast) for autocast in (False, True))
+    torch.testing.assert_close(
+        found, expected, rtol=1e-4, atol=1e-6, msg=lambda text: f"the gradient changes under autocast: {text}"
+    )
+
+
+def _feature_gradient(name: str, options: dict, batch: tuple, autocast: bool) -> Tensor:
+    """The gradient with respect to image features at a logit scale of 100, where precision shows."""
+    loss, model = _fresh(name, options)
+    features = {key: value.detach() for key, value in model(*batch[:2]).items()}
+    features["image_features"].requires_grad_()
+    features["logit_scale"] = torch.tensor(100.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        total = _total(evaluate_loss(loss, lambda *_: dict(features), *batch))
+    return torch.autograd.grad(total, features["image_features"])[0]

@@ -42,12 +42,8 @@ class Checkpoint:
     """A checkpoint in memory."""
 
     path: str
+    epoch: int  # completed epochs; 0 for a file that holds only weights
     content: dict[str, Any]
-
-    @property
-    def epoch(self) -> int:
-        """Completed epochs; 0 for a file that holds only weights."""
-        return self.content.get("epoch", 0)
 
     def restore(self, *, model, optimizer, scaler, loss, model_name: str) -> list[str]:
         """Load everything the checkpoint holds.
@@ -113,7 +109,7 @@ def load_checkpoint(path: str) -> Checkpoint:
         raise UserError(f"--resume {path}: not a checkpoint of tensors and plain values ({reason})") from error
     if not isinstance(content, dict):
         raise UserError(f"--resume {path}: not a checkpoint (holds a {type(content).__name__})")
-    return Checkpoint(path, content)
+    return Checkpoint(path, content.get("epoch", 0), content)
 
 
 def latest_checkpoint(folder: str, most_recent: bool) -> str | None:

@@ -80,6 +80,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name, remedy in REFUSED.items():
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: {remedy}")
+    args.name_given = args.name is not None
     args.precision_given = any(part.partition("=")[0] == "--precision" for part in argv)
     if args.dataset_type != "synthetic" and not any(
         (args.train_data, args.val_data, args.imagenet_val, args.imagenet_v2)
@@ -88,6 +89,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.ddp_static_graph and args.accum_freq > 1:
+        raise UserError("--ddp-static-graph: cannot be combined with --accum-freq; drop one")
     if args.siglip and args.loss not in (None, "siglip"):
         raise UserError(f"--siglip --loss {args.loss}: these exclude each other; drop one")
     args.loss = args.loss or ("siglip" if args.siglip else "clip")

@@ -27,6 +27,7 @@ def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
     stop_logging()
+    logger.addHandler(logging.NullHandler())  # else Python prints warnings on every rank
     if console:
         handler = _ConsoleHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -109,12 +110,10 @@ def append_json(path: str, row: dict) -> None:
         file.write(json.dumps(clean) + "\n")
 
 
-def report_skips(rows: list[tuple[str, str, int]], epoch: int) -> None:
-    """Say by kind and shard what could not be used in an epoch."""
+def report_skips(rows: list[tuple[str, str, int]], when: str) -> None:
+    """Say by kind and shard what could not be used."""
     totals: collections.Counter[tuple[str, str]] = collections.Counter()
     for kind, url, count in rows:
         totals[kind, url] += count
     for (kind, url), count in sorted(totals.items()):
-        logger.warning(
-            "epoch %d: %d x %s in %s", epoch + 1, count, kind, os.path.relpath(url) if "://" not in url else url
-        )
+        logger.warning("%s: %d x %s in %s", when, count, kind, os.path.relpath(url) if "://" not in url else url)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.pipeline import TrainLoader
-from openclip_ext.errors import UserError
+from openclip_ext.errors import RankError, UserError
 from openclip_ext.losses.objective import Objective, total_loss
 from openclip_ext.training.log import EpochLog
 
@@ -38,6 +38,7 @@ class Trainer:
         accum_freq: batches per optimizer step.
         grad_clip_norm: None: no clipping.
         total_steps: of the whole run.
+        seed: of random draws in the model.
         teacher: of distillation; None: there is none.
         hash_ids: maps hashes of keys to sample ids; None: batches hold ids.
     """
@@ -53,6 +54,7 @@ class Trainer:
     accum_freq: int
     grad_clip_norm: float | None
     total_steps: int
+    seed: int
     teacher: nn.Module | None = None
     hash_ids: HashIds | None = None
     skipped_steps: int = 0
@@ -67,6 +69,8 @@ class Trainer:
         Raises:
             UserError: the data holds no full batch, or the loss stays non-finite.
         """
+        # By epoch, so that a resumed run draws what an uninterrupted one does.
+        torch.manual_seed(hash((self.seed, epoch, self.accelerator.process_index)))
         self.model.train()
         self.loss.train()
         self.loader.set_epoch(epoch)
@@ -86,15 +90,19 @@ class Trainer:
         return skipped
 
     def _batches(self, skipped: list) -> Iterator[dict]:
-        """Batches on the device. Ranks agree on the first one, so that none waits for another that has no data."""
+        """Batches on the device.
+
+        Ranks agree on the first one of each data worker, so that none waits for another that has no data.
+        """
         device = self.accelerator.device
+        workers = max(1, self.loader.batches.num_workers)
         for number, batch in enumerate(self.loader.batches):
             skipped += batch.pop("skipped")
             error = batch.get("error")
-            if number == 0 and self.accelerator.num_processes > 1:
+            if number < workers and self.accelerator.num_processes > 1:
                 error = next(filter(None, gather_object([error])), None)
             if error is not None:
-                raise UserError(error)
+                raise UserError(error) if number < workers else RankError(error)
             if self.hash_ids is not None:
                 batch["sample_id"] = self.hash_ids(batch["sample_id"])
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
@@ -160,12 +168,12 @@ class Trainer:
 
     def _update(self, outputs: dict[str, Tensor]) -> None:
         """Step the optimizer and commit the loss's state, or do neither where something is not finite."""
-        parameters = list(self.loss.parameters())
-        _average_gradients(parameters, self.accelerator.num_processes)
+        _average_gradients(list(self.loss.parameters()), self.accelerator.num_processes)
+        outputs["grad_norm"] = self._gradient_norm()
         finite = _finite_on_all_ranks(total_loss(outputs), self.accelerator.num_processes)
+        if self.accelerator.scaler is None:  # which looks at the gradients itself, and expects infinite ones
+            finite = finite and bool(outputs["grad_norm"].isfinite())
         if finite:
-            if self.grad_clip_norm is not None:
-                self.accelerator.clip_grad_norm_([*self.model.parameters(), *parameters], self.grad_clip_norm)
             self.optimizer.step()
         if finite and not self.optimizer.step_was_skipped:
             self.skipped_steps = 0
@@ -179,6 +187,15 @@ class Trainer:
                 f"the loss or its gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row; lower --lr, raise "
                 "--warmup, or use --grad-clip-norm 1 or --precision fp32"
             )
+
+    def _gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients, before they are clipped if they are to be."""
+        parameters = [p for p in [*self.model.parameters(), *self.loss.parameters()] if p.grad is not None]
+        if self.grad_clip_norm is not None:
+            return self.accelerator.clip_grad_norm_(parameters, self.grad_clip_norm)
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
 
 def _concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from openclip_ext import _host
 from openclip_ext.data.hash_ids import HashIds
@@ -35,7 +35,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         _host.register_model_config(args.model_config)
     accelerator = setup.make_accelerator(args)
     folder = setup.run_folder(args, accelerator)
-    checkpoint = _checkpoint(args, folder)
+    checkpoint = _checkpoint(args, folder, accelerator)
     if args.check_shards and data and isinstance(data.source, ShardListing):
         setup.require_sizes(data.source, accelerator.is_main_process)
     _seed(args.seed)
@@ -47,6 +47,10 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         return _evaluate_only(args, accelerator, model, evaluator, checkpoint)
     trainer, remarks = _trainer(args, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
     start = checkpoint.epoch if checkpoint else 0
+    if checkpoint:
+        checkpoint.content.clear()  # it is as large as the model and its optimizer
+    elif args.resume:
+        remarks.append("no checkpoint of this run yet: it starts from the beginning")
     with _Run(args, trainer, folder) as run:
         run.say_start(data, checkpoint, remarks)
         return run.epochs(start, evaluator)
@@ -57,7 +61,10 @@ def _trainer(
 ) -> tuple[Trainer, list[str]]:
     """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    loss = plan.build(data.num_ids, rank, world_size).to(accelerator.device)
+    loss = plan.build(data.size, rank, world_size)
+    if data.num_ids != data.size:
+        loss.set_num_ids(data.num_ids)
+    loss.to(accelerator.device)
     _seed(args.seed + rank)
     config = StreamConfig(
         source=data.source,
@@ -101,6 +108,7 @@ def _trainer(
         accum_freq=args.accum_freq,
         grad_clip_norm=args.grad_clip_norm,
         total_steps=steps_per_epoch * args.epochs,
+        seed=args.seed,
         teacher=_host.create_teacher(args, accelerator.device) if args.distill_model else None,
         hash_ids=HashIds(data.num_ids) if data.sample_id == "hash" else None,
     ), remarks
@@ -153,11 +161,11 @@ class _Run:
         logger.info("%s, %.1f M parameters; %d process(es) on %s, precision %s",
                     args.model, millions, processes, device, args.precision)  # fmt: skip
         logger.info("loss %s over %d samples; %d steps of %d pairs per epoch, %d epochs",
-                    args.loss, data.num_ids, trainer.steps_per_epoch, self._pairs_per_step, args.epochs)  # fmt: skip
+                    args.loss, data.size, trainer.steps_per_epoch, self._pairs_per_step, args.epochs)  # fmt: skip
         if checkpoint:
             logger.info("resumed from %s after epoch %d", checkpoint.path, checkpoint.epoch)
-            for remark in remarks:
-                logger.warning("%s: %s", checkpoint.path, remark)
+        for remark in remarks:
+            logger.warning("--resume %s: %s", args.resume, remark)
 
     @property
     def _pairs_per_step(self) -> int:
@@ -192,7 +200,7 @@ class _Run:
             skipped = self.trainer.train_epoch(epoch, log)
         finally:
             log.close()
-        report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, epoch)
+        report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, f"epoch {epoch + 1}")
         if self.trainer.hash_ids and self.trainer.hash_ids.collisions:
             logger.warning("%d visits so far to sample ids that another sample holds; raise --sample-id-table",
                            self.trainer.hash_ids.collisions)  # fmt: skip
@@ -206,12 +214,19 @@ class _Run:
             self.accelerator.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
 
 
-def _checkpoint(args, folder: str | None) -> Checkpoint | None:
+def _checkpoint(args, folder: str | None, accelerator: Accelerator) -> Checkpoint | None:
+    """What `--resume` names. The first rank says which is the latest: another machine's disk may not show it."""
     if args.resume is None:
         return None
     path = args.resume
     if path == "latest":
-        path = latest_checkpoint(os.path.join(folder, "checkpoints"), args.save_most_recent) if folder else None
+        if folder is None or not args.name_given:
+            raise UserError("--resume latest: name the run with --name, and its folder with --logs")
+        path = latest_checkpoint(os.path.join(folder, "checkpoints"), args.save_most_recent)
+        if accelerator.num_processes > 1:
+            (path,) = broadcast_object_list([path])
+        if path is None and args.remote_sync:
+            raise UserError(f"--resume latest: {folder} holds no checkpoint; copy it from --remote-sync first")
     return load_checkpoint(path) if path else None
 
 
@@ -255,6 +270,7 @@ def _evaluate_only(args, accelerator, model, evaluator: Evaluator, checkpoint: C
 
 def _evaluate(evaluator: Evaluator, model, epoch: int, last: bool, folder: str | None) -> dict[str, float]:
     metrics = evaluator.evaluate(model, epoch, last)
+    report_skips(evaluator.skipped, "validation")
     shown = {name: value for name, value in metrics.items() if name.endswith(("R@1", "-top1", "clip_val_loss"))}
     logger.info("after epoch %d: %s", epoch, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
     if folder:

@@ -43,11 +43,14 @@ def plan_objective(args: argparse.Namespace) -> ObjectivePlan:
         if not args.distill_pretrained:
             raise UserError(f"--distill-model {args.distill_model}: give its weights with --distill-pretrained")
         terms.setdefault("distill", {})
-    if "coca" in args.model.lower().rsplit("/", 1)[-1]:
+    coca = "coca" in args.model.lower().rsplit("/", 1)[-1]
+    if coca:
         terms.setdefault("caption", {"weight": args.coca_caption_loss_weight})
         weight = args.coca_contrastive_loss_weight
     plan = ObjectivePlan(args.loss, args.loss_options, terms, weight=weight)
     missing = plan.needs - PROVIDED
+    if "caption_logits" in plan.needs and not coca:
+        missing |= {"caption_logits (a CoCa model)"}
     if "teacher_features" in plan.needs and not args.distill_model:
         missing |= {"teacher_features (--distill-model)"}
     if missing:
@@ -62,12 +65,14 @@ class TrainingData:
     Attributes:
         source: shards or a table.
         num_samples: per epoch and over all ranks.
-        num_ids: sample ids run from 0 to this: N of the loss.
+        size: N of the loss, the samples there are.
+        num_ids: sample ids run from 0 to this; above `size` only where they are hashes.
         sample_id: how samples are identified, None where the loss does not need it.
     """
 
     source: ShardListing | Table
     num_samples: int
+    size: int
     num_ids: int
     sample_id: str | None
 
@@ -90,7 +95,7 @@ def training_data(args: argparse.Namespace, plan: ObjectivePlan) -> TrainingData
         table = csv_table(args.train_data, args.csv_img_key, args.csv_caption_key, args.csv_separator)
     else:
         return _shard_data(args, wanted)
-    return TrainingData(table, len(table), len(table), wanted and "index")
+    return TrainingData(table, len(table), len(table), len(table), wanted and "index")
 
 
 def _dataset_type(path: str | None, given: str, flag: str) -> str:
@@ -108,15 +113,15 @@ def _shard_data(args: argparse.Namespace, wanted: str | None) -> TrainingData:
             f"--train-data {args.train_data}: the number of samples is not known; write sizes.json with: {index}, "
             "or give --train-num-samples"
         )
-    num_ids = listing.length or num_samples
+    size = num_ids = listing.length or num_samples
     if wanted == "hash":
-        num_ids = args.sample_id_table or 4 * num_ids
+        num_ids = args.sample_id_table or 4 * size
     elif wanted == "index" and listing.sizes is None:
         raise UserError(
             f"--loss {args.loss}: needs sample ids, and {args.train_data} has no sizes.json to number samples by; "
             f"write it with: {index}, or use --sample-id hash"
         )
-    return TrainingData(listing, num_samples, num_ids, wanted)
+    return TrainingData(listing, num_samples, size, num_ids, wanted)
 
 
 def require_sizes(listing: ShardListing, progress: bool) -> None:
@@ -148,9 +153,12 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True  # as OpenCLIP does
         torch.backends.cudnn.benchmark = True
         _choose_gpu(args.device)
-    handlers = [DistributedDataParallelKwargs(static_graph=args.ddp_static_graph)]
-    if args.dist_backend or args.dist_url:
-        handlers.append(InitProcessGroupKwargs(backend=args.dist_backend, init_method=args.dist_url))
+    # The first rank evaluates and writes checkpoints while the others wait.
+    group = {"backend": args.dist_backend, "init_method": args.dist_url, "timeout": datetime.timedelta(hours=6)}
+    handlers = [
+        DistributedDataParallelKwargs(static_graph=args.ddp_static_graph),
+        InitProcessGroupKwargs(**{key: value for key, value in group.items() if value is not None}),
+    ]
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=_MIXED.get(args.precision, "no"),
@@ -204,6 +212,7 @@ def _agree_with_accelerate(args: argparse.Namespace) -> None:
             f"--accum-freq {args.accum_freq}: Accelerate is configured for {steps} gradient accumulation steps; give "
             f"--accum-freq {steps}, or launch with accelerate launch --gradient_accumulation_steps 1"
         )
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # else Accelerate divides gradients by it
 
 
 def run_folder(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
