@@ -172,8 +172,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(train_flags, tmp_path, mo
 def test_hashed_ids_leave_the_objective_as_it_is(train_flags, tmp_path):
     for mode in ("index", "hash"):
         assert main(train_flags("--loss", "gamma_decomp", "--sample-id", mode, "--name", mode)) == 0
-    # Within the first epoch every visit is a first one, so ids do not matter.
-    assert losses(tmp_path, "hash")[:8] == losses(tmp_path, "index")[:8]
+    # Augmentation is seeded by the id, so losses are not equal; a target of four times the negatives would add log 4.
+    assert losses(tmp_path, "hash") == pytest.approx(losses(tmp_path, "index"), abs=0.2)
 
 
 def test_resuming_repeats_no_random_draws_of_the_model(train_flags, tmp_path, model_config):
