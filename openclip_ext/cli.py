@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="runs/demo", help="folder for data, runs and the report (default: %(default)s)")
     demo.add_argument("--losses", default="clip,dcl,batch_corrected,gamma_decomp", help="names, joined by commas")
     demo.add_argument("--seeds", type=int, default=3, help="runs per loss (default: %(default)s)")
-    demo.add_argument("--epochs", type=int, default=10, help="per run (default: %(default)s)")
+    demo.add_argument("--epochs", type=int, default=8, help="per run (default: %(default)s)")
     demo.add_argument("--batch-size", type=int, default=32)
     demo.set_defaults(run=_demo)
 
