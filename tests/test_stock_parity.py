@@ -1,5 +1,6 @@
 """Against stock `open_clip_train.main`: same batches, same losses; checkpoints go both ways."""
 
+import contextlib
 import json
 import logging
 import types
@@ -14,14 +15,20 @@ from openclip_ext.data.pipeline import StreamConfig, train_loader
 stock = pytest.importorskip("open_clip_train.main")
 
 
-@pytest.fixture(autouse=True)
-def _root_logging_kept():
-    handlers, level = list(logging.root.handlers), logging.root.level
-    yield
-    for handler in set(logging.root.handlers) - set(handlers):
-        logging.root.removeHandler(handler)
-        handler.close()
-    logging.root.handlers, logging.root.level = handlers, level
+@contextlib.contextmanager
+def logging_kept():
+    """Stock adds handlers to the root logger and sets the level of every other."""
+    handlers = list(logging.root.handlers)
+    loggers = [logging.root, *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
+    levels = [logger.level for logger in loggers]
+    try:
+        yield
+    finally:
+        for handler in set(logging.root.handlers) - set(handlers):
+            handler.close()
+        logging.root.handlers = handlers
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class OurBatches:
@@ -60,7 +67,8 @@ def stock_losses(monkeypatch, flags, shards):
     monkeypatch.setattr(stock, "get_data", lambda args, preprocess, epoch, tokenizer: {
         "train": OurBatches(shards, preprocess[0], tokenizer, args.batch_size)
     })  # fmt: skip
-    stock.main(flags)
+    with logging_kept():
+        stock.main(flags)
     return seen
 
 
