@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from openclip_ext.ops.gather import mean_over_ranks
+from openclip_ext.ops.gather import with_global_value
 from openclip_ext.ops.precision import promoted
 
 
@@ -21,7 +21,5 @@ class WrappedLoss(nn.Module):
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, output_dict: bool = True, **extra
     ) -> dict[str, Tensor] | Tensor:
         outputs = self.loss(*promoted(image_features, text_features, logit_scale), **extra, output_dict=True)
-        outputs = {
-            name: value + (mean_over_ranks(value, self.world_size) - value.detach()) for name, value in outputs.items()
-        }
+        outputs = {name: with_global_value(value, self.world_size) for name, value in outputs.items()}
         return outputs if output_dict else sum(outputs.values())

@@ -45,3 +45,8 @@ def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / world_size
+
+
+def with_global_value(value: Tensor, world_size: int) -> Tensor:
+    """A scalar with the value of its mean over ranks and its own gradient."""
+    return value + (mean_over_ranks(value, world_size) - value.detach())

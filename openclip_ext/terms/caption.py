@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from openclip_ext.ops.gather import mean_over_ranks
+from openclip_ext.ops.gather import mean_over_ranks, with_global_value
 from openclip_ext.ops.precision import promoted
 from openclip_ext.registry import LossSpec
 
@@ -35,8 +35,7 @@ class CaptionTerm(nn.Module):
         total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum")
         # The mean count per rank, so that averaging gradients over ranks divides by the count of all.
         count = mean_over_ranks((labels != PAD).sum().to(logits.dtype), self.world_size)
-        value = total / count
-        value = value + (mean_over_ranks(value, self.world_size) - value.detach())
+        value = with_global_value(total / count, self.world_size)
         return {"caption_loss": value} if output_dict else value
 
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from openclip_ext._host import distill_loss
-from openclip_ext.ops.gather import mean_over_ranks
+from openclip_ext.ops.gather import with_global_value
 from openclip_ext.ops.precision import promoted
 from openclip_ext.registry import LossSpec
 
@@ -34,7 +34,7 @@ class DistillTerm(nn.Module):
         student = promoted(image_features, text_features, logit_scale)
         teacher = promoted(dist_image_features, dist_text_features, dist_logit_scale)
         value = self.loss(*student, *teacher, output_dict=True)["distill_loss"]
-        value = value + (mean_over_ranks(value, self.world_size) - value.detach())
+        value = with_global_value(value, self.world_size)
         return {"distill_loss": value} if output_dict else value
 
 
