@@ -30,7 +30,7 @@ def describe_one(name: str) -> tuple[str, dict[str, Any]]:
     spec = get_spec(name, TERMS if is_term else LOSSES, flag="losses")
     flag = f"--loss-term {name}=WEIGHT,KEY=VALUE" if is_term else f"--loss {name} --loss-arg KEY=VALUE"
     lines = [f"{spec.name}: {spec.summary}", f"  paper    {spec.paper}", f"  package  {spec.package}"]
-    lines += [f"  needs    {', '.join(sorted(spec.needs)) or 'nothing'}", f"  use      {flag}", "  options"]
+    lines += [f"  needs    {', '.join(_needs(spec)) or 'nothing'}", f"  use      {flag}", "  options"]
     options = describe_options(spec.options)
     for row in options:
         kind = " ".join(part for part in (row["type"], row["allowed"]) if part)
@@ -48,4 +48,8 @@ def _table(specs) -> list[str]:
 
 def _as_data(spec: LossSpec) -> dict[str, Any]:
     fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name != "build"}
-    return fields | {"needs": sorted(spec.needs), "options": describe_options(spec.options)}
+    return fields | {"needs": _needs(spec), "options": describe_options(spec.options)}
+
+
+def _needs(spec: LossSpec) -> list[str]:
+    return sorted(spec.needs_for(spec.options()))

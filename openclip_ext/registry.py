@@ -32,7 +32,8 @@ class LossSpec:
         build: `build(options, *, num_samples, rank, world_size) -> torch.nn.Module`; a class with this signature does.
         options: keyword-only dataclass whose fields are declared by `openclip_ext.option`.
         paper: where it was published.
-        needs: a subset of `NEEDS`, what its forward must be given beyond features and logit scale.
+        needs: a subset of `NEEDS`, what its forward must be given beyond features and logit scale; or a function of
+            the options that returns one.
         package: the distribution that provides it; filled in by the registry.
     """
 
@@ -41,13 +42,19 @@ class LossSpec:
     build: Callable[..., Any]
     options: type = NoOptions
     paper: str = ""
-    needs: frozenset[str] = frozenset()
+    needs: frozenset[str] | Callable[[Any], frozenset[str]] = frozenset()
     package: str = ""
 
     def __post_init__(self) -> None:
-        unknown = set(self.needs) - NEEDS
+        self.needs_for(self.options())
+
+    def needs_for(self, options: Any) -> frozenset[str]:
+        """What it needs with these options. Raises ValueError: something that nobody can provide."""
+        needs = frozenset(self.needs(options) if callable(self.needs) else self.needs)
+        unknown = needs - NEEDS
         if unknown:
             raise ValueError(f"loss {self.name!r} needs {sorted(unknown)}; what can be provided: {sorted(NEEDS)}")
+        return needs
 
 
 def registered_names(group: str = LOSSES) -> list[str]:

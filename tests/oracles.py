@@ -88,3 +88,51 @@ def mean_log(rate):
 def gradients(function, image, text, scale):
     leaves = [tensor.detach().clone().double().requires_grad_() for tensor in (image, text, scale)]
     return torch.autograd.grad(function(*leaves), leaves)
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def distance(a, b):
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+
+
+def norm(a):
+    length = dot(a, a).sqrt()
+    return [x / length for x in a]
+
+
+def brownian_bridge(image, text, image_aug, tau):
+    total = 0.0
+    for v, t, a in zip(image, text, image_aug, strict=True):
+        total = total + distance(a, norm([tau * x + (1 - tau) * y for x, y in zip(v, t, strict=True)]))
+    return total / len(image)
+
+
+def geometric_consistency(image, text, image_aug=None, text_aug=None):
+    total, rows = 0.0, range(len(image))
+    for j in rows:
+        for k in rows:
+            total = total + (dot(image[j], text[k]) - dot(image[k], text[j])) ** 2
+            total = total + (dot(image[j], image[k]) - dot(text[j], text[k])) ** 2
+            if image_aug is not None:
+                total = total + (dot(image[j], image[k]) - dot(image_aug[j], image_aug[k])) ** 2
+                total = total + (dot(text[j], text[k]) - dot(text_aug[j], text_aug[k])) ** 2
+        if image_aug is not None:
+            total = total + (dot(image[j], text[j]) - dot(image_aug[j], text_aug[j])) ** 2
+    return total / len(image)
+
+
+def feature_separation(shared, private, private_aug, scale):
+    """Each argument but the last is (images, texts), as lists of rows."""
+    total = 0.0
+    for own, p, a in zip(shared, private, private_aug, strict=True):
+        rows = range(len(p))
+        total = total + sum(dot(own[j], p[j]) ** 2 for j in rows) / len(p)
+        entropy = sum(
+            sum((scale * dot(p[j], a[k])).exp() for k in rows).log() - scale * dot(p[j], a[j]) for j in rows
+        ) / len(p)
+        spread = [(-2 * distance(p[j], p[k])).exp() for j in rows for k in rows if j != k]
+        total = total + entropy / 2 + (sum(spread) / len(spread)).log() / 2
+    return total

@@ -18,6 +18,11 @@ CASES = [
     ("gamma_decomp", {"gamma": 0.3, "gamma_decay": 0.0, "decoupled": True, "draws": 2}),
     ("clip", {"terms": {"distill": {"weight": 0.5}}}),
     ("gamma_decomp", {"terms": {"caption": {}}}),
+    ("clip", {"terms": {"brownian_bridge": {"weight": 0.25}}}),
+    ("dcl", {"terms": {"brownian_bridge": {"sample": True}}}),
+    ("clip", {"terms": {"geometric_consistency": {"weight": 0.1}}}),
+    ("clip", {"terms": {"geometric_consistency": {"weight": "0:0.3", "views": False}}}),
+    ("gamma_decomp", {"terms": {"feature_separation": {}}}),
 ]
 
 

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from openclip_ext.errors import UserError
 from openclip_ext.losses.objective import Objective
 from openclip_ext.options import build_options
 from openclip_ext.registry import TERMS, get_spec
+from openclip_ext.weights import Weight, parse_weight
 
 
 def create_loss(
@@ -24,13 +26,14 @@ def create_loss(
         num_samples: N, pairs in the training set; sample ids run from 0 to N - 1.
         rank: of this process.
         world_size: number of processes; above 1, `torch.distributed` must be initialised before the first call.
-        terms: term name to its options, among them `weight` (default 1), such as `{"distill": {"weight": 0.25}}`.
+        terms: term name to its options, among them `weight` (default 1), a number or a line over training, such as
+            `{"brownian_bridge": {"weight": 0.25}, "geometric_consistency": {"weight": "0:0.1@0.5"}}`.
         **options: options of the loss; strings are converted to the declared type.
 
     Returns:
         A module to call as `loss(image_features, text_features, logit_scale, sample_ids=…)`. It returns a dict whose
         keys that end in `_loss` are to be summed; all others are scalars to report. Call `begin_step` before and
-        `commit` after each optimizer step.
+        `commit` after each optimizer step; with terms that have heads of their own, `set_widths` before the first.
 
     Raises:
         UserError: unknown name or option, or a value that is not accepted.
@@ -67,21 +70,35 @@ class ObjectivePlan:
         self.terms = []
         for term_name, term_options in (terms or {}).items():
             term, given = get_spec(term_name, TERMS, flag="--loss-term"), dict(term_options)
-            weight = float(given.pop("weight", 1.0))
+            weight = _weight(term_name, given.pop("weight", 1.0))
             built = build_options(term.options, given, f"loss term {term_name}", f"--loss-term {term_name}")
             self.terms.append((term, weight, built))
 
     @property
     def needs(self) -> frozenset[str]:
         """What the loop must provide; see `openclip_ext.registry.NEEDS`."""
-        return self.spec.needs.union(*(term.needs for term, _, _ in self.terms))
+        return self._base_needs.union(*(term.needs_for(options) for term, _, options in self.terms))
+
+    @property
+    def _base_needs(self) -> frozenset[str]:
+        return self.spec.needs_for(self.options)
 
     def build(self, num_samples: int, rank: int, world_size: int) -> Objective:
         world = {"num_samples": num_samples, "rank": rank, "world_size": world_size}
-        objective = Objective(self.spec.build(self.options, **world), self.spec.needs, self.weight)
+        objective = Objective(self.spec.build(self.options, **world), self._base_needs, self.weight)
         for term, weight, options in self.terms:
-            objective.add_term(term.name, term.build(options, **world), term.needs, weight)
+            objective.add_term(term.name, term.build(options, **world), term.needs_for(options), weight)
         return objective
+
+
+def _weight(term: str, given: Any) -> Weight:
+    try:
+        return parse_weight(given)
+    except ValueError as error:
+        raise UserError(
+            f"--loss-term {term}={given}: the weight must be a number >= 0, or a line over training such as 0:0.5, or "
+            "0:0.5@0.2 over its first fifth"
+        ) from error
 
 
 __all__ = ["Objective", "ObjectivePlan", "create_loss"]

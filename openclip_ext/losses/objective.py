@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from openclip_ext.weights import Weight
+
 
 class Objective(nn.Module):
     """A base loss and additive terms behind one call.
@@ -22,13 +24,15 @@ class Objective(nn.Module):
         self.base = base
         self.terms = nn.ModuleDict()
         self._needs = {"base": needs}
-        self._weights = {"base": weight}
+        self._weights = {"base": Weight(weight, weight)}
+        self._weights_now = {"base": weight}
 
-    def add_term(self, name: str, term: nn.Module, needs: frozenset[str], weight: float) -> None:
+    def add_term(self, name: str, term: nn.Module, needs: frozenset[str], weight: Weight) -> None:
         """Add `weight` times the term, which returns `{"<name>_loss": tensor}`."""
         self.terms[name] = term
         self._needs[name] = needs
         self._weights[name] = weight
+        self._weights_now[name] = weight.end
 
     @property
     def needs(self) -> frozenset[str]:
@@ -46,11 +50,13 @@ class Objective(nn.Module):
         with _float32(image_features.device):
             for name, part in {"base": self.base, **self.terms}.items():
                 for key, value in self._call(name, part, image_features, text_features, logit_scale, extra).items():
-                    outputs[key] = self._weights[name] * value if key.endswith("_loss") else value
+                    outputs[key] = self._weights_now[name] * value if key.endswith("_loss") else value
+                if not self._weights[name].constant:
+                    outputs[f"{name}_weight"] = torch.tensor(self._weights_now[name])
         return outputs if output_dict else total_loss(outputs)
 
     def _call(self, name, module, image_features, text_features, logit_scale, extra):
-        names = {argument for need in self._needs[name] for argument in ARGUMENTS[need]}
+        names = arguments(self._needs[name])
         missing = sorted(names - extra.keys())
         if missing:
             raise TypeError(f"{type(module).__name__} needs {', '.join(missing)}")
@@ -63,21 +69,36 @@ class Objective(nn.Module):
             if module is not self and hasattr(module, "set_num_ids"):
                 module.set_num_ids(num_ids)
 
+    def set_widths(self, *, image_trunk: int, text_trunk: int, embed: int) -> None:
+        """Let the parts that have heads of their own make them.
+
+        Args:
+            image_trunk: width of `image_trunk_features`, the image tower's pooled output before its projection.
+            text_trunk: width of `text_trunk_features`.
+            embed: width of `image_features` and `text_features`.
+        """
+        for part in self._parts():
+            if hasattr(part, "set_widths"):
+                part.set_widths(image_trunk=image_trunk, text_trunk=text_trunk, embed=embed)
+
     def begin_step(self, *, step: int, total_steps: int) -> None:
-        """Tell the parts that have a schedule the time. Call before each optimizer step."""
-        for part in (self.base, *self.terms.values()):
+        """Tell weights and parts that have a schedule the time. Call before each optimizer step."""
+        self._weights_now = {name: weight.at(step, total_steps) for name, weight in self._weights.items()}
+        for part in self._parts():
             if hasattr(part, "begin_step"):
                 part.begin_step(step=step, total_steps=total_steps)
 
     def commit(self) -> None:
         """Let the parts that have state write what `forward` staged. Call once after each optimizer step taken."""
-        for part in (self.base, *self.terms.values()):
+        for part in self._parts():
             if hasattr(part, "commit"):
                 part.commit()
 
+    def _parts(self) -> tuple[nn.Module, ...]:
+        return (self.base, *self.terms.values())
 
-#: The keyword arguments of `forward` that satisfy each need.
-ARGUMENTS = {
+
+_ARGUMENTS = {
     "sample_ids": ("sample_ids",),
     "logit_bias": ("logit_bias",),
     "teacher_features": ("dist_image_features", "dist_text_features", "dist_logit_scale"),
@@ -86,6 +107,17 @@ ARGUMENTS = {
     "text_aug": ("text_features_aug",),
     "trunk_features": ("image_trunk_features", "text_trunk_features"),
 }
+
+
+def arguments(needs: frozenset[str]) -> set[str]:
+    """The keyword arguments of `forward` that satisfy these needs.
+
+    Who needs both trunk features and the second view of a modality gets the trunk features of that view too.
+    """
+    names = {argument for need in needs for argument in _ARGUMENTS[need]}
+    if "trunk_features" in needs:
+        names |= {f"{modality}_trunk_features_aug" for modality in ("image", "text") if f"{modality}_aug" in needs}
+    return names
 
 
 @contextlib.contextmanager

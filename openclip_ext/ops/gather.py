@@ -37,6 +37,28 @@ def gather_rows(rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(stacked.split(longest), sizes, strict=True)])
 
 
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, sizes, rank):
+        ctx.sizes, ctx.start = sizes, sum(sizes[:rank])
+        ctx.stop = ctx.start + sizes[rank]
+        return gather_rows(rows, sizes)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient[ctx.start : ctx.stop], None, None
+
+
+def gather_rows_with_grad(rows: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
+    """As `gather_rows`, and differentiable: a row's gradient is the sum of what all ranks make of it.
+
+    The backward pass is a collective call too.
+    """
+    return rows if len(sizes) == 1 else _GatherRows.apply(rows, sizes, rank)
+
+
 @torch.no_grad()
 def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
     """The mean of a scalar over ranks, detached."""
@@ -50,3 +72,17 @@ def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
 def with_global_value(value: Tensor, world_size: int) -> Tensor:
     """A scalar with the value of its mean over ranks and its own gradient."""
     return value + (mean_over_ranks(value, world_size) - value.detach())
+
+
+def global_mean(total: Tensor, count: Tensor | float, world_size: int) -> Tensor:
+    """The mean over all ranks of what `total` is the sum of on this one.
+
+    Its gradient covers this rank's share, times W: averaged over ranks it is that of one process.
+
+    Args:
+        total: (), with gradient.
+        count: how many values were summed up on this rank.
+        world_size: W.
+    """
+    count = torch.as_tensor(count, dtype=total.dtype, device=total.device)
+    return with_global_value(total / mean_over_ranks(count, world_size), world_size)

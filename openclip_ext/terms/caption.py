@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from openclip_ext.ops.gather import mean_over_ranks, with_global_value
+from openclip_ext.ops.gather import global_mean
 from openclip_ext.ops.precision import promoted
 from openclip_ext.registry import LossSpec
 
@@ -33,9 +33,7 @@ class CaptionTerm(nn.Module):
         """`logits` (B, L, V), `labels` (B, L). Returns `caption_loss`, the global mean."""
         (logits,) = promoted(logits)
         total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum")
-        # The mean count per rank, so that averaging gradients over ranks divides by the count of all.
-        count = mean_over_ranks((labels != PAD).sum().to(logits.dtype), self.world_size)
-        value = with_global_value(total / count, self.world_size)
+        value = global_mean(total, (labels != PAD).sum(), self.world_size)
         return {"caption_loss": value} if output_dict else value
 
 

@@ -100,6 +100,7 @@ class ToyModel(nn.Module):
             out["text_features_aug"] = normalize((text + 0.3 * text.roll(1, 1)) @ self.text, dim=-1)
         if "trunk_features" in self.needs:
             out |= {f"{key}_trunk_features": value for key, value in trunk.items()}
+            out |= {f"{key}_trunk_features_aug": value + 0.3 * value.roll(1, 1) for key, value in trunk.items()}
         return out
 
 
@@ -120,10 +121,19 @@ def evaluate_loss(loss: Objective, model: nn.Module, image: Tensor, text: Tensor
     return loss(*required, **features, sample_ids=ids)
 
 
+def toy_loss(name: str, options: dict, rank: int = 0, num_ranks: int = 1) -> Objective:
+    """The loss for toy batches, the same on every rank."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        loss = create_loss(name, num_samples=NUM_SAMPLES, rank=rank, world_size=num_ranks, **options)
+        loss.set_widths(image_trunk=WIDTH, text_trunk=WIDTH, embed=WIDTH)
+    return loss
+
+
 def two_steps(rank: int, num_ranks: int, name: str, options: dict, sizes: list[int]) -> list[dict]:
     """Values, averaged gradients and state after each of two steps at fixed parameters, on one of several ranks."""
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    loss = create_loss(name, num_samples=NUM_SAMPLES, rank=rank, world_size=num_ranks, **options)
+    loss = toy_loss(name, options, rank, num_ranks)
     toy = ToyModel(loss.needs)
     model = DistributedDataParallel(toy) if num_ranks > 1 else toy
     results = []
@@ -153,7 +163,7 @@ def _named(check: str):
 
 
 def _fresh(name: str, options: dict) -> tuple[Objective, ToyModel]:
-    loss = create_loss(name, num_samples=NUM_SAMPLES, **options)
+    loss = toy_loss(name, options)
     return loss, ToyModel(loss.needs)
 
 

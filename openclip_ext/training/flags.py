@@ -45,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=WEIGHT[,KEY=VALUE…]",
-        help="A registered term to add to the loss; repeatable.",
+        help="A registered term to add to the loss; repeatable. WEIGHT is a number, or a line over training: 0:0.5, or "
+        "0:0.5@0.2 over its first fifth.",
     )
     ours.add_argument(
         "--sample-id",
@@ -111,18 +112,14 @@ def parse_terms(assignments: Sequence[str]) -> dict[str, dict[str, str]]:
     """`NAME=WEIGHT[,KEY=VALUE…]` strings to {name: {"weight": …, key: value}}.
 
     Raises:
-        UserError: a weight that is no number or negative, or a term given twice.
+        UserError: no weight, or a term given twice.
     """
     terms: dict[str, dict[str, str]] = {}
     for assignment in assignments:
         head, *options = assignment.split(",")
         name, _, weight = head.partition("=")
-        try:
-            usable = float(weight) >= 0
-        except ValueError:
-            usable = False
-        if not usable:
-            raise UserError(f"--loss-term {assignment}: expected NAME=WEIGHT with a weight >= 0")
+        if not name or not weight:
+            raise UserError(f"--loss-term {assignment}: expected NAME=WEIGHT, such as --loss-term {name}=0.5")
         if name in terms:
             raise UserError(f"--loss-term {assignment}: {name} is given twice; keep one")
         terms[name] = {"weight": weight} | parse_assignments(options, f"--loss-term {name}")

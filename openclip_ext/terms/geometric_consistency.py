@@ -1,0 +1,67 @@
+"""Geometric consistency: distances within and across modalities, and within and across views, agree."""
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from openclip_ext.ops.gather import global_mean, mean_over_ranks
+from openclip_ext.ops.gram import sum_of_squared_cross_gaps, sum_of_squared_gaps
+from openclip_ext.ops.precision import promoted
+from openclip_ext.options import option
+from openclip_ext.registry import LossSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    views: bool = option(True, "compare with second views of image and text too; false: CyCLIP's two terms, one view")
+
+
+class GeometricConsistencyTerm(nn.Module):
+    """Squared differences of similarities over the G pairs of the global batch, unit features v, t, second views a:
+
+        1/G sum_jk [ (<v_j, t_k> - <v_k, t_j>)^2 + (<v_j, v_k> - <t_j, t_k>)^2 ]
+      + 1/G sum_jk [ (<v_j, v_k> - <v^a_j, v^a_k>)^2 + (<t_j, t_k> - <t^a_j, t^a_k>)^2 ]      with `views`
+      + 1/G sum_j (<v_j, t_j> - <v^a_j, t^a_j>)^2                                             with `views`
+
+    The value grows with G, as published. Time O(G D^2), memory O(G D + D^2) once G > 2 D (`openclip_ext.ops.gram`).
+
+    Source: Jiang et al., CVPR 2023, intra- and inter-modality regularisation; the first line is CyCLIP's (Goel et al.,
+    NeurIPS 2022).
+    """
+
+    def __init__(self, options: Options, *, num_samples: int, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.options, self.world_size = options, world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        *,
+        image_features_aug: Tensor | None = None,
+        text_features_aug: Tensor | None = None,
+        output_dict: bool = True,
+    ) -> dict[str, Tensor] | Tensor:
+        """Unit features (B, D). Returns `geometric_consistency_loss`."""
+        image, text = promoted(image_features, text_features)
+        total = sum_of_squared_cross_gaps(image, text, self.world_size)
+        if self.options.views:
+            image_aug, text_aug = promoted(image_features_aug, text_features_aug)
+            total = total + sum_of_squared_gaps(image, image_aug, self.world_size)
+            total = total + sum_of_squared_gaps(text, text_aug, self.world_size)
+        value = total / (self.world_size * mean_over_ranks(total.new_tensor(len(image)), self.world_size))
+        if self.options.views:
+            gaps = (image * text).sum(1) - (image_aug * text_aug).sum(1)
+            value = value + global_mean(gaps.square().sum(), len(gaps), self.world_size)
+        return {"geometric_consistency_loss": value} if output_dict else value
+
+
+SPEC = LossSpec(
+    name="geometric_consistency",
+    summary="similarities agree within and across modalities and views",
+    paper="Jiang et al., CVPR 2023",
+    options=Options,
+    needs=lambda options: frozenset({"image_aug", "text_aug"} if options.views else ()),
+    build=GeometricConsistencyTerm,
+)
