@@ -16,7 +16,8 @@ from openclip_ext import _host
 from openclip_ext.data import digits
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
-from openclip_ext.data.pipeline import StreamConfig, eval_loader
+from openclip_ext.data.pipeline import eval_loader
+from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.intervals import half_width
 from openclip_ext.evaluation.retrieval import retrieval_metrics

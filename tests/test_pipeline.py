@@ -15,8 +15,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from openclip_ext import UserError
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.listing import list_shards
-from openclip_ext.data.pipeline import StreamConfig, eval_loader, train_loader
-from openclip_ext.data.tar import Skips, decode_pair, read_shard
+from openclip_ext.data.pipeline import eval_loader, train_loader
+from openclip_ext.data.streams import StreamConfig
+from openclip_ext.data.tar import Skips, decode_caption, decode_image, read_shard
 
 
 def to_tensor(image):
@@ -54,7 +55,8 @@ def test_an_epoch_has_every_sample_once_under_its_own_id(shards, workers):
     originals = {}
     for url in list_shards(shards).urls:
         for sample in read_shard(url, Skips().record):
-            originals[len(originals)] = decode_pair(sample, Skips().record)
+            record = Skips().record
+            originals[len(originals)] = decode_image(sample, record), decode_caption(sample, record)
     for batch in batches:
         assert not batch["skipped"]
         for image, text, sample_id in zip(batch["image"], batch["text"], batch["sample_id"].tolist(), strict=True):

@@ -10,7 +10,8 @@ import torch
 
 from openclip_ext.cli import main
 from openclip_ext.data.listing import list_shards
-from openclip_ext.data.pipeline import StreamConfig, train_loader
+from openclip_ext.data.pipeline import train_loader
+from openclip_ext.data.streams import StreamConfig
 
 stock = pytest.importorskip("open_clip_train.main")
 

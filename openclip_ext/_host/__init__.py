@@ -1,6 +1,6 @@
-"""Every touch of OpenCLIP's internals: one module per major version of `open_clip_torch`.
+"""Every touch of OpenCLIP's internals: the modules `v3*` for its major version 3.
 
-The functions below are the whole interface; another major version is another module that defines them.
+The functions below are the whole interface; another major version is other modules that define them.
 Nothing here imports torch before it is needed.
 """
 
@@ -13,6 +13,7 @@ from openclip_ext._host.v3 import (
     create_schedule,
     create_teacher,
     distill_loss,
+    example_inputs,
     fill_optimizer_defaults,
     imagenet_names,
     input_dtype,
@@ -22,6 +23,7 @@ from openclip_ext._host.v3 import (
     start_remote_sync,
     zero_shot_weights,
 )
+from openclip_ext._host.v3_trunks import find_trunks, watched
 
 __all__ = [
     "build_parser",
@@ -32,12 +34,15 @@ __all__ = [
     "create_schedule",
     "create_teacher",
     "distill_loss",
+    "example_inputs",
     "fill_optimizer_defaults",
+    "find_trunks",
     "imagenet_names",
     "input_dtype",
     "load_model_weights",
     "register_model_config",
     "siglip_loss",
     "start_remote_sync",
+    "watched",
     "zero_shot_weights",
 ]

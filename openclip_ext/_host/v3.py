@@ -117,6 +117,16 @@ def input_dtype(precision: str):
     return get_input_dtype(precision)
 
 
+def example_inputs(model, dtype):
+    """One black picture and one empty caption as the model takes them. `dtype`: of images; None: float32."""
+    import torch
+
+    device, size = model.logit_scale.device, model.visual.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    text = torch.zeros(1, model.context_length, dtype=torch.int64, device=device)
+    return torch.zeros(1, 3, height, width, dtype=dtype, device=device), text
+
+
 def register_model_config(path: str) -> str:
     """Make a model config file known; returns its model name, the file's stem.
 

@@ -16,6 +16,7 @@ from webdataset.tariterators import base_plus_ext, tar_file_iterator
 # In the order in which OpenCLIP looks for them.
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 CAPTION_EXTENSION = "txt"
+JSON_EXTENSION = "json"
 
 #: What Pillow raises on files that are no image, or too large a one.
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -145,10 +146,3 @@ def decode_caption(sample: dict, record: Record) -> str | None:
     except UnicodeDecodeError:
         record(CORRUPT_CAPTION, sample["__url__"])
         return None
-
-
-def decode_pair(sample: dict, record: Record) -> tuple[Image.Image, str] | None:
-    """The sample's picture and caption, or None, recorded, where either is missing or broken."""
-    caption = decode_caption(sample, record)
-    image = decode_image(sample, record) if caption is not None else None
-    return None if image is None else (image, caption)

@@ -66,6 +66,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="Count the samples of all shards before the first step; any difference from sizes.json is an error.",
     )
     ours.add_argument(
+        "--view-aug",
+        choices=["standard", "auto"],
+        default="standard",
+        help="Second view of an image, where a term needs one: the training augmentation again, or AutoAugment first.",
+    )
+    ours.add_argument(
+        "--caption-separator",
+        metavar="TEXT",
+        help="Splits a caption into several, one of which is drawn each time; a second view is another of them.",
+    )
+    ours.add_argument(
+        "--caption-key", metavar="KEY", help="Where a sample's JSON holds its caption or captions, instead of its text."
+    )
+    ours.add_argument(
         "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON, known by its file name."
     )
     return parser
@@ -97,6 +111,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args.loss = args.loss or ("siglip" if args.siglip else "clip")
     args.loss_options = parse_assignments(args.loss_arg, "--loss-arg")
     args.loss_terms = parse_terms(args.loss_term)
+    if args.caption_separator == "":
+        raise UserError("--caption-separator: must not be empty")
     if args.train_data_upsampling_factors and not args.dataset_resampled:
         raise UserError("--train-data-upsampling-factors: needs --dataset-resampled")
     known = {"", "all", "tensorboard", "wandb"}

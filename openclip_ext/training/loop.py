@@ -106,8 +106,9 @@ class Trainer:
             if self.hash_ids is not None:
                 batch["sample_id"] = self.hash_ids(batch["sample_id"])
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            if self.input_dtype is not None:
-                batch["image"] = batch["image"].to(self.input_dtype)
+            for key in ("image", "image_aug"):
+                if self.input_dtype is not None and key in batch:
+                    batch[key] = batch[key].to(self.input_dtype)
             yield batch
 
     def _backward(self, batches: list[dict]) -> dict[str, Tensor]:
@@ -119,7 +120,7 @@ class Trainer:
 
     def _backward_whole(self, batches: list[dict]) -> dict[str, Tensor]:
         (batch,) = batches
-        outputs = self._loss(self.model(batch["image"], batch["text"]), self._constants(batch))
+        outputs = self._loss(self.model(**_views(batch)), self._constants(batch))
         self.accelerator.backward(total_loss(outputs))
         return outputs
 
@@ -134,7 +135,7 @@ class Trainer:
         for batch in batches:
             random_states.append(_random_state(self.accelerator.device))
             with torch.no_grad():
-                parts.append(self.model(batch["image"], batch["text"]))
+                parts.append(self.model(**_views(batch)))
         leaves = {key: value.detach().clone() for key, value in _concatenated(parts).items()}
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
@@ -145,7 +146,7 @@ class Trainer:
         for number, (batch, state) in enumerate(zip(batches, random_states, strict=True)):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), _replayed(state):
-                again = self.model(batch["image"], batch["text"])
+                again = self.model(**_views(batch))
                 pairs = [(again[key], gradient[number]) for key, gradient in gradients.items()]
                 if last:  # scalars belong to no part
                     pairs += [(again[key], x.grad) for key, x in leaves.items() if x.grad is not None and not x.ndim]
@@ -196,6 +197,11 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
         return torch.nn.utils.get_total_norm([p.grad for p in parameters])
+
+
+def _views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model takes of a batch."""
+    return {key: batch[key] for key in ("image", "text", "image_aug", "text_aug") if key in batch}
 
 
 def _concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

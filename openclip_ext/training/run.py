@@ -14,13 +14,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from openclip_ext import _host
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.listing import ShardListing
-from openclip_ext.data.pipeline import StreamConfig, train_loader
+from openclip_ext.data.pipeline import train_loader
+from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.training import setup
 from openclip_ext.training.checkpoint import LATEST, Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
+from openclip_ext.training.pair_model import pair_model
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
@@ -50,7 +52,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     if checkpoint:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
     elif args.resume:
-        remarks.append("no checkpoint of this run yet: it starts from the beginning")
+        remarks.append(f"--resume {args.resume}: no checkpoint of this run yet: it starts from the beginning")
     with _Run(args, trainer, folder) as run:
         run.say_start(data, checkpoint, remarks)
         return run.epochs(start, evaluator)
@@ -62,6 +64,9 @@ def _trainer(
     """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
     loss = plan.build(data.size, rank, world_size)
+    paired = pair_model(model, plan.needs)
+    if "trunk_features" in plan.needs:
+        loss.set_widths(**paired.widths(_host.input_dtype(args.precision)))
     if data.num_ids != data.size:
         loss.set_num_ids(data.num_ids)
     loss.to(accelerator.device)
@@ -69,13 +74,12 @@ def _trainer(
     config = StreamConfig(
         source=data.source,
         batch_size=args.batch_size,
-        image_transform=transform,
-        tokenizer=tokenizer,
         sample_id=data.sample_id,
         resampled=args.dataset_resampled,
         seed=args.seed,
         rank=rank,
         world_size=world_size,
+        **setup.row_format(args, plan, transform, tokenizer),
     )
     pin_memory = accelerator.device.type == "cuda"
     loader = train_loader(config, num_samples=data.num_samples, workers=args.workers, pin_memory=pin_memory)
@@ -90,12 +94,16 @@ def _trainer(
     if args.use_bn_sync and world_size > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = _host.create_optimizer(args, model, loss.parameters())
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
-    remarks = []
+    prepared_model, prepared_optimizer = accelerator.prepare(paired, optimizer)
+    remarks = [
+        f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
+        for modality in getattr(paired, "projected", [])
+    ]
     if checkpoint:
-        remarks = checkpoint.restore(
+        restored = checkpoint.restore(
             model=model, optimizer=optimizer, scaler=accelerator.scaler, loss=loss, model_name=args.model
         )
+        remarks += [f"--resume {args.resume}: {remark}" for remark in restored]
     return Trainer(
         accelerator=accelerator,
         module=model,
@@ -165,7 +173,7 @@ class _Run:
         if checkpoint:
             logger.info("resumed from %s after epoch %d", checkpoint.path, checkpoint.epoch)
         for remark in remarks:
-            logger.warning("--resume %s: %s", args.resume, remark)
+            logger.warning(remark)
 
     @property
     def _pairs_per_step(self) -> int:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import os
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -14,11 +15,14 @@ from accelerate.utils import (
     is_tensorboard_available,
     is_wandb_available,
 )
+from torchvision.transforms import AutoAugment, Compose
 
 from openclip_ext import _host
+from openclip_ext.data.captions import CaptionFormat
 from openclip_ext.data.check import check_shards
 from openclip_ext.data.listing import ShardListing, list_shards
-from openclip_ext.data.pipeline import StreamConfig, eval_loader
+from openclip_ext.data.pipeline import eval_loader
+from openclip_ext.data.streams import StreamConfig
 from openclip_ext.data.table import Table, csv_table, synthetic_table
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.during_training import Evaluator
@@ -28,15 +32,13 @@ from openclip_ext.losses import ObjectivePlan
 _MIXED = {"amp": "fp16", "amp_bf16": "bf16", "amp_bfloat16": "bf16"}
 #: Kinds of distribution that keep no whole model on a rank; their checkpoints would not be OpenCLIP's.
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-#: What a loss may ask for that this loop provides.
-PROVIDED = frozenset({"sample_ids", "logit_bias", "teacher_features", "caption_logits"})
 
 
 def plan_objective(args: argparse.Namespace) -> ObjectivePlan:
     """The loss and its terms, with those that OpenCLIP adds for distillation and for CoCa models.
 
     Raises:
-        UserError: unknown names or options, or a need that this loop does not provide.
+        UserError: unknown names or options, or a need that the model does not meet.
     """
     terms, weight = dict(args.loss_terms), 1.0
     if args.distill_model:
@@ -48,13 +50,15 @@ def plan_objective(args: argparse.Namespace) -> ObjectivePlan:
         terms.setdefault("caption", {"weight": args.coca_caption_loss_weight})
         weight = args.coca_contrastive_loss_weight
     plan = ObjectivePlan(args.loss, args.loss_options, terms, weight=weight)
-    missing = plan.needs - PROVIDED
     if "caption_logits" in plan.needs and not coca:
-        missing |= {"caption_logits (a CoCa model)"}
+        raise UserError(f"--loss-term caption: --model {args.model} makes no captions; use a CoCa model")
+    if coca and plan.needs & {"image_aug", "text_aug"}:
+        raise UserError(
+            f"--model {args.model}: a CoCa model makes captions of first views only; drop the --loss-term that needs "
+            "second views, or use another model"
+        )
     if "teacher_features" in plan.needs and not args.distill_model:
-        missing |= {"teacher_features (--distill-model)"}
-    if missing:
-        raise UserError(f"--loss {args.loss}: needs {', '.join(sorted(missing))}, which is not provided")
+        raise UserError(f"--loss {args.loss}: it or a term of it needs a teacher; name one with --distill-model")
     return plan
 
 
@@ -85,6 +89,8 @@ def training_data(args: argparse.Namespace, plan: ObjectivePlan) -> TrainingData
     """
     wanted = args.sample_id if "sample_ids" in plan.needs else None
     kind = _dataset_type(args.train_data, args.dataset_type, "--train-data")
+    if args.caption_key and kind != "webdataset":
+        raise UserError(f"--caption-key {args.caption_key}: shards have JSON, {kind} data has not; drop the flag")
     if kind == "synthetic":
         if not args.train_num_samples:
             raise UserError("--dataset-type synthetic: give the number of samples with --train-num-samples")
@@ -234,6 +240,24 @@ def run_folder(args: argparse.Namespace, accelerator: Accelerator) -> str | None
     return folder
 
 
+def caption_format(args: argparse.Namespace) -> CaptionFormat:
+    """Where captions are, of training and of validation data."""
+    return CaptionFormat(separator=args.caption_separator, key=args.caption_key)
+
+
+def row_format(args: argparse.Namespace, plan: ObjectivePlan, transform, tokenizer) -> dict[str, Any]:
+    """What training rows hold: the fields of `RowFormat`, second views only where the objective needs them."""
+    auto = args.view_aug == "auto"
+    image_aug = Compose([AutoAugment(), transform]) if auto else transform
+    return {
+        "image_transform": transform,
+        "tokenizer": tokenizer,
+        "image_aug_transform": image_aug if "image_aug" in plan.needs else None,
+        "text_aug": "text_aug" in plan.needs,
+        "captions": caption_format(args),
+    }
+
+
 def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer, transform) -> Evaluator:
     """What `--val-data`, `--imagenet-val` and `--imagenet-v2` ask for. Raises UserError: a path that does not fit."""
     pairs = None
@@ -242,7 +266,13 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
             source = csv_table(args.val_data, args.csv_img_key, args.csv_caption_key, args.csv_separator)
         else:
             source = list_shards(args.val_data, flag="--val-data")
-        config = StreamConfig(source=source, batch_size=args.batch_size, image_transform=transform, tokenizer=tokenizer)
+        config = StreamConfig(
+            source=source,
+            batch_size=args.batch_size,
+            image_transform=transform,
+            tokenizer=tokenizer,
+            captions=caption_format(args),
+        )
         pairs = eval_loader(config, workers=args.workers)
     imagenet = {}
     for flag, path, prefix in (

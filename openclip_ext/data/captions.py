@@ -1,0 +1,79 @@
+"""Captions of a sample, which may be several, and second views of them."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Sequence
+
+from openclip_ext.data import tar
+
+DELETED = 0.1  # probability of a word
+SWAPPED = 0.1  # swaps per word, at least one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptionFormat:
+    """Where a sample's captions are.
+
+    Attributes:
+        separator: splits the caption text into several; None: it is one.
+        key: in the sample's JSON, holds a string or a list of strings; None: the caption is the sample's text.
+    """
+
+    separator: str | None = None
+    key: str | None = None
+
+    def split(self, text: str) -> list[str]:
+        """The captions in a text; at least one, which may be empty."""
+        if self.separator is None:
+            return [text]
+        return [part for part in map(str.strip, text.split(self.separator)) if part] or [""]
+
+    def of_sample(self, sample: dict, record: tar.Record) -> list[str] | None:
+        """The captions of a shard's sample, or None, recorded, where there is none or it cannot be read."""
+        if self.key is None:
+            text = tar.decode_caption(sample, record)
+            return None if text is None else self.split(text)
+        try:
+            value = json.loads(sample[tar.JSON_EXTENSION])[self.key]
+        except (KeyError, IndexError, TypeError):  # no JSON, or another kind of it
+            record(tar.MISSING_CAPTION, sample["__url__"])
+            return None
+        except ValueError:
+            record(tar.CORRUPT_CAPTION, sample["__url__"])
+            return None
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
+        if not texts:
+            record(tar.MISSING_CAPTION, sample["__url__"])
+            return None
+        return [part for text in texts for part in self.split(text)]
+
+
+def one_view(captions: Sequence[str], rng: random.Random) -> str:
+    """Any of a sample's captions."""
+    return captions[0] if len(captions) == 1 else rng.choice(captions)
+
+
+def two_views(captions: Sequence[str], rng: random.Random) -> tuple[str, str]:
+    """Two of a sample's captions, or its only one and that with its words changed."""
+    if len(captions) > 1:
+        first, second = rng.sample(captions, 2)
+        return first, second
+    return captions[0], changed_words(captions[0], rng)
+
+
+def changed_words(caption: str, rng: random.Random) -> str:
+    """Easy data augmentation without synonyms: each word is deleted with probability 0.1, and a tenth are swapped.
+
+    A caption of one word stays as it is.
+
+    Source: Wei & Zou, "EDA", EMNLP 2019, with its parameters.
+    """
+    words = caption.split()
+    if len(words) < 2:
+        return caption
+    kept = [word for word in words if rng.random() >= DELETED] or [rng.choice(words)]
+    for _ in range(max(1, round(SWAPPED * len(kept))) if len(kept) > 1 else 0):
+        first, second = rng.sample(range(len(kept)), 2)
+        kept[first], kept[second] = kept[second], kept[first]
+    return " ".join(kept)

@@ -1,0 +1,206 @@
+"""Streams of batches from shards, whose order is a function of seed, epoch, rank and worker."""
+
+import contextlib
+import dataclasses
+import hashlib
+import multiprocessing
+import random
+import zlib
+from collections.abc import Iterator
+from itertools import count, islice
+
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from webdataset.filters import _shuffle
+
+from openclip_ext.data import tar
+from openclip_ext.data.listing import ShardListing
+from openclip_ext.data.rows import RowFormat, random_state_kept
+from openclip_ext.data.table import Table
+from openclip_ext.errors import UserError
+
+# OpenCLIP's buffers: (size, filled before the first sample leaves).
+SHARD_BUFFER = (2000, 500)
+SAMPLE_BUFFER = (5000, 1000)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamConfig(RowFormat):
+    """What batches depend on, besides what a row holds.
+
+    Attributes:
+        source: shards, or a table of pairs.
+        batch_size: per rank.
+        sample_id: None: none wanted; "index": position in the source; "hash": 63 bits of the key's hash.
+        resampled: draw shards with replacement.
+        seed: of order and augmentation.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    source: ShardListing | Table
+    batch_size: int
+    sample_id: str | None = None
+    resampled: bool = False
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+
+class TrainStream(IterableDataset):
+    """Batches of one epoch: dicts of `image` (B, 3, H, W), `text` (B, L), and `skipped`.
+
+    If asked for, they hold second views, `image_aug` and `text_aug`, and `sample_id` (B,). `skipped` lists (kind,
+    shard, count) of what could not be used since the last batch. A worker whose shards hold no full batch yields
+    `{"error": message}`. Batches are always full; a worker that runs out starts over in another order, as in OpenCLIP.
+    """
+
+    def __init__(self, config: StreamConfig, batches_per_worker: int) -> None:
+        self.config = config
+        self.batches_per_worker = batches_per_worker
+        # Shared, since workers persist over epochs.
+        self._epoch = multiprocessing.Value("i", 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.value = epoch
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        epoch = self._epoch.value
+        batches = islice(self._passes(epoch, worker, num_workers), self.batches_per_worker)
+        while True:
+            # Without workers this runs in the training process, whose random state must not depend on it.
+            with contextlib.nullcontext() if info else random_state_kept():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _passes(self, epoch: int, worker: int, num_workers: int) -> Iterator[dict]:
+        skips = tar.Skips()
+        for number in count():
+            rng = random.Random(f"{self.config.seed} {epoch} {self.config.rank} {worker} {number}")
+            urls = self._urls(epoch, worker, num_workers, rng)
+            samples = (sample for url in urls for sample in self._numbered(url, skips.record))
+            shuffled = _shuffle(samples, *SAMPLE_BUFFER, rng)
+            decoded = filter(None, (self._decode(sample, epoch, skips.record) for sample in shuffled))
+            batches = 0
+            while len(rows := list(islice(decoded, self.config.batch_size))) == self.config.batch_size:
+                batches += 1
+                yield self.config.batch(rows) | {"skipped": skips.flush()}
+            if batches == 0:
+                yield {"error": self._no_batch(len(rows), num_workers, skips), "skipped": skips.flush()}
+                return
+
+    def _urls(self, epoch: int, worker: int, num_workers: int, rng: random.Random) -> Iterator[str]:
+        """This worker's shards in this pass."""
+        config = self.config
+        if config.resampled:
+            # A pass ends, so that shards without anything usable are noticed.
+            yield from rng.choices(config.source.urls, config.source.weights, k=max(16, len(config.source.urls)))
+            return
+        # The same order on all ranks and workers, of which each takes its share.
+        shuffled = _shuffle(iter(config.source.urls), *SHARD_BUFFER, random.Random(config.seed + epoch))
+        own_rank = islice(shuffled, config.rank, None, config.world_size)
+        yield from islice(own_rank, worker, None, num_workers)
+
+    def _numbered(self, url: str, record: tar.Record) -> Iterator[dict]:
+        """Samples of a shard with their `sample_id`."""
+        if self.config.sample_id == "hash":
+            for sample in tar.read_shard(url, record):
+                digest = hashlib.blake2b(sample["__key__"].encode(), digest_size=8).digest()
+                yield sample | {"sample_id": int.from_bytes(digest, "big") >> 1}
+            return
+        size = self.config.source.size_of.get(url)
+        start = self.config.source.offsets[url] if size is not None else zlib.crc32(url.encode()) << 31
+        ordinal = -1
+        for sample in tar.read_shard(url, record):
+            ordinal = sample["__ordinal__"]
+            if size is not None and ordinal >= size:
+                record(tar.MORE_SAMPLES, url)
+            # Beyond the recorded size ids repeat within the shard: they must not run into the next one's.
+            position = ordinal if size is None else ordinal % max(size, 1)
+            yield sample | {"sample_id": start + position}
+        if size is not None and ordinal + 1 < size:
+            record(tar.FEWER_SAMPLES, url)
+
+    def _decode(self, sample: dict, epoch: int, record: tar.Record) -> dict | None:
+        """A training row, None where the sample cannot be used."""
+        pair = _decoded(sample, self.config, record)
+        return pair and _with_id(self.config, pair, epoch, sample["sample_id"])
+
+    def _no_batch(self, usable: int, num_workers: int, skips: tar.Skips) -> str:
+        faults = ", ".join(f"{kind} in {url}" for kind, url in list(skips)[:3])
+        return (
+            f"--batch-size {self.config.batch_size}: a data worker of rank {self.config.rank} finds only {usable} "
+            f"usable samples in its share of {len(self.config.source.urls)} shards ({num_workers} workers x "
+            f"{self.config.world_size} processes); use a smaller --batch-size or fewer --workers"
+            + (f" (skipped: {faults})" if faults else "")
+        )
+
+
+class TableStream(Dataset):
+    """Rows of a table as batches of the same form. A row that cannot be used is recorded and the next one taken."""
+
+    def __init__(self, config: StreamConfig, *, training: bool) -> None:
+        self.config, self.training = config, training
+        self._epoch = multiprocessing.Value("i", 0)
+        self._skips = tar.Skips()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.value = epoch
+
+    def __len__(self) -> int:
+        return len(self.config.source)
+
+    def __getitem__(self, index: int) -> dict:
+        for attempt in range(len(self)):
+            row = (index + attempt) % len(self)
+            try:
+                image, caption = self.config.source.load(row)
+            except tar.IMAGE_ERRORS:
+                self._skips.record(tar.CORRUPT_IMAGE, self.config.source.name)
+                continue
+            pair = image, self.config.captions.split(caption)
+            if not self.training:
+                return self.config.evaluation_row(*pair)
+            with contextlib.nullcontext() if get_worker_info() else random_state_kept():
+                return _with_id(self.config, pair, self._epoch.value, row)
+        raise UserError(f"{self.config.source.name}: none of its images can be opened")
+
+    def collate(self, rows: list[dict]) -> dict:
+        return self.config.batch(rows) | {"skipped": self._skips.flush()}
+
+
+class EvalStream(IterableDataset):
+    """Every usable pair of a listing once: dicts of `image`, `text`, `skipped`, the last one partial.
+
+    In order with up to one worker; several take turns.
+    """
+
+    def __init__(self, config: StreamConfig) -> None:
+        self.config = config
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        urls = self.config.source.urls[info.id :: info.num_workers] if info else self.config.source.urls
+        skips = tar.Skips()
+        samples = (sample for url in urls for sample in tar.read_shard(url, skips.record))
+        pairs = filter(None, (_decoded(sample, self.config, skips.record) for sample in samples))
+        while batch := list(islice(pairs, self.config.batch_size)):
+            rows = [self.config.evaluation_row(*pair) for pair in batch]
+            yield self.config.batch(rows) | {"skipped": skips.flush()}
+
+
+def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Image.Image, list[str]] | None:
+    """The sample's picture and captions, or None, recorded, where either is missing or broken."""
+    captions = config.captions.of_sample(sample, record)
+    image = tar.decode_image(sample, record) if captions is not None else None
+    return None if image is None else (image, captions)
+
+
+def _with_id(config: StreamConfig, pair: tuple[Image.Image, list[str]], epoch: int, sample_id: int) -> dict:
+    """A training row: a function of seed, epoch and sample, on whichever worker and rank it is made."""
+    row = config.training_row(*pair, seed=hash((config.seed, epoch, sample_id)))
+    return row | {"sample_id": sample_id} if config.sample_id else row

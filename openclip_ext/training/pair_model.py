@@ -1,0 +1,68 @@
+"""The model as terms need it: with features of second views, and with the pooled outputs of its towers."""
+
+import torch
+from torch import Tensor, nn
+
+from openclip_ext import _host
+
+
+class PairModel(nn.Module):
+    """An OpenCLIP model run on both views at once.
+
+    Args:
+        model: an OpenCLIP model that returns a dict.
+        trunk_features: return the towers' pooled outputs before their projections too.
+
+    Attributes:
+        projected: modalities whose tower has no such output; their projected features stand in.
+    """
+
+    def __init__(self, model: nn.Module, *, trunk_features: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.trunk_features = trunk_features
+        # Not as attributes of modules: their parts belong to the model already.
+        self._trunks = _host.find_trunks(model) if trunk_features else {}
+        self.projected = [name for name in ("image", "text") if trunk_features and name not in self._trunks]
+
+    def forward(
+        self, image: Tensor, text: Tensor, image_aug: Tensor | None = None, text_aug: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What the model returns for the first views, plus, where asked for, `<modality>_trunk_features`, and the
+        features of second views under the same names with `_aug`.
+
+        One forward pass per tower: second views are concatenated to the first.
+        """
+        inputs = {"image": image, "text": text}
+        second = {name: x for name, x in (("image", image_aug), ("text", text_aug)) if x is not None}
+        inputs |= {name: torch.cat([inputs[name], x]) for name, x in second.items()}
+        with _host.watched(self._trunks) as seen:
+            out = dict(self.model(inputs["image"], inputs["text"]))
+        if self.trunk_features:
+            for name, trunk in self._trunks.items():
+                out[f"{name}_trunk_features"] = trunk.pool(seen[name], inputs[name])
+            for name in self.projected:
+                out[f"{name}_trunk_features"] = out[f"{name}_features"]
+        for name in second:
+            for key in (f"{name}_features", f"{name}_trunk_features"):
+                if key in out:
+                    out[key], out[f"{key}_aug"] = out[key].chunk(2)
+        return out
+
+    @torch.no_grad()
+    def widths(self, dtype: torch.dtype | None) -> dict[str, int]:
+        """What `Objective.set_widths` takes, from one run on an empty pair; `dtype` is that of images."""
+        was_training = self.training
+        try:
+            out = self.eval()(*_host.example_inputs(self.model, dtype))
+        finally:
+            self.train(was_training)
+        keys = {"image_trunk": "image_trunk_features", "text_trunk": "text_trunk_features", "embed": "image_features"}
+        return {name: out[key].shape[1] for name, key in keys.items()}
+
+
+def pair_model(model: nn.Module, needs: frozenset[str]) -> nn.Module:
+    """The model itself where neither second views nor trunk features are needed, else a `PairModel`."""
+    if not needs & {"image_aug", "text_aug", "trunk_features"}:
+        return model
+    return PairModel(model, trunk_features="trunk_features" in needs)
