@@ -23,7 +23,7 @@ from openclip_ext.evaluation.intervals import half_width
 from openclip_ext.evaluation.retrieval import retrieval_metrics
 from openclip_ext.evaluation.zero_shot import zero_shot_accuracy
 from openclip_ext.losses import ObjectivePlan
-from openclip_ext.training.flags import parse_args
+from openclip_ext.training.flags import parse_args, parse_terms
 from openclip_ext.training.run import train
 
 MODEL = "digits-tiny"
@@ -44,7 +44,7 @@ CURVE = "text_to_image_R@10"
 def run_demo(out: str, *, losses: list[str], seeds: int, epochs: int, batch_size: int) -> dict:
     """Pack the digits, train every loss with every seed, score on the test split, write `report.json` and `report.png`.
 
-    All losses see the same batches: the order is a function of the seed. Scores come from the test split, curves from
+    A loss is a name, or a name and terms with their weights, such as `clip+brownian_bridge=0.25`. All losses see the same batches: the order is a function of the seed. Scores come from the test split, curves from
     the validation split.
 
     Raises:
@@ -52,8 +52,8 @@ def run_demo(out: str, *, losses: list[str], seeds: int, epochs: int, batch_size
     """
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: must be at least 1")
-    for name in losses:
-        ObjectivePlan(name, {})
+    for loss in losses:
+        _plan(loss)
     started = time.time()
     os.makedirs(out, exist_ok=True)
     shutil.rmtree(os.path.join(out, "logs"), ignore_errors=True)
@@ -97,14 +97,20 @@ def _pack(out: str) -> str:
     return root
 
 
+def _plan(loss: str) -> ObjectivePlan:
+    name, *terms = loss.split("+")
+    return ObjectivePlan(name, {}, parse_terms(terms))
+
+
 def _flags(out, shards, model_config, loss, seed, epochs, batch_size) -> list[str]:
+    name, *terms = loss.split("+")
     flags = {
         "--model": MODEL,
         "--model-config": model_config,
         "--train-data": os.path.join(shards, "train"),
         "--train-num-samples": len(digits.digit_splits()["train"]) // batch_size * batch_size,
         "--val-data": os.path.join(shards, "val"),
-        "--loss": loss,
+        "--loss": name,
         "--seed": seed,
         "--epochs": epochs,
         "--batch-size": batch_size,
@@ -119,14 +125,15 @@ def _flags(out, shards, model_config, loss, seed, epochs, batch_size) -> list[st
         "--logs": os.path.join(out, "logs"),
         "--name": f"{loss}-{seed}",
     }
-    return [str(part) for pair in flags.items() for part in pair]
+    pairs = [*flags.items(), *(("--loss-term", term) for term in terms)]
+    return [str(part) for pair in pairs for part in pair]
 
 
 def _score(out: str, shards: str, loss: str, seed: int, epochs: int) -> dict:
     """Scores of a run's last checkpoint on the test split, and its validation curve."""
     folder = os.path.join(out, "logs", f"{loss}-{seed}", "checkpoints")
     args = parse_args(["--model", MODEL, "--pretrained", os.path.join(folder, f"epoch_{epochs}.pt"), "--val-data", "-"])
-    logit_bias = "logit_bias" in ObjectivePlan(loss, {}).needs
+    logit_bias = "logit_bias" in _plan(loss).needs
     model, _, preprocess, tokenizer = _host.create_model(args, torch.device("cpu"), logit_bias=logit_bias)
     model.eval()
     listing = list_shards(os.path.join(shards, "test"))

@@ -38,12 +38,23 @@ def launch(launcher, flags):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
+TERMS = (
+    "--lr 0.05 --loss-term brownian_bridge=0.25 --loss-term geometric_consistency=0.02 "
+    "--loss-term feature_separation=0.5"
+)
+
+
 @pytest.mark.parametrize(
     ("launcher", "loss", "extra"),
-    [("accelerate", "gamma_decomp", ["--loss-arg", "draws=2"]), ("torchrun", "clip", ["--grad-clip-norm", "1"])],
+    [
+        ("accelerate", "gamma_decomp", ["--loss-arg", "draws=2"]),
+        ("torchrun", "clip", ["--grad-clip-norm", "1"]),
+        ("torchrun", "dcl", TERMS.split()),
+    ],
 )
 def test_two_processes_equal_one_with_twice_the_batch(train_flags, tmp_path, two_shards, launcher, loss, extra):
-    flags = ("--train-data", two_shards, "--loss", loss, "--epochs", 6, "--opt", "timm/sgd", "--lr", 0.5, *extra)
+    flags = ("--train-data", two_shards, "--loss", loss, "--epochs", 6, "--opt", "timm/sgd", *extra)
+    flags += () if "--lr" in extra else ("--lr", 0.5)
     assert main(train_flags(*flags, "--batch-size", 32, "--name", "one")) == 0
     result = launch(launcher, train_flags(*flags, "--batch-size", 16, "--name", "two"))
     assert result.returncode == 0, result.stderr
