@@ -44,8 +44,9 @@ CURVE = "text_to_image_R@10"
 def run_demo(out: str, *, losses: list[str], seeds: int, epochs: int, batch_size: int) -> dict:
     """Pack the digits, train every loss with every seed, score on the test split, write `report.json` and `report.png`.
 
-    A loss is a name, or a name and terms with their weights, such as `clip+brownian_bridge=0.25`. All losses see the same batches: the order is a function of the seed. Scores come from the test split, curves from
-    the validation split.
+    A loss is a name, or a name and terms with their weights, such as `clip+brownian_bridge=0.25`. All losses see the
+    same batches: the order is a function of the seed. Scores come from the test split, curves from the validation
+    split.
 
     Raises:
         UserError: an unknown loss, or no seed.

@@ -60,6 +60,28 @@ def gather_rows_with_grad(rows: Tensor, sizes: tuple[int, ...], rank: int) -> Te
 
 
 @torch.no_grad()
+def exchange_columns(rows: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
+    """This rank's columns of the matrix whose rows are spread over ranks, transposed.
+
+    Args:
+        rows: this rank's rows, (B, G).
+        sizes: rows on each rank.
+        rank: of this process.
+
+    Returns:
+        (B, G): row j is the column of this rank's row j.
+    """
+    if len(sizes) == 1:
+        return rows.T
+    blocks = torch.cat([part.flatten() for part in rows.split(sizes, dim=1)])
+    own = sizes[rank]
+    received = blocks.new_empty(own * sum(sizes))
+    shares = [own * size for size in sizes]
+    dist.all_to_all_single(received, blocks, shares, shares)
+    return torch.cat([part.view(-1, own) for part in received.split(shares)]).T
+
+
+@torch.no_grad()
 def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
     """The mean of a scalar over ranks, detached."""
     if world_size == 1:

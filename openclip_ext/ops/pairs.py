@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from openclip_ext.ops.gather import gather_rows, gather_sizes
+from openclip_ext.ops.gather import exchange_columns, gather_rows, gather_sizes
 from openclip_ext.ops.precision import promoted
 
 
@@ -101,7 +101,7 @@ def log_mean_ratio(pairs: PairBatch) -> Tensor:
 
 
 def pair_loss(pairs: PairBatch, *, value: Tensor, log_weight: Tensor) -> Tensor:
-    """A scalar with a given value and the gradient of a weighted sum over pairs.
+    """A scalar with a given value and the gradient of a sum over pairs, weighted by their ratios.
 
         value:     mean over both directions and all G anchors of `value_i`
         gradient:  mean over both directions and all G anchors of  sum_j w_ij grad q_ij,
@@ -120,7 +120,31 @@ def pair_loss(pairs: PairBatch, *, value: Tensor, log_weight: Tensor) -> Tensor:
     log_share = log_weight - _log_count(same, pairs.image.dtype)
     scalars = torch.cat([value.masked_fill(same.all(1), 0.0), log_share]).detach()
     all_value, all_log_share = gather_rows(scalars.T.contiguous(), pairs.sizes).T.chunk(2)
-    return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), all_log_share, pairs)
+
+    def weights():
+        own = [
+            _ratio_weights(pairs, anchors, columns, all_columns, share, same)
+            for (anchors, columns, _, all_columns), share in zip(pairs.directions(), log_share, strict=True)
+        ]
+        if len(pairs.sizes) == 1:
+            return own, [weight.T for weight in own]
+        others = [
+            _ratio_weights(pairs, all_anchors, all_columns, columns, share, pairs.all_ids[:, None] == pairs.ids)
+            for (_, columns, all_anchors, all_columns), share in zip(pairs.directions(), all_log_share, strict=True)
+        ]
+        return own, [weight.T for weight in others]
+
+    return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), weights, pairs)
+
+
+def weighted_pair_loss(pairs: PairBatch, *, value: Tensor, weights: Tensor) -> Tensor:
+    """As `pair_loss`, with the weights w_ij of own anchors and all columns given, (2, B, G). Both are detached."""
+    all_value = gather_rows(value.T.contiguous(), pairs.sizes)
+
+    def both():
+        return weights, [exchange_columns(weight, pairs.sizes, pairs.rank) for weight in weights]
+
+    return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), both, pairs)
 
 
 def _log_count(same: Tensor, dtype: torch.dtype) -> Tensor:
@@ -128,13 +152,24 @@ def _log_count(same: Tensor, dtype: torch.dtype) -> Tensor:
     return (~same).sum(1).clamp_min(1).to(dtype).log()
 
 
+def _ratio_weights(pairs: PairBatch, anchors, partners, columns, log_share: Tensor, same: Tensor) -> Tensor:
+    """`exp(q_ij + log_share_i)` of each anchor and column, 0 where `same`."""
+    shifted = pairs.logit_scale * (anchors @ columns.T - (anchors * partners).sum(1, keepdim=True))
+    # Masked after the exponential: a row without negatives has an infinite weight.
+    return (shifted + log_share[:, None]).exp().masked_fill(same, 0.0)
+
+
 class _PairLoss(torch.autograd.Function):
-    """Computes the gradient with the value, so that no score of a pair is kept for the backward pass."""
+    """Computes the gradient with the value, so that no score of a pair is kept for the backward pass.
+
+    `weights()` gives, per direction, those of own anchors and all columns (B, G), and those of own columns and all
+    anchors (B, G).
+    """
 
     @staticmethod
-    def forward(ctx, image, text, logit_scale, value, all_log_share, pairs):
+    def forward(ctx, image, text, logit_scale, value, weights, pairs):
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*_gradients(pairs, all_log_share))
+            ctx.save_for_backward(*_gradients(pairs, *weights()))
         return value.clone()
 
     @staticmethod
@@ -143,34 +178,16 @@ class _PairLoss(torch.autograd.Function):
         return *(grad_value * gradient for gradient in ctx.saved_tensors), None, None, None
 
 
-def _gradients(pairs: PairBatch, all_log_share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(pairs: PairBatch, as_anchors, as_columns) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to this rank's image features, text features, and the logit scale."""
-    gradient = [torch.zeros_like(pairs.image), torch.zeros_like(pairs.text)]
-    scale_gradient = torch.zeros_like(pairs.logit_scale)
-    same = pairs.all_ids[:, None] == pairs.all_ids[pairs.own_rows]  # (G, B)
-    for direction, (anchors, columns, all_anchors, all_columns) in enumerate(pairs.directions()):
-        log_share = all_log_share[direction]
-        # Own anchors against all columns.
-        positive = (anchors * columns).sum(1, keepdim=True)
-        difference = anchors @ all_columns.T - positive
-        weight = _weights(pairs.logit_scale * difference, log_share[pairs.own_rows], same.T)
-        row_sum = weight.sum(1, keepdim=True)
-        gradient[direction] += weight @ all_columns - row_sum * columns
-        gradient[1 - direction] -= row_sum * anchors
-        scale_gradient += (weight * difference).sum()
-        # All anchors against own columns: with one rank these are the same pairs.
-        if len(pairs.sizes) > 1:
-            all_positive = (all_anchors * all_columns).sum(1, keepdim=True)
-            shifted = pairs.logit_scale * (all_anchors @ columns.T - all_positive)
-            weight = _weights(shifted, log_share, same).T
-        else:
-            weight = weight.T
-        gradient[1 - direction] += weight @ all_anchors
-    world_size, global_batch = len(pairs.sizes), len(pairs.all_ids)
-    factor = world_size / (2 * global_batch)
-    return factor * pairs.logit_scale * gradient[0], factor * pairs.logit_scale * gradient[1], factor * scale_gradient
-
-
-def _weights(shifted: Tensor, log_share: Tensor, same: Tensor) -> Tensor:
-    # Masked after the exponential: a row without negatives has an infinite weight.
-    return (shifted + log_share[:, None]).exp().masked_fill(same, 0.0)
+    positive = (as_anchors[0].sum(1) + as_anchors[1].sum(1))[:, None]
+    # An own image meets all texts twice: as an anchor of direction 0 and as a column of direction 1.
+    image_gradient = (as_anchors[0] + as_columns[1]) @ pairs.all_text - positive * pairs.text
+    text_gradient = (as_anchors[1] + as_columns[0]) @ pairs.all_image - positive * pairs.image
+    scale_gradient = (pairs.image * image_gradient).sum()
+    factor = len(pairs.sizes) / (2 * len(pairs.all_ids))
+    return (
+        factor * pairs.logit_scale * image_gradient,
+        factor * pairs.logit_scale * text_gradient,
+        factor * scale_gradient,
+    )
