@@ -5,6 +5,7 @@ Nothing here imports torch before it is needed.
 """
 
 from openclip_ext._host.v3 import (
+    BLOCKS,
     build_parser,
     checkpoint_from_model,
     clip_loss,
@@ -24,6 +25,7 @@ from openclip_ext._host.v3 import (
 )
 
 __all__ = [
+    "BLOCKS",
     "build_parser",
     "checkpoint_from_model",
     "clip_loss",
