@@ -1,5 +1,8 @@
 """Functions that tests run on several ranks."""
 
+import os
+from unittest import mock
+
 import torch
 
 
@@ -18,3 +21,66 @@ def fails_on_rank_one(rank, num_ranks):
     if rank == 1:
         raise ValueError("rank one is unwell")
     torch.distributed.barrier()
+
+
+def sharded_model(rank, num_ranks, model_config):
+    """A small model sharded as `openclip-ext train` does: (features before, after, units, weights before, after)."""
+    import open_clip
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from torch.distributed.fsdp import FSDPModule
+
+    import sharded_on_cpu  # noqa: F401
+    from openclip_ext import _host
+    from openclip_ext.training import sharding
+
+    torch.manual_seed(0)
+    model = open_clip.create_model(_host.register_model_config(model_config), output_dict=True).eval()
+    text = torch.arange(24).view(2, 12)
+
+    @torch.no_grad()
+    def features():
+        return model.encode_image(torch.ones(2, 3, 32, 32)), model.encode_text(text), model(None, text)["logit_scale"]
+
+    before = features(), {key: value.clone() for key, value in model.state_dict().items()}
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks,
+                 "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": 2}  # fmt: skip
+    with mock.patch.dict(os.environ, {name: str(value) for name, value in variables.items()}):
+        accelerator = Accelerator(cpu=True, fsdp_plugin=sharding.fsdp_plugin("no"))
+        try:
+            sharding.prepare(accelerator, model, torch.optim.SGD(model.parameters()), [])
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    return before[0], features(), units, before[1], sharding.whole(model.state_dict(), keep=rank == 0)
+
+
+def sharded_state(rank, num_ranks):
+    """Of a model of odd shapes, sharded where there are ranks: (optimizer state, the same after a round trip, norms).
+
+    The norms are those of the gradients before and after they are clipped to 2.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    from openclip_ext.training import sharding
+
+    def trained():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 1))
+        other = torch.nn.Parameter(torch.ones(3))
+        if num_ranks > 1:
+            fully_shard(model)
+        optimizer = torch.optim.AdamW([*model.parameters(), other])
+        (model(torch.eye(5)).square().sum() * other.square().sum()).backward()
+        optimizer.step()
+        return optimizer
+
+    optimizer = trained()
+    state = sharding.whole(optimizer.state_dict())
+    fresh = trained()
+    fresh.load_state_dict(sharding.sharded(state, fresh))
+    placed = [type(value) for part in fresh.state.values() for value in part.values()]
+    assert placed == [type(value) for part in optimizer.state.values() for value in part.values()]
+    parameters = fresh.param_groups[0]["params"]
+    norms = [sharding.gradient_norm(parameters, clip=2.0), sharding.gradient_norm(parameters, clip=None)]
+    return state, sharding.whole(fresh.state_dict()), norms

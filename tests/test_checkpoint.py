@@ -34,12 +34,12 @@ def test_a_parameter_of_the_loss_is_restored_without_disturbing_openclips_optimi
     save(tmp_path / "a.pt", model, optimizer, loss)
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     torch.optim.AdamW(torch.nn.Linear(3, 2).parameters()).load_state_dict(content["optimizer"])  # as OpenCLIP would
-    fresh_model, fresh_loss = torch.nn.Linear(3, 2), Loss()
-    fresh = torch.optim.AdamW(fresh_model.parameters())
+    fresh_loss = Loss()
+    fresh = torch.optim.AdamW(torch.nn.Linear(3, 2).parameters())
     fresh.add_param_group({"params": list(fresh_loss.parameters())})
     checkpoint = load_checkpoint(str(tmp_path / "a.pt"))
     assert checkpoint.epoch == 3
-    assert checkpoint.restore(model=fresh_model, optimizer=fresh, scaler=None, loss=fresh_loss, model_name="m") == []
+    assert checkpoint.restore(optimizer=fresh, scaler=None, loss=fresh_loss) == []
     torch.testing.assert_close(fresh.state_dict(), optimizer.state_dict())
     torch.testing.assert_close(fresh_loss.state_dict(), loss.state_dict())
 
@@ -52,9 +52,9 @@ def test_a_checkpoint_of_openclip_starts_the_loss_anew_and_says_so(tmp_path):
     fresh_model, fresh_loss = torch.nn.Linear(3, 2), Loss()
     fresh = torch.optim.AdamW(fresh_model.parameters())
     fresh.add_param_group({"params": list(fresh_loss.parameters())})
-    remarks = load_checkpoint(str(tmp_path / "a.pt")).restore(
-        model=fresh_model, optimizer=fresh, scaler=None, loss=fresh_loss, model_name="m"
-    )
+    checkpoint = load_checkpoint(str(tmp_path / "a.pt"))
+    checkpoint.restore_model(fresh_model, "m")
+    remarks = checkpoint.restore(optimizer=fresh, scaler=None, loss=fresh_loss)
     assert remarks == ["it holds no loss state: the loss starts anew",
                        "the loss's parameters have no optimizer state in it"]  # fmt: skip
     torch.testing.assert_close(fresh_model.state_dict(), model.state_dict())
@@ -66,7 +66,8 @@ def test_bare_weights_load_and_start_the_rest_anew(tmp_path):
     torch.save(model.state_dict(), tmp_path / "a.pt")
     fresh = torch.nn.Linear(3, 2)
     checkpoint = load_checkpoint(str(tmp_path / "a.pt"))
-    remarks = checkpoint.restore(model=fresh, optimizer=optimizer, scaler=None, loss=loss, model_name="m")
+    checkpoint.restore_model(fresh, "m")
+    remarks = checkpoint.restore(optimizer=optimizer, scaler=None, loss=loss)
     assert checkpoint.epoch == 0 and "weights only" in remarks[0]
     torch.testing.assert_close(fresh.state_dict(), model.state_dict())
 
@@ -77,8 +78,8 @@ def test_an_optimizer_of_another_kind_is_refused(tmp_path):
     groups = [{"params": [parameter]} for parameter in model.parameters()]
     with pytest.raises(UserError, match="its optimizer state does not fit --opt"):
         load_checkpoint(str(tmp_path / "a.pt")).restore(
-            model=model, optimizer=torch.optim.AdamW([*groups, {"params": [torch.nn.Parameter(torch.ones(1))]}]),
-            scaler=None, loss=Loss(), model_name="m",
+            optimizer=torch.optim.AdamW([*groups, {"params": [torch.nn.Parameter(torch.ones(1))]}]),
+            scaler=None, loss=Loss(),
         )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """What only a CUDA device can show. Deselected by default: run with `pytest -m gpu`."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -49,3 +51,23 @@ def test_every_precision_trains(train_flags, tmp_path, precision, accum_freq):
     assert sum(curve[-4:]) < sum(curve[:4])
     checkpoint = torch.load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_3.pt")
     assert ("scaler" in checkpoint) == (precision == "amp")
+
+
+@pytest.mark.parametrize("precision", ["amp", "amp_bf16", "fp32", "pure_bf16"])
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_every_precision_trains_sharded(train_flags, tmp_path, precision, accum_freq, val_shards):
+    """On all GPUs there are. With one, FSDP runs too, with nothing to share."""
+    flags = ("--device", "cuda", "--precision", precision, "--epochs", 3, "--lr", "3e-3", "--batch-size", 16,
+             "--accum-freq", accum_freq, "--grad-clip-norm", 1.0, "--val-data", val_shards)  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2",
+               "--num_processes", str(torch.cuda.device_count()), "--num_machines", "1", "--mixed_precision", "no",
+               "--dynamo_backend", "no", "--main_process_port", "0", "-m", "openclip_ext"]  # fmt: skip
+    result = subprocess.run([*command, *train_flags(*flags)], capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "logs" / "run"
+    assert "are sharded (FSDP)" in (run / "out.log").read_text()
+    curve = [json.loads(row)["contrastive_loss"] for row in (run / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1] < curve[0]
+    checkpoint = torch.load(run / "checkpoints" / "epoch_3.pt")
+    assert ("scaler" in checkpoint) == (precision == "amp")
+    assert all(type(value) is torch.Tensor for value in checkpoint["state_dict"].values())

@@ -5,6 +5,7 @@ Nothing here imports torch before it is needed.
 """
 
 from openclip_ext._host.v3 import (
+    BLOCKS,
     build_parser,
     checkpoint_from_model,
     clip_loss,
@@ -26,6 +27,7 @@ from openclip_ext._host.v3 import (
 from openclip_ext._host.v3_trunks import find_trunks, watched
 
 __all__ = [
+    "BLOCKS",
     "build_parser",
     "checkpoint_from_model",
     "clip_loss",

@@ -3,12 +3,18 @@
 import argparse
 import math
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from openclip_ext.errors import UserError
+
+#: Class names of the blocks that the towers of its models repeat, timm's and Hugging Face's included.
+BLOCKS = frozenset(
+    {"ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block", "EvaBlock", "ConvNeXtBlock",
+     "SwinTransformerBlock", "RobertaLayer", "XLMRobertaLayer"}
+)  # fmt: skip
 
 
 class _ParserFound(Exception):
@@ -237,8 +243,8 @@ def checkpoint_from_model(model, distributed: bool) -> dict:
     return {prefix + key: value for key, value in model.state_dict().items()}
 
 
-def create_optimizer(args: argparse.Namespace, model, loss_parameters: Iterable):
-    """OpenCLIP's optimizer for the model, plus one last group, without weight decay, if the loss has parameters.
+def create_optimizer(args: argparse.Namespace, model):
+    """OpenCLIP's optimizer for the model.
 
     Raises:
         UserError: unknown optimizer, or half a pair of betas.
@@ -247,21 +253,16 @@ def create_optimizer(args: argparse.Namespace, model, loss_parameters: Iterable)
 
     name = args.opt.lower()
     if name.startswith("timm/"):
-        optimizer = _timm_optimizer(args, model, name.removeprefix("timm/"))
-    elif name == "adamw":
+        return _timm_optimizer(args, model, name.removeprefix("timm/"))
+    if name == "adamw":
         named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
         no_decay = [p for key, p in named if _without_decay(key, p)]
         decay = [p for key, p in named if not _without_decay(key, p)]
         groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": args.wd}]
         # The fused kernel hides from Accelerate that a gradient scaler skipped its step.
         fused = args.precision != "amp"
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=fused)
-    else:
-        raise UserError(f"--opt {args.opt}: no such optimizer; use adamw, or timm/NAME for any of timm's")
-    loss_parameters = list(loss_parameters)
-    if loss_parameters:
-        optimizer.add_param_group({"params": loss_parameters, "weight_decay": 0.0})
-    return optimizer
+        return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=fused)
+    raise UserError(f"--opt {args.opt}: no such optimizer; use adamw, or timm/NAME for any of timm's")
 
 
 def _without_decay(name: str, parameter) -> bool:

@@ -9,24 +9,33 @@ import torch
 
 from openclip_ext import _host
 from openclip_ext.errors import UserError
+from openclip_ext.training import sharding
 
 LATEST = "epoch_latest.pt"
 
 
-def save_checkpoint(path: str, *, epoch: int, name: str, model, optimizer, scaler, loss, distributed: bool) -> None:
+def save_checkpoint(
+    path: str | None, *, epoch: int, name: str, model, optimizer, scaler, loss, distributed: bool
+) -> None:
     """Write a checkpoint that stock OpenCLIP loads, whole or not at all.
 
     Keys as OpenCLIP writes them: `epoch, name, state_dict, optimizer`, `scaler` if there is one. Keys of ours, which
     OpenCLIP ignores: `loss` (state of the loss) and `loss_optimizer` (the optimizer's last group, if the loss has
     parameters; in `optimizer` it would keep OpenCLIP from resuming).
+
+    A sharded model is gathered, so all ranks call this; those that write nothing pass None for `path`.
     """
-    optimizer_state, loss_optimizer = _split(optimizer.state_dict(), any(True for _ in loss.parameters()))
+    keep = path is not None
+    optimizer_state = sharding.whole(optimizer.state_dict(), keep)
+    optimizer_state, loss_optimizer = _split(optimizer_state, any(True for _ in loss.parameters()))
     content: dict[str, Any] = {
         "epoch": epoch,
         "name": name,
-        "state_dict": _host.checkpoint_from_model(model, distributed),
+        "state_dict": sharding.whole(_host.checkpoint_from_model(model, distributed), keep),
         "optimizer": optimizer_state,
     }
+    if path is None:
+        return
     if scaler is not None:
         content["scaler"] = scaler.state_dict()
     if loss.state_dict():
@@ -45,19 +54,21 @@ class Checkpoint:
     epoch: int  # completed epochs; 0 for a file that holds only weights
     content: dict[str, Any]
 
-    def restore(self, *, model, optimizer, scaler, loss, model_name: str) -> list[str]:
-        """Load everything the checkpoint holds.
+    def restore_model(self, model, model_name: str) -> None:
+        """Load the weights into a model that is not sharded. Raises UserError: they are another architecture's."""
+        _host.load_model_weights(model, self.content.get("state_dict", self.content), self.path, model_name)
+
+    def restore(self, *, optimizer, scaler, loss) -> list[str]:
+        """Load everything else the checkpoint holds.
 
         Returns:
             Remarks for the log: what had to start anew.
 
         Raises:
-            UserError: it belongs to another architecture, loss, or data set.
+            UserError: it belongs to another optimizer, loss, or data set.
         """
         if "epoch" not in self.content:
-            _host.load_model_weights(model, self.content.get("state_dict", self.content), self.path, model_name)
             return ["the file holds weights only: optimizer and loss start anew"]
-        _host.load_model_weights(model, self.content["state_dict"], self.path, model_name)
         remarks = self._restore_loss(loss)
         state = _merge(self.content["optimizer"], self.content.get("loss_optimizer"))
         if len(state["param_groups"]) < len(optimizer.param_groups):
@@ -67,7 +78,7 @@ class Checkpoint:
             if "fused" in current:  # which kernel runs is this run's choice
                 group["fused"] = current["fused"]
         try:
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(sharding.sharded(state, optimizer))
         except ValueError as error:
             raise UserError(f"--resume {self.path}: its optimizer state does not fit --opt ({error})") from error
         if scaler is not None and "scaler" in self.content:

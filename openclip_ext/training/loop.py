@@ -12,11 +12,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.pipeline import TrainLoader
 from openclip_ext.errors import RankError, UserError
 from openclip_ext.losses.objective import Objective, total_loss
+from openclip_ext.training import sharding
 from openclip_ext.training.log import EpochLog
 
 MAX_SKIPPED_STEPS = 100
@@ -28,8 +30,9 @@ class Trainer:
 
     Attributes:
         accelerator: owns device, wrapping, autocast, gradient scaling and clipping.
-        module: the model itself.
-        model: the same, prepared by the accelerator.
+        module: OpenCLIP's model.
+        paired: the same as the loss needs it, see `training.pair_model`.
+        model: that, prepared by the accelerator.
         loss: not prepared: its state must not be broadcast, and gradients of its parameters are averaged here.
         optimizer: prepared by the accelerator.
         schedule: sets the learning rate for a step; None: leave it.
@@ -45,6 +48,7 @@ class Trainer:
 
     accelerator: Accelerator
     module: nn.Module
+    paired: nn.Module
     model: nn.Module
     loss: Objective
     optimizer: Any
@@ -145,7 +149,9 @@ class Trainer:
         gradients = {key: leaf.grad.split(sizes) for key, leaf in leaves.items() if leaf.grad is not None and leaf.ndim}
         for number, (batch, state) in enumerate(zip(batches, random_states, strict=True)):
             last = number == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model), _replayed(state):
+            # Gradients of a sharded model are averaged with every part: to wait with them takes room for all of them.
+            average = last or self.accelerator.is_fsdp2
+            with contextlib.nullcontext() if average else self.accelerator.no_sync(self.model), _replayed(state):
                 again = self.model(**_views(batch))
                 pairs = [(again[key], gradient[number]) for key, gradient in gradients.items()]
                 if last:  # scalars belong to no part
@@ -169,7 +175,7 @@ class Trainer:
 
     def _update(self, outputs: dict[str, Tensor]) -> None:
         """Step the optimizer and commit the loss's state, or do neither where something is not finite."""
-        _average_gradients(list(self.loss.parameters()), self.accelerator.num_processes)
+        self._average_gradients()
         outputs["grad_norm"] = self._gradient_norm()
         finite = _finite_on_all_ranks(total_loss(outputs), self.accelerator.num_processes)
         if self.accelerator.scaler is None:  # which looks at the gradients itself, and expects infinite ones
@@ -191,12 +197,25 @@ class Trainer:
 
     def _gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients, before they are clipped if they are to be."""
-        parameters = [p for p in [*self.model.parameters(), *self.loss.parameters()] if p.grad is not None]
-        if self.grad_clip_norm is not None:
-            return self.accelerator.clip_grad_norm_(parameters, self.grad_clip_norm)
-        if self.accelerator.scaler is not None:
-            self.accelerator.unscale_gradients()
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.accelerator.unscale_gradients()
+        return sharding.gradient_norm(self._parameters_with_gradient(), self.grad_clip_norm)
+
+    def _average_gradients(self) -> None:
+        """Over ranks: the loss's, and of a sharded model those of what is not sharded. Accelerate averages the rest."""
+        if self.accelerator.num_processes == 1:
+            return
+        own = self.loss.parameters()
+        if self.accelerator.is_fsdp2:
+            own = [p for p in self._parameters_with_gradient() if not isinstance(p, DTensor)]
+        for parameter in own:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.accelerator.num_processes
+
+    def _parameters_with_gradient(self) -> list[nn.Parameter]:
+        """The model's and the loss's, as the optimizer has them: a sharded model may show them gathered."""
+        groups = self.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
 
 
 def _views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,14 +227,6 @@ def _concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Per-sample tensors of several batches as one; of scalars, which are equal, the last."""
     keys = [key for key, value in parts[0].items() if value is not None]
     return {key: torch.cat([part[key] for part in parts]) if parts[0][key].ndim else parts[-1][key] for key in keys}
-
-
-def _average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
-    if world_size > 1:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= world_size
 
 
 def _finite_on_all_ranks(value: Tensor, world_size: int) -> bool:

@@ -49,6 +49,14 @@ class PairModel(nn.Module):
                     out[key], out[f"{key}_aug"] = out[key].chunk(2)
         return out
 
+    def encode_image(self, *args, **options) -> Tensor:
+        """The model's."""
+        return self.model.encode_image(*args, **options)
+
+    def encode_text(self, *args, **options) -> Tensor:
+        """The model's."""
+        return self.model.encode_text(*args, **options)
+
     @torch.no_grad()
     def widths(self, dtype: torch.dtype | None) -> dict[str, int]:
         """What `Objective.set_widths` takes, from one run on an empty pair; `dtype` is that of images."""

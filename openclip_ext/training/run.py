@@ -18,7 +18,7 @@ from openclip_ext.data.pipeline import train_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.during_training import Evaluator
-from openclip_ext.training import setup
+from openclip_ext.training import setup, sharding
 from openclip_ext.training.checkpoint import LATEST, Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
@@ -93,20 +93,21 @@ def _trainer(
         model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
     if args.use_bn_sync and world_size > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = _host.create_optimizer(args, model, loss.parameters())
-    prepared_model, prepared_optimizer = accelerator.prepare(paired, optimizer)
+    if checkpoint:  # before the model may be sharded
+        checkpoint.restore_model(model, args.model)
+    optimizer = _host.create_optimizer(args, model)
+    prepared_model, prepared_optimizer = sharding.prepare(accelerator, paired, optimizer, list(loss.parameters()))
     remarks = [
         f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
         for modality in getattr(paired, "projected", [])
     ]
     if checkpoint:
-        restored = checkpoint.restore(
-            model=model, optimizer=optimizer, scaler=accelerator.scaler, loss=loss, model_name=args.model
-        )
+        restored = checkpoint.restore(optimizer=optimizer, scaler=accelerator.scaler, loss=loss)
         remarks += [f"--resume {args.resume}: {remark}" for remark in restored]
     return Trainer(
         accelerator=accelerator,
         module=model,
+        paired=paired,
         model=torch.compile(prepared_model) if args.torchcompile else prepared_model,
         loss=loss,
         optimizer=prepared_optimizer,
@@ -168,6 +169,8 @@ class _Run:
         device = self.accelerator.device.type
         logger.info("%s, %.1f M parameters; %d process(es) on %s, precision %s",
                     args.model, millions, processes, device, args.precision)  # fmt: skip
+        if self.accelerator.is_fsdp2:
+            logger.info("parameters, gradients and the optimizer's state are sharded (FSDP)")
         logger.info("loss %s over %d samples; %d steps of %d pairs per epoch, %d epochs",
                     args.loss, data.size, trainer.steps_per_epoch, self._pairs_per_step, args.epochs)  # fmt: skip
         if checkpoint:
@@ -187,11 +190,12 @@ class _Run:
         for epoch in range(start, self.args.epochs):
             self._epoch(epoch)
             done, last = epoch + 1, epoch + 1 == self.args.epochs
-            if evaluator.due(done, last) and self.main:
-                metrics = _evaluate(evaluator, self.trainer.module, done, last, self.folder)
+            # With a sharded model all ranks compute the same: one alone would wait for the others' parameters.
+            if evaluator.due(done, last) and (self.main or self.accelerator.is_fsdp2):
+                metrics = _evaluate(evaluator, self.trainer.paired, done, last, self.folder)
                 self._track("val", metrics, done * self.trainer.steps_per_epoch)
-            if self.folder:
-                _save(self.args, self.trainer, self.folder, done, last)
+            if self.run_folder:
+                _save(self.args, self.trainer, self.run_folder, done, last)
             self.accelerator.wait_for_everyone()
         return metrics
 
@@ -265,8 +269,7 @@ def _start_trackers(args, accelerator: Accelerator, folder: str) -> None:
 def _evaluate_only(args, accelerator, model, evaluator: Evaluator, checkpoint: Checkpoint | None) -> dict[str, float]:
     """Without training data: score the model, as OpenCLIP does."""
     if checkpoint:
-        weights = checkpoint.content.get("state_dict", checkpoint.content)
-        _host.load_model_weights(model, weights, checkpoint.path, args.model)
+        checkpoint.restore_model(model, args.model)
     if not accelerator.is_main_process:
         return {}
     start_logging(None, console=True, debug=args.debug)
@@ -287,7 +290,11 @@ def _evaluate(evaluator: Evaluator, model, epoch: int, last: bool, folder: str |
 
 
 def _save(args, trainer: Trainer, folder: str, epoch: int, last: bool) -> None:
-    """Write and remove what `--save-frequency`, `--save-most-recent` and `--delete-previous-checkpoint` ask for."""
+    """Write and remove what `--save-frequency`, `--save-most-recent` and `--delete-previous-checkpoint` ask for.
+
+    All ranks take part; the first one writes.
+    """
+    main = trainer.accelerator.is_main_process
     checkpoints = os.path.join(folder, "checkpoints")
     targets = []
     if last or (args.save_frequency > 0 and epoch % args.save_frequency == 0):
@@ -296,7 +303,7 @@ def _save(args, trainer: Trainer, folder: str, epoch: int, last: bool) -> None:
         targets.append(LATEST)
     for target in targets:
         save_checkpoint(
-            os.path.join(checkpoints, target),
+            os.path.join(checkpoints, target) if main else None,
             epoch=epoch,
             name=args.name,
             model=trainer.module,
@@ -306,7 +313,7 @@ def _save(args, trainer: Trainer, folder: str, epoch: int, last: bool) -> None:
             distributed=trainer.accelerator.num_processes > 1,
         )
     previous = os.path.join(checkpoints, f"epoch_{epoch - 1}.pt")
-    if args.delete_previous_checkpoint and targets and os.path.exists(previous):
+    if main and args.delete_previous_checkpoint and targets and os.path.exists(previous):
         os.remove(previous)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import (
-    DistributedType,
     ProjectConfiguration,
     broadcast_object_list,
     is_tensorboard_available,
@@ -28,10 +27,9 @@ from openclip_ext.errors import UserError
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.evaluation.zero_shot import imagenet_loader
 from openclip_ext.losses import ObjectivePlan
+from openclip_ext.training import sharding
 
 _MIXED = {"amp": "fp16", "amp_bf16": "bf16", "amp_bfloat16": "bf16"}
-#: Kinds of distribution that keep no whole model on a rank; their checkpoints would not be OpenCLIP's.
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def plan_objective(args: argparse.Namespace) -> ObjectivePlan:
@@ -147,7 +145,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     Without a GPU the default, fp16 autocast, becomes fp32.
 
     Raises:
-        UserError: the two disagree, or the precision needs a GPU.
+        UserError: the two disagree, the precision needs a GPU, or Accelerate is to split the model in a way that this
+            loop does not support.
     """
     _agree_with_accelerate(args)
     cpu = args.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
@@ -159,6 +158,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True  # as OpenCLIP does
         torch.backends.cudnn.benchmark = True
         _choose_gpu(args.device)
+    mixed = _MIXED.get(args.precision, "no")
+    plugin = sharding.fsdp_plugin(mixed)
     # The first rank evaluates and writes checkpoints while the others wait.
     group = {"backend": args.dist_backend, "init_method": args.dist_url, "timeout": datetime.timedelta(hours=6)}
     handlers = [
@@ -167,17 +168,18 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     ]
     accelerator = Accelerator(
         cpu=cpu,
-        mixed_precision=_MIXED.get(args.precision, "no"),
+        mixed_precision=mixed,
         # Nothing here is divided by accumulation steps: the loop accumulates inside one backward call.
         gradient_accumulation_steps=1,
         kwargs_handlers=handlers,
+        fsdp_plugin=plugin,
         log_with=_trackers(args.report_to) or None,
         project_config=ProjectConfiguration(logging_dir=args.logs),  # of trackers; the run's folder once it is known
     )
-    if accelerator.distributed_type in SHARDED:
+    if plugin and not accelerator.is_fsdp2:
         raise UserError(
-            f"Accelerate is configured for {accelerator.distributed_type.value}, which this loop does not support; run "
-            "accelerate config and choose multi-GPU without it"
+            "Accelerate is configured for FSDP, which it has for GPUs only; launch without it: accelerate launch "
+            "--multi_gpu"
         )
     return accelerator
 
