@@ -1,7 +1,5 @@
 """The picture of `openclip-ext structure`: a column per checkpoint, and bars that compare them."""
 
-import math
-
 import matplotlib
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ DRAWN = 300  # pairs in a projection: more lines would hide each other
 COMPARED = 2000  # pairs in a histogram, each against all others
 BINS = 60
 HEADROOM = 1.2  # of histograms, for the legend
-METRICS_PER_ROW = 4
+METRICS_PER_ROW = 4  # divides their number, with and without private features
 
 
 def draw_structure(structures: list[Structure], title: str, path: str) -> None:
@@ -27,7 +25,7 @@ def draw_structure(structures: list[Structure], title: str, path: str) -> None:
     Projections share their limits and histograms their axes, so that checkpoints can be compared by eye.
     """
     several = len(structures) > 1
-    rows = math.ceil(len(_compared(structures)) / METRICS_PER_ROW) if several else 0
+    rows = len(_compared(structures)) // METRICS_PER_ROW if several else 0
     heights = [8.2] + [0.4 + 1.5 * rows] * several
     figure = Figure(figsize=(max(5.2, 4.8 * len(structures)), sum(heights)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
@@ -102,8 +100,7 @@ def _draw_bars(figure: SubFigure, structures: list[Structure], rows: int) -> Non
     """One small chart per number, each on its own scale, with a bar per checkpoint that has it."""
     colors = matplotlib.colormaps["BuPu"](np.linspace(0.4, 0.9, len(structures)))
     charts = figure.subplots(rows, METRICS_PER_ROW, squeeze=False).flat
-    names = _compared(structures)
-    for axes, name in zip(charts, names, strict=False):
+    for axes, name in zip(charts, _compared(structures), strict=True):
         values = [structure.metrics.get(name) for structure in structures]
         bars = axes.bar(range(len(values)), [value or 0.0 for value in values], width=0.6, color=colors)
         axes.bar_label(bars, ["–" if value is None else f"{value:.3g}" for value in values], padding=2)
@@ -112,8 +109,6 @@ def _draw_bars(figure: SubFigure, structures: list[Structure], rows: int) -> Non
         axes.margins(y=0.3)
         axes.set_xlim(-0.8, len(values) - 0.2)
         axes.set_axis_off()
-    for axes in list(charts)[len(names) :]:
-        axes.remove()
     handles = [Patch(color=color) for color in colors]
     figure.legend(handles, [_short(structure.label) for structure in structures], loc="outside lower center",
                   ncols=len(structures), frameon=False)  # fmt: skip
