@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--batch-size", type=int, default=32)
     demo.set_defaults(run=_demo)
 
+    _add_structure(commands)
     shards = commands.add_parser("shards", help="pack, index and check WebDataset shards")
     actions = shards.add_subparsers(metavar="ACTION", required=True)
     _add_pack(actions)
@@ -67,6 +68,25 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print one JSON object per shard")
     check.set_defaults(run=_shards_check)
     return parser
+
+
+def _add_structure(commands) -> None:
+    structure = commands.add_parser("structure", help="show how checkpoints lay out images and texts, in one picture")
+    structure.add_argument(
+        "--checkpoint", nargs="+", required=True, metavar="FILE",
+        help="files that OpenCLIP's --pretrained takes, or folders of runs for their last epoch; several are compared",
+    )  # fmt: skip
+    structure.add_argument("--model", required=True, metavar="NAME", help="their architecture")
+    structure.add_argument("--model-config", metavar="FILE", help="an OpenCLIP model config in JSON, as in training")
+    structure.add_argument("--data", required=True, metavar="SHARDS", help="held-out pairs: a folder or pattern")
+    structure.add_argument("--out", default="runs/structure", metavar="FOLDER", help="default: %(default)s")
+    structure.add_argument("--num-samples", type=int, default=2000, help="pairs to look at (default: %(default)s)")
+    structure.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
+    structure.add_argument("--workers", type=int, default=0, help="processes that load data (default: %(default)s)")
+    structure.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if any")
+    structure.add_argument("--caption-separator", metavar="TEXT", help="as in training; the first caption counts")
+    structure.add_argument("--caption-key", metavar="KEY", help="as in training")
+    structure.set_defaults(run=_structure)
 
 
 def _add_pack(actions) -> None:
@@ -108,6 +128,13 @@ def _demo(args: argparse.Namespace) -> int:
     from openclip_ext.demo import run_demo
 
     run_demo(args.out, losses=args.losses.split(","), seeds=args.seeds, epochs=args.epochs, batch_size=args.batch_size)
+    return 0
+
+
+def _structure(args: argparse.Namespace) -> int:
+    from openclip_ext.structure import run_structure
+
+    run_structure(args)
     return 0
 
 

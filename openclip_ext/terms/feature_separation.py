@@ -38,6 +38,10 @@ class FeatureSeparationTerm(nn.Module):
         for modality, width in (("image", image_trunk), ("text", text_trunk)):
             self.heads[modality] = nn.Sequential(nn.Linear(width, embed), nn.GELU(), nn.Linear(embed, embed))
 
+    def private(self, modality: str, trunk_features: Tensor) -> Tensor:
+        """Private unit features (B, D) of a modality's pooled tower outputs (B, width)."""
+        return normalize(self.heads[modality](trunk_features), dim=-1)
+
     def forward(
         self,
         image_features: Tensor,
@@ -70,7 +74,7 @@ class FeatureSeparationTerm(nn.Module):
             ("text", text_features, text_trunk_features, text_trunk_features_aug),
         ):
             shared, trunk, trunk_aug = promoted(shared, trunk, trunk_aug)
-            private, private_aug = normalize(self.heads[modality](torch.cat([trunk, trunk_aug])), dim=-1).chunk(2)
+            private, private_aug = self.private(modality, torch.cat([trunk, trunk_aug])).chunk(2)
             overlap = (shared * private).sum(1).square()
             parts["orthogonality"] += global_mean(overlap.sum(), len(overlap), self.world_size)
             parts["private_contrastive"] += self._contrastive(private, private_aug, scale, sizes) / 2

@@ -105,21 +105,21 @@ class Checkpoint:
         return []
 
 
-def load_checkpoint(path: str) -> Checkpoint:
-    """Read a checkpoint to CPU memory; tensors and plain values only.
+def load_checkpoint(path: str, flag: str = "--resume") -> Checkpoint:
+    """Read a checkpoint to CPU memory; tensors and plain values only. `flag` is how it was named, for messages.
 
     Raises:
         UserError: no such file, or not a checkpoint.
     """
     if not os.path.isfile(path):
-        raise UserError(f"--resume {path}: no such file")
+        raise UserError(f"{flag} {path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise UserError(f"--resume {path}: not a checkpoint of tensors and plain values ({reason})") from error
+        raise UserError(f"{flag} {path}: not a checkpoint of tensors and plain values ({reason})") from error
     if not isinstance(content, dict):
-        raise UserError(f"--resume {path}: not a checkpoint (holds a {type(content).__name__})")
+        raise UserError(f"{flag} {path}: not a checkpoint (holds a {type(content).__name__})")
     return Checkpoint(path, content.get("epoch", 0), content)
 
 
