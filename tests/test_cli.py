@@ -62,6 +62,7 @@ def test_every_flag_of_openclip_is_known_with_its_default():
     for name in reference.keys() - filled_later:
         assert ours[name] == reference[name], name
     assert ours.keys() - reference.keys() == {
-        "loss", "loss_arg", "loss_term", "sample_id", "sample_id_table", "check_shards", "model_config"
+        "loss", "loss_arg", "loss_term", "sample_id", "sample_id_table", "check_shards", "model_config",
+        "view_aug", "caption_key", "caption_separator",
     }  # fmt: skip
     assert REFUSED.keys() <= reference.keys()

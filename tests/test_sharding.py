@@ -13,7 +13,7 @@ from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data.pack import pack
 from openclip_ext.training import sharding
-from test_launch import launch
+from test_launch import TERMS, launch
 from test_stock_parity import moving, stock_losses, without_ours
 
 LEARNED = """
@@ -63,7 +63,10 @@ def column(run, key):
 
 @pytest.mark.parametrize(
     ("loss", "extra"),
-    [("gamma_decomp", ["--loss-arg", "draws=2"]), ("learned", ["--accum-freq", "2", "--grad-clip-norm", "0.5"])],
+    [
+        ("gamma_decomp", ["--loss-arg", "draws=2", *TERMS.split()]),
+        ("learned", ["--accum-freq", "2", "--grad-clip-norm", "0.5"]),
+    ],
 )
 def test_a_sharded_run_equals_one_that_is_not(train_flags, tmp_path, val_shards, learned_loss, loss, extra):
     path = os.pathsep.join([learned_loss, os.environ.get("PYTHONPATH", "")])
