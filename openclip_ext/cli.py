@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train on handwritten digits with several losses, on CPU, in minutes")
     demo.add_argument("--out", default="runs/demo", help="folder for data, runs and the report (default: %(default)s)")
-    demo.add_argument("--losses", default="clip,dcl,batch_corrected,gamma_decomp", help="names, joined by commas")
+    demo.add_argument(
+        "--losses", help="joined by commas, each a name, or a name and terms such as clip+brownian_bridge=0.25"
+    )
     demo.add_argument("--seeds", type=int, default=3, help="runs per loss (default: %(default)s)")
     demo.add_argument("--epochs", type=int, default=8, help="per run (default: %(default)s)")
     demo.add_argument("--batch-size", type=int, default=32)
@@ -125,9 +127,10 @@ def _losses(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from openclip_ext.demo import run_demo
+    from openclip_ext.demo import LOSSES, run_demo
 
-    run_demo(args.out, losses=args.losses.split(","), seeds=args.seeds, epochs=args.epochs, batch_size=args.batch_size)
+    losses = args.losses.split(",") if args.losses else LOSSES
+    run_demo(args.out, losses=losses, seeds=args.seeds, epochs=args.epochs, batch_size=args.batch_size)
     return 0
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
@@ -40,8 +41,16 @@ SCORES = {
 }
 CURVE = "text_to_image_R@10"
 
+_TERMS = ("feature_separation=0.5", "brownian_bridge=0.25", "geometric_consistency=0.1")
+#: What is compared by default. The weights of terms are not tuned.
+LOSSES = (
+    *("clip", "dcl", "batch_corrected", "gamma_decomp"),
+    *(f"clip+{term}" for term in _TERMS),
+    "+".join(("clip", *_TERMS)),
+)
 
-def run_demo(out: str, *, losses: list[str], seeds: int, epochs: int, batch_size: int) -> dict:
+
+def run_demo(out: str, *, losses: Sequence[str], seeds: int, epochs: int, batch_size: int) -> dict:
     """Pack the digits, train every loss with every seed, score on the test split, write `report.json` and `report.png`.
 
     A loss is a name, or a name and terms with their weights, such as `clip+brownian_bridge=0.25`. All losses see the
@@ -154,7 +163,7 @@ def _score(out: str, shards: str, loss: str, seed: int, epochs: int) -> dict:
     return {"zero_shot_top1": accuracy["top1"], **retrieval_metrics(images, texts), "validation_curve": curve}
 
 
-def _summary(runs: list[dict], losses: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+def _summary(runs: list[dict], losses: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Mean and half-width of the 95 % interval of each score, by loss; no interval from a single seed."""
     summary: dict = {}
     for loss in losses:
@@ -167,11 +176,13 @@ def _summary(runs: list[dict], losses: list[str]) -> dict[str, dict[str, dict[st
     return summary
 
 
-def _table(report: dict, losses: list[str]) -> str:
-    lines = [f"{'test split, mean ± 95 % interval':34}" + "".join(f"{title:>22}" for title in SCORES.values())]
+def _table(report: dict, losses: Sequence[str]) -> str:
+    head = "test split, mean ± 95 % interval"
+    width = max(len(name) for name in (head, *losses)) + 2
+    lines = [f"{head:{width}}" + "".join(f"{title:>22}" for title in SCORES.values())]
     for loss in losses:
         cells = [report["summary"][loss][score] for score in SCORES]
-        lines.append(f"{loss:34}" + "".join(f"{_cell(cell):>22}" for cell in cells))
+        lines.append(f"{loss:{width}}" + "".join(f"{_cell(cell):>22}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -180,29 +191,29 @@ def _cell(cell: dict[str, float]) -> str:
     return f"{mean} ± {100 * cell['interval']:.1f}" if "interval" in cell else mean
 
 
-def _draw(report: dict, losses: list[str], path: str) -> None:
+def _draw(report: dict, losses: Sequence[str], path: str) -> None:
     """Validation curves (mean and range over seeds) beside the test scores (mean and 95 % interval)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True)
     width = 0.8 / len(losses)
     for number, loss in enumerate(losses):
         curves = 100 * np.array([run["validation_curve"] for run in report["runs"] if run["loss"] == loss])
         epochs = np.arange(1, curves.shape[1] + 1)
-        (line,) = left.plot(epochs, curves.mean(0), marker=".", label=loss)
+        (line,) = left.plot(epochs, curves.mean(0), marker=".", label=loss.replace("+", "\n+ "))
         left.fill_between(epochs, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15)
         cells = [report["summary"][loss][score] for score in SCORES]
         positions = np.arange(len(SCORES)) + (number - (len(losses) - 1) / 2) * width
         errors = [100 * cell.get("interval", 0.0) for cell in cells]
-        right.bar(positions, [100 * cell["mean"] for cell in cells], width, yerr=errors, capsize=3, label=loss)
+        right.bar(positions, [100 * cell["mean"] for cell in cells], width, yerr=errors, capsize=3)
     settings = report["settings"]
     left.set(title="validation, range over seeds", xlabel="epoch", ylabel="text→image recall@10, %")
     right.set(title="test, 95 % interval", ylabel="%")
     right.set_xticks(range(len(SCORES)), list(SCORES.values()))
-    left.legend()
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.suptitle(f"handwritten digits, batch {settings['batch_size']}, {settings['seeds']} seed(s)")
     figure.savefig(path, dpi=120)
     plt.close(figure)

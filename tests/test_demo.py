@@ -8,11 +8,11 @@ from openclip_ext.data import digits
 
 def test_the_demo_writes_a_report_and_a_picture(tmp_path, capsys):
     out = tmp_path / "demo"
-    flags = ["demo", "--out", str(out), "--losses", "siglip,gamma_decomp", "--seeds", "2", "--epochs", "1"]
+    flags = ["demo", "--out", str(out), "--losses", "siglip,clip+brownian_bridge=0.25", "--seeds", "2", "--epochs", "1"]
     assert main([*flags, "--batch-size", "256"]) == 0
     report = json.loads((out / "report.json").read_text())
     assert [(run["loss"], run["seed"]) for run in report["runs"]] == [
-        ("siglip", 0), ("gamma_decomp", 0), ("siglip", 1), ("gamma_decomp", 1)
+        ("siglip", 0), ("clip+brownian_bridge=0.25", 0), ("siglip", 1), ("clip+brownian_bridge=0.25", 1)
     ]  # fmt: skip
     cell = report["summary"]["siglip"]["zero_shot_top1"]
     values = [run["zero_shot_top1"] for run in report["runs"] if run["loss"] == "siglip"]
@@ -20,7 +20,7 @@ def test_the_demo_writes_a_report_and_a_picture(tmp_path, capsys):
     assert len(report["runs"][0]["validation_curve"]) == 1
     with Image.open(out / "report.png") as picture:
         assert picture.width > 800
-    assert "gamma_decomp" in capsys.readouterr().out
+    assert "clip+brownian_bridge=0.25" in capsys.readouterr().out
 
 
 def test_the_splits_are_fixed_disjoint_and_complete():
