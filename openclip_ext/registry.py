@@ -18,7 +18,16 @@ _KIND = {LOSSES: "loss", TERMS: "loss term"}
 
 #: What a loss may ask of the loop and of the data pipeline; what none asks for is not computed.
 NEEDS = frozenset(
-    {"sample_ids", "logit_bias", "teacher_features", "caption_logits", "image_aug", "text_aug", "trunk_features"}
+    {
+        "sample_ids",
+        "logit_bias",
+        "teacher_features",
+        "caption_logits",
+        "image_aug",
+        "text_aug",
+        "trunk_features",
+        "stored_features",
+    }  # fmt: skip
 )
 
 

@@ -16,6 +16,9 @@ CASES = [
     ("sogclr", {"gamma": 0.4}),
     ("gamma_decomp", {"gamma": 0.3, "gamma_decay": 0.0}),
     ("gamma_decomp", {"gamma": 0.3, "gamma_decay": 0.0, "decoupled": True, "draws": 2}),
+    ("emc2", {}),
+    ("emc2", {"kernel": "mh", "burn_in": 0.25, "steps": 9}),
+    ("emc2", {"decoupled": False, "gamma": 0.4, "bank_dtype": "float32"}),
     ("clip", {"terms": {"distill": {"weight": 0.5}}}),
     ("gamma_decomp", {"terms": {"caption": {}}}),
     ("clip", {"terms": {"brownian_bridge": {"weight": 0.25}}}),
@@ -28,8 +31,9 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_every_loss_passes_all_checks(ranks, name, options):
-    # With draws the gradient is that of the value only on average.
-    check_loss(name, ranks=ranks, gradcheck="draws" not in options, **options)
+    # With draws, of weights or of states, the gradient is that of the value only on average.
+    random = "draws" in options or options.get("kernel") == "mh"
+    check_loss(name, ranks=ranks, gradcheck=not random, **options)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -39,7 +43,7 @@ def test_every_rank_reports_the_value_of_the_global_batch(ranks, name, options):
         torch.testing.assert_close(first["values"], second["values"])
 
 
-@pytest.mark.parametrize("name", ["dcl", "gamma_decomp"])
+@pytest.mark.parametrize("name", ["dcl", "gamma_decomp", "emc2"])
 def test_ranks_with_batches_of_different_size_equal_one(ranks, name):
     check_ranks(ranks, name, {}, [4, 1, 3])
 

@@ -105,6 +105,7 @@ _ARGUMENTS = {
     "caption_logits": ("logits", "labels"),
     "image_aug": ("image_features_aug",),
     "text_aug": ("text_features_aug",),
+    "stored_features": ("stored_features",),
     "trunk_features": ("image_trunk_features", "text_trunk_features"),
 }
 

@@ -48,6 +48,11 @@ def plan_objective(args: argparse.Namespace) -> ObjectivePlan:
         terms.setdefault("caption", {"weight": args.coca_caption_loss_weight})
         weight = args.coca_contrastive_loss_weight
     plan = ObjectivePlan(args.loss, args.loss_options, terms, weight=weight)
+    if "stored_features" in plan.needs:
+        raise UserError(
+            "--loss-arg bank=index: is for callers that encode stored samples again, and shards are read in order; use "
+            "bank=embedding, with bank_device=cpu or mmap if it is too large"
+        )
     if "caption_logits" in plan.needs and not coca:
         raise UserError(f"--loss-term caption: --model {args.model} makes no captions; use a CoCa model")
     if coca and plan.needs & {"image_aug", "text_aug"}:

@@ -1,0 +1,74 @@
+"""The current negative of every sample's chain."""
+
+import torch
+from torch import Tensor, nn
+
+from openclip_ext.state.table import Placement, Table
+
+DIRECTIONS = 2
+EMPTY = -1
+
+
+class NegativeBank(nn.Module):
+    """Per sample and direction: the id of the chain's state, its embedding as it was when stored, and when that was.
+
+    `stage` remembers, `commit` writes, once per optimizer step. Every rank holds the whole bank and stages the updates
+    of all ranks; with a file, those of one machine write the same values to the same place.
+
+    Memory: 2 N (16 + D * bytes per number) bytes; ids and steps are always in memory.
+
+    Args:
+        num_samples: N, ids run from 0 to N - 1.
+        width: D of the embeddings; 0: keep ids only.
+        dtype: of the embeddings.
+        placement: of the embeddings.
+        device: where the module is.
+    """
+
+    def __init__(self, num_samples: int, width: int, dtype: torch.dtype, placement: Placement, device=None) -> None:
+        super().__init__()
+        beside = Placement("device" if placement.kind == "device" else "cpu")
+        self.ids = Table((DIRECTIONS, num_samples), torch.int64, EMPTY, beside, device, "ids of the negative bank")
+        self.stored_at = Table((DIRECTIONS, num_samples), torch.int64, 0, beside, device, "steps of the negative bank")
+        shape = (DIRECTIONS, num_samples, width)
+        self.embedding = Table(shape, dtype, 0, placement, device, "negative bank") if width else None
+        self._staged: tuple[Tensor, ...] | None = None
+
+    def check(self, ids: Tensor) -> None:
+        """Raises IndexError: an id outside of the bank."""
+        outside = (ids < 0) | (ids >= self.ids.values.shape[1])
+        if outside.any():
+            raise IndexError(
+                f"sample id {ids[outside][0].item()} is outside of the negative bank of {self.ids.values.shape[1]} "
+                "samples; num_samples must cover the whole data set"
+            )
+
+    def stage(self, ids: Tensor, state: Tensor, all_ids: Tensor, columns: tuple[Tensor, Tensor]) -> None:
+        """Remember what `commit` will write. Replaces what was staged before.
+
+        Args:
+            ids: (G,) samples whose chains moved.
+            state: (2, G) rows of `columns` at which their chains are; -1: where they were.
+            all_ids: (G,) sample ids of those rows.
+            columns: per direction, (G, D) embeddings.
+        """
+        self._staged = (ids, state, all_ids, columns)
+
+    @torch.no_grad()
+    def commit(self, step: Tensor) -> None:
+        """Write what was staged, as stored at `step` (). Of a sample that came several times the last one counts."""
+        if self._staged is None:
+            return
+        (ids, state, all_ids, columns), self._staged = self._staged, None
+        unique, place = ids.unique(return_inverse=True)
+        rows = torch.arange(len(ids), device=ids.device)
+        last = torch.zeros_like(unique).scatter_reduce(0, place, rows, "amax", include_self=False)
+        for direction in range(DIRECTIONS):
+            moved = state[direction, last] >= 0
+            samples, row = unique[moved], state[direction, last[moved]]
+            self.ids.write(direction, samples, all_ids[row])
+            self.stored_at.write(direction, samples, step.expand_as(samples))
+            if self.embedding is not None:
+                self.embedding.write(direction, samples, columns[direction][row])
+        if self.embedding is not None:
+            self.embedding.release()

@@ -1,0 +1,256 @@
+"""emc2: the law of its chains, its bias, and its bank."""
+
+import os
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import oracles
+from openclip_ext import UserError, create_loss
+from openclip_ext.state.table import Placement, Table
+from test_bias import B, D, N
+
+SCALE = 10.0
+BOTH_KERNELS = pytest.mark.parametrize("options", [{"kernel": "isir"}, {"kernel": "mh"}], ids=["isir", "mh"])
+
+
+@pytest.fixture(scope="module")
+def features():
+    image = oracles.unit(N, D, seed=1, dtype=torch.float32)
+    return image, normalize(image + 0.6 * oracles.unit(N, D, seed=2, dtype=torch.float32), dim=-1)
+
+
+def batches(epochs, size=B, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        yield from torch.randperm(N, generator=generator).split(size)
+
+
+def emc2(**options):
+    loss = create_loss("emc2", num_samples=N, **({"bank_dtype": "float32"} | options))
+    loss.set_widths(image_trunk=D, text_trunk=D, embed=D)
+    return loss
+
+
+def laws(features):
+    """Exact softmax over all negatives, (2, N, N)."""
+    image, text = features
+    scores = torch.stack([SCALE * image @ text.T, SCALE * text @ image.T])
+    return scores.masked_fill(torch.eye(N, dtype=torch.bool), -torch.inf).softmax(2)
+
+
+@BOTH_KERNELS
+def test_states_follow_the_softmax_over_all_negatives(features, options):
+    """100,000 visits at fixed embeddings. A state's randomised place in its law's distribution function is uniform."""
+    loss, exact, size = emc2(**options), laws(features).double(), 32
+    order = exact.argsort(2, descending=True)
+    places = []
+    for visit, ids in enumerate(batches(epochs=400, size=size)):
+        loss(*(part[ids] for part in features), torch.tensor(SCALE), sample_ids=ids)
+        loss.commit()
+        if visit >= 80 and visit % 40 == 0:  # ten visits of each chain apart, as good as independent
+            state = loss.base.stored_ids(torch.arange(N))
+            mass = exact.gather(2, state[..., None]).squeeze(2)
+            before = exact.gather(2, order).cumsum(2).gather(2, order.argsort(2).gather(2, state[..., None])).squeeze(2)
+            places.append(before - mass * torch.rand(mass.shape, dtype=torch.float64))
+    assert 400 * N * 2 > 100_000
+    counts = torch.histc(torch.cat([place.flatten() for place in places]), bins=20, min=0, max=1)
+    expected = counts.sum() / 20
+    # 99.9 % of a chi-square variable with 19 degrees of freedom is below 43.8.
+    assert ((counts - expected) ** 2 / expected).sum() < 43.8
+
+
+def scale_gradient(loss, features, ids, **extra):
+    scale = torch.tensor(SCALE, requires_grad=True)
+    value = loss(*(part[ids] for part in features), scale, sample_ids=ids, **extra)["contrastive_loss"]
+    return torch.autograd.grad(value, scale)[0]
+
+
+def scale_bias(loss, features, full, epochs=120, warm_up=40):
+    """Relative error of the mean gradient with respect to the logit scale."""
+    gradients = []
+    for ids in batches(epochs):
+        gradients.append(scale_gradient(loss, features, ids))
+        loss.commit()
+    return ((torch.stack(gradients[warm_up * N // B :]).mean() - full) / full).abs().item()
+
+
+@BOTH_KERNELS
+def test_the_bias_is_below_a_quarter_of_openclips_and_dropping_stored_states_above_it(monkeypatch, features, options):
+    everything = torch.arange(N)
+    full = scale_gradient(create_loss("batch_corrected", num_samples=N, negatives=10**9), features, everything)
+    clip = create_loss("clip", num_samples=N)
+    openclip = scale_bias(clip, features, scale_gradient(clip, features, everything))
+    assert scale_bias(emc2(**options), features, full) < openclip / 4
+
+    # As published: the positive's part stays, the stored negative's is dropped.
+    from openclip_ext.losses import emc2 as module
+
+    complete = module._Chain.__init__
+
+    def without_stored_states(chain, pairs, direction, stored_ids, stored):
+        complete(chain, pairs, direction, stored_ids, stored)
+        anchors, partners, *_ = list(pairs.directions())[direction]
+        positive = pairs.logit_scale * (anchors * partners).sum(1)
+        chain.stored_gap = torch.where(chain.waiting, -positive, 0.0)
+
+    monkeypatch.setattr(module._Chain, "__init__", without_stored_states)
+    assert scale_bias(emc2(**options), features, full) > openclip
+
+
+def test_with_stored_samples_encoded_again_all_gradients_are_unbiased(features):
+    """bank=index: gradients flow through both sides of a stored negative too."""
+    leaves = [part.clone().requires_grad_() for part in features]
+    reference = create_loss("dcl", num_samples=N)(*leaves, torch.tensor(SCALE))["contrastive_loss"]
+    full = torch.cat(torch.autograd.grad(reference, leaves))
+    loss, total, used = emc2(bank="index"), torch.zeros_like(full), 0
+    for step, ids in enumerate(batches(epochs=80)):
+        stored_ids = loss.base.stored_ids(ids).clamp_min(0)
+        stored = torch.stack([leaves[1][stored_ids[0]], leaves[0][stored_ids[1]]])
+        outputs = loss(*(part[ids] for part in leaves), torch.tensor(SCALE), sample_ids=ids, stored_features=stored)
+        loss.commit()
+        if step >= 30 * N // B:
+            total += torch.cat(torch.autograd.grad(outputs["contrastive_loss"], leaves))
+            used += 1
+    # The same measure gives 0.52 for dcl.
+    assert ((total / used - full).norm() / full.norm()).item() < 0.52 / 2
+
+
+def test_weights_of_a_visit_are_shares_of_kept_steps_times_scores_of_now(features):
+    """One visit, by hand: the gradient with respect to an anchor is sum_j w_j s grad - positive."""
+    ids, later = torch.arange(B), torch.arange(B) + B
+    loss = emc2(kernel="isir")
+    first, second = ([part[chosen] for part in features] for chosen in (ids, later))
+    loss(*first, torch.tensor(SCALE), sample_ids=ids)
+    loss.commit()
+    state = loss.base.stored_ids(ids)
+    assert (state >= 0).all() and (state != ids).all()
+    # The same samples among other texts: their stored states are not in the batch.
+    image, text = first[0].clone().requires_grad_(), second[1]
+    outputs = loss(image, text, torch.tensor(SCALE), sample_ids=torch.cat([ids[:1], later[1:]]))
+    gradient = torch.autograd.grad(outputs["contrastive_loss"], image)[0][0]
+    stored = features[1][state[0, 0]]
+    candidates = torch.cat([text[1:], stored[None]])
+    weights = (SCALE * candidates @ image[0]).softmax(0)
+    # As anchor of direction 0, and as the column of the other anchors in direction 1.
+    others = (SCALE * image.detach() @ text[1:].T).masked_fill(torch.eye(B, dtype=torch.bool)[:, 1:], -torch.inf)
+    as_anchor = SCALE * ((weights[:, None] * candidates).sum(0) - text[0])
+    as_column = SCALE * ((others.softmax(0)[0][:, None] * text[1:]).sum(0) - text[0])
+    torch.testing.assert_close(gradient, (as_anchor + as_column) / (2 * B), rtol=1e-4, atol=1e-5)
+
+
+def test_reports_say_how_chains_do(features):
+    loss = emc2()
+    reports = []
+    for ids in batches(epochs=3, size=32):
+        reports.append(loss(*(part[ids] for part in features), torch.tensor(SCALE), sample_ids=ids))
+        loss.commit()
+    first, last = reports[0], reports[-1]
+    assert first["stored_weight"] == 0 and first["age_mean"] == 0 and first["acceptance"] == 1
+    assert 0 < last["stored_weight"] < 1 and 0 < last["acceptance"] < 1
+    assert 0 < last["age_mean"] <= last["age_max"] < len(reports)
+    assert 1 < last["effective_samples"] < 32
+
+
+def test_a_sample_that_comes_twice_is_no_negative_of_itself_and_its_last_visit_counts(features):
+    ids = torch.tensor([3, 5, 3, 9])
+    states = []
+    for _ in range(2):
+        loss = emc2()
+        for _ in range(6):
+            loss(*(part[ids] for part in features), torch.tensor(SCALE), sample_ids=ids)
+            loss.commit()
+        states.append(loss.base.stored_ids(torch.arange(N)))
+    assert torch.equal(*states)
+    assert set(states[0][:, 3].tolist()) <= {5, 9} and (states[0][:, 4] == -1).all()
+
+
+def test_coupled_is_decoupled_times_the_negatives_share(features):
+    ids = torch.arange(B)
+
+    def gradient(**options):
+        image = features[0][ids].clone().requires_grad_()
+        loss = emc2(**options)
+        value = loss(image, features[1][ids], torch.tensor(SCALE), sample_ids=ids)["contrastive_loss"]
+        return value, torch.autograd.grad(value, image)[0]
+
+    reference = create_loss("batch_corrected", num_samples=N)
+    image = features[0][ids].clone().requires_grad_()
+    value = reference(image, features[1][ids], torch.tensor(SCALE), sample_ids=ids)["contrastive_loss"]
+    coupled = gradient(decoupled=False)
+    torch.testing.assert_close(coupled[0], value)
+    torch.testing.assert_close(coupled[1], torch.autograd.grad(value, image)[0])
+    assert coupled[1].norm() < gradient()[1].norm()
+
+
+def test_ids_beyond_the_bank_are_an_error(features):
+    with pytest.raises(IndexError, match="sample id 128 is outside of the negative bank of 128 samples"):
+        emc2()(*(part[:2] for part in features), torch.tensor(SCALE), sample_ids=torch.tensor([0, N]))
+
+
+# Placement.
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mmap"])
+def test_a_bank_elsewhere_gives_the_same(features, tmp_path, kind):
+    here, there = emc2(), emc2(bank_device=kind, bank_path=str(tmp_path / "bank"))
+    for ids in batches(epochs=3):
+        outputs = [
+            loss(*(part[ids] for part in features), torch.tensor(SCALE), sample_ids=ids) for loss in (here, there)
+        ]
+        torch.testing.assert_close(*outputs)
+        for loss in (here, there):
+            loss.commit()
+    assert torch.equal(here.base.bank.embedding.values, there.base.bank.embedding.values)
+    assert ("base.bank.embedding.values" in there.state_dict()) == (kind == "cpu")
+    there.double()
+    assert there.base.bank.embedding.values.dtype == torch.float32
+
+
+def test_a_file_is_sparse_and_outlives_the_run(tmp_path):
+    path = str(tmp_path / "bank")
+    placement = Placement("mmap", path)
+    table = Table((2, 200_000, 64), torch.float16, 0, placement, name="bank")
+    assert os.path.getsize(path) == 2 * 200_000 * 64 * 2 and os.stat(path).st_blocks * 512 < 1e6
+    rows = torch.randn(3, 64).half()
+    table.write(1, torch.tensor([7, 199_999, 0]), rows)
+    table.release()
+    again = Table((2, 200_000, 64), torch.float16, 0, placement, name="bank")
+    assert torch.equal(again.read(torch.tensor([199_999, 7]))[1], rows[[1, 0]])
+    assert not again.read(torch.tensor([5])).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"bank_device": "mmap"},
+            "name the file of the negative bank of 2 x 128 x 8 torch.float32 with",
+        ),
+        ({"bank_device": "mmap", "bank_path": "/nowhere/bank"}, "/nowhere is no folder"),
+    ],
+)
+def test_a_file_without_a_place_is_an_error(options, message):
+    with pytest.raises(UserError, match=message):
+        emc2(**options)
+
+
+def test_a_file_of_another_size_is_an_error(tmp_path):
+    path = str(tmp_path / "bank")
+    emc2(bank_device="mmap", bank_path=path)
+    with pytest.raises(UserError, match="holds 8192 bytes, and the negative bank of .* takes 4096"):
+        emc2(bank_device="mmap", bank_path=path, bank_dtype="float16")
+
+
+@pytest.mark.parametrize("kind", ["device", "mmap"])
+def test_a_bank_without_room_is_refused_before_it_is_made(tmp_path, kind):
+    loss = create_loss("emc2", num_samples=10**12, bank_device=kind, bank_path=str(tmp_path / "bank"))
+    with pytest.raises(UserError, match=r"takes .* GB and .* GB are free on .*; use --loss-arg bank_device=cpu"):
+        loss.set_widths(image_trunk=8, text_trunk=8, embed=10**6)
+    assert not (tmp_path / "bank").exists()
+
+
+def test_chains_of_another_kernel_are_refused():
+    with pytest.raises(UserError, match="kernel=mh: the checkpoint's chains were made by kernel=isir"):
+        emc2(kernel="mh").load_state_dict(emc2(kernel="isir").state_dict())
