@@ -56,7 +56,7 @@ def load(train_path: str, test_path: str, split: str):
     return x, tokens, len(known)
 
 
-def run(args, loss_text: str, seed: int, data) -> dict[str, float]:
+def run(args, loss_text: str, batch_size: int, seed: int, data) -> dict[str, float]:
     """Train once; retrieval metrics in percent, the mean of the six recalls as `score`."""
     (x, held_x), (tokens, held_tokens), vocabulary = data
     name, *assignments = loss_text.split(":")
@@ -65,13 +65,13 @@ def run(args, loss_text: str, seed: int, data) -> dict[str, float]:
     model.logit_scale.requires_grad_(args.learn_scale)
     loss = create_loss(name, num_samples=len(x), **dict(item.split("=") for item in assignments))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.wd, fused=True)
-    steps = len(x) // args.batch_size
+    steps = len(x) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps * args.epochs, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(args.epochs):
-        order = torch.randperm(len(x), generator=generator)[: steps * args.batch_size]
+        order = torch.randperm(len(x), generator=generator)[: steps * batch_size]
         captions = torch.randint(tokens.shape[1], (len(x),), generator=generator)
-        for index, ids in enumerate(order.split(args.batch_size)):
+        for index, ids in enumerate(order.split(batch_size)):
             loss.begin_step(step=epoch * steps + index, total_steps=steps * args.epochs)
             outputs = loss(*model(x[ids], tokens[ids, captions[ids]]), sample_ids=ids)
             optimizer.zero_grad()
@@ -89,13 +89,31 @@ def cell(values: np.ndarray, sign: str = "") -> str:
     return f"{values.mean():{sign}.2f} ± {half_width(values) or float('nan'):.2f}"
 
 
+def compare(args, batch_size: int, data) -> list[dict]:
+    """Train with every loss and seed, printing a line per loss."""
+    rows, scores = [], {}
+    baseline = args.losses[0]
+    for loss_text in args.losses:
+        seeds = tqdm(range(args.seeds), desc=f"batch {batch_size}, {loss_text}", leave=False)
+        runs = [run(args, loss_text, batch_size, seed, data) for seed in seeds]
+        scores[loss_text] = np.array([metrics["score"] for metrics in runs])
+        # Seeds share batches, so differences are taken seed by seed.
+        difference = cell(scores[loss_text] - scores[baseline], sign="+")
+        print(
+            f"batch {batch_size:<5} {loss_text:32} {cell(scores[loss_text])}   against {baseline}: {difference}",
+            flush=True,
+        )
+        rows.append({"batch_size": batch_size, "loss": loss_text, "runs": runs})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--split", choices=["val", "test"], default="val", help="val: the last 1,000 of --train")
     parser.add_argument("--losses", nargs="+", required=True, metavar="NAME[:OPTION=VALUE…]")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[64])
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -106,18 +124,8 @@ def main() -> None:
     parser.add_argument("--json", help="write all runs to this file")
     args = parser.parse_args()
     data = load(args.train, args.test, args.split)
-    rows, scores = [], {}
-    baseline = args.losses[0]
     print(f"{args.split} split, mean recall in %, 95 % intervals over {args.seeds} seeds")
-    for loss_text in args.losses:
-        runs = [run(args, loss_text, seed, data) for seed in tqdm(range(args.seeds), desc=loss_text, leave=False)]
-        scores[loss_text] = np.array([metrics["score"] for metrics in runs])
-        # Seeds share batches, so differences are taken seed by seed.
-        difference = scores[loss_text] - scores[baseline]
-        print(
-            f"{loss_text:44} {cell(scores[loss_text])}   against {baseline}: {cell(difference, sign='+')}", flush=True
-        )
-        rows.append({"loss": loss_text, "runs": runs})
+    rows = [row for batch_size in args.batch_size for row in compare(args, batch_size, data)]
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"settings": vars(args), "rows": rows}, file, indent=1)

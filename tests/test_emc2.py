@@ -85,9 +85,9 @@ def test_the_bias_is_below_a_quarter_of_openclips_and_dropping_stored_states_abo
     assert scale_bias(emc2(**options), features, full) < openclip / 4
 
     # As published: the positive's part stays, the stored negative's is dropped.
-    from openclip_ext.losses import emc2 as module
+    from openclip_ext.ops.chain import Chain
 
-    complete = module._Chain.__init__
+    complete = Chain.__init__
 
     def without_stored_states(chain, pairs, direction, stored_ids, stored):
         complete(chain, pairs, direction, stored_ids, stored)
@@ -95,7 +95,7 @@ def test_the_bias_is_below_a_quarter_of_openclips_and_dropping_stored_states_abo
         positive = pairs.logit_scale * (anchors * partners).sum(1)
         chain.stored_gap = torch.where(chain.waiting, -positive, 0.0)
 
-    monkeypatch.setattr(module._Chain, "__init__", without_stored_states)
+    monkeypatch.setattr(Chain, "__init__", without_stored_states)
     assert scale_bias(emc2(**options), features, full) > openclip
 
 
@@ -211,12 +211,12 @@ def test_a_bank_elsewhere_gives_the_same(features, tmp_path, kind):
 def test_a_file_is_sparse_and_outlives_the_run(tmp_path):
     path = str(tmp_path / "bank")
     placement = Placement("mmap", path)
-    table = Table((2, 200_000, 64), torch.float16, 0, placement, name="bank")
+    table = Table((2, 200_000, 64), torch.float16, 0, "bank", placement, in_state=False)
     assert os.path.getsize(path) == 2 * 200_000 * 64 * 2 and os.stat(path).st_blocks * 512 < 1e6
     rows = torch.randn(3, 64).half()
     table.write(1, torch.tensor([7, 199_999, 0]), rows)
     table.release()
-    again = Table((2, 200_000, 64), torch.float16, 0, placement, name="bank")
+    again = Table((2, 200_000, 64), torch.float16, 0, "bank", placement, in_state=False)
     assert torch.equal(again.read(torch.tensor([199_999, 7]))[1], rows[[1, 0]])
     assert not again.read(torch.tensor([5])).any()
 
@@ -226,7 +226,7 @@ def test_a_file_is_sparse_and_outlives_the_run(tmp_path):
     [
         (
             {"bank_device": "mmap"},
-            "name the file of the negative bank of 2 x 128 x 8 torch.float32 with",
+            "name the file of the negative bank of 2 x 128 x 8 float32 with",
         ),
         ({"bank_device": "mmap", "bank_path": "/nowhere/bank"}, "/nowhere is no folder"),
     ],

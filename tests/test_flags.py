@@ -75,7 +75,7 @@ def test_a_csv_trains_with_row_numbers_as_ids(train_flags, tmp_path, csv, worker
     flags = ("--train-data", csv, "--val-data", csv, "--loss", "gamma_decomp", "--epochs", 3, "--workers", workers)
     assert main(train_flags(*flags)) == 0
     assert len(curve(tmp_path)) == 3 * 2  # 70 // 32
-    state = torch.load(tmp_path / "logs/run/checkpoints/epoch_3.pt")["loss"]["base.rates.log_rate"]
+    state = torch.load(tmp_path / "logs/run/checkpoints/epoch_3.pt")["loss"]["base.rates.values"]
     assert state.shape == (2, 70) and (~state[0].isnan()).sum() > 60 and state[0, 9].isnan()
     assert "corrupt image in" in capsys.readouterr().err
     assert main(train_flags(*flags, "--name", "again")) == 0

@@ -90,7 +90,7 @@ def test_gamma_decomp_follows_its_oracle_over_three_visits(gamma, decoupled):
         assert_same(ours, oracles.gradients(m_step, image, text, SCALE), tolerance=1e-6)
         loss.commit()
         old.update({(d, sample): rate[d][i] for d in range(2) for i, sample in enumerate(ids)})
-    table = loss.state_dict()["base.rates.log_rate"]
+    table = loss.state_dict()["base.rates.values"]
     for (direction, sample), rate in old.items():
         assert table[direction, sample].item() == pytest.approx(math.log(rate), abs=1e-5)
     assert table.isnan().sum() == table.numel() - len(old)
@@ -180,12 +180,12 @@ def test_state_changes_only_by_commit_and_once(name):
         loss(*batch(seed), SCALE, sample_ids=torch.arange(B))
     torch.testing.assert_close(loss.state_dict(), before, equal_nan=True)
     loss.commit()
-    once = loss.state_dict()["base.rates.log_rate"].clone()
+    once = loss.state_dict()["base.rates.values"].clone()
     reference = create_loss(name, num_samples=N, gamma=0.5)
     for seed in (0, 3):
         reference(*batch(seed), SCALE, sample_ids=torch.arange(B))
         reference.commit()
-    torch.testing.assert_close(once, reference.state_dict()["base.rates.log_rate"], equal_nan=True)
+    torch.testing.assert_close(once, reference.state_dict()["base.rates.values"], equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["sogclr", "gamma_decomp"])
@@ -251,7 +251,7 @@ def test_an_anchor_without_negatives_adds_nothing():
     value, gradient = gradients_of(loss, image, text, sample_ids=torch.zeros(B, dtype=torch.int64))
     assert value == 0 and all((part == 0).all() for part in gradient)
     loss.commit()
-    assert loss.state_dict()["base.rates.log_rate"].isnan().all()
+    assert loss.state_dict()["base.rates.values"].isnan().all()
 
 
 def test_wrong_calls_say_what_is_wrong():

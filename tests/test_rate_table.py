@@ -17,8 +17,8 @@ def test_a_first_visit_takes_the_estimate_and_later_ones_average_rates():
         blended = table.blend(ids, logs(*estimates), 0.25)
         table.stage(ids, blended)
         table.commit()
-    torch.testing.assert_close(table.log_rate[0, ids].exp(), torch.tensor([1.5, 5.0]))
-    torch.testing.assert_close(table.log_rate[1, ids].exp(), torch.tensor([3.0, 10.0]))
+    torch.testing.assert_close(table.values[0, ids].exp(), torch.tensor([1.5, 5.0]))
+    torch.testing.assert_close(table.values[1, ids].exp(), torch.tensor([3.0, 10.0]))
 
 
 def test_an_id_staged_twice_gets_the_mean_in_any_order():
@@ -26,14 +26,14 @@ def test_an_id_staged_twice_gets_the_mean_in_any_order():
         table = RateTable(4)
         table.stage(torch.tensor([1, 1, 2])[order], logs(1.0, 3.0, 5.0)[:, order])
         table.commit()
-        torch.testing.assert_close(table.log_rate[0, 1:3].exp(), torch.tensor([2.0, 5.0]))
+        torch.testing.assert_close(table.values[0, 1:3].exp(), torch.tensor([2.0, 5.0]))
 
 
 def test_rates_far_beyond_the_range_of_float32_average_in_the_log_domain():
     table = RateTable(2)
     table.stage(torch.tensor([0, 0]), torch.tensor([[200.0, 200.0], [-300.0, -300.0]]))
     table.commit()
-    assert table.log_rate[:, 0].tolist() == [200.0, -300.0]
+    assert table.values[:, 0].tolist() == [200.0, -300.0]
     blended = table.blend(torch.tensor([0]), torch.tensor([[200.0], [-300.0]]), 0.3)
     torch.testing.assert_close(blended, torch.tensor([[200.0], [-300.0]]))
 
@@ -44,21 +44,21 @@ def test_a_step_that_is_not_finite_leaves_no_trace():
     table.commit()
     table.stage(torch.tensor([0, 1]), torch.tensor([[math.nan, math.inf], [-math.inf, 5.0]]))
     table.commit()
-    assert table.log_rate.tolist() == [[1.0, 2.0], [3.0, 5.0]]
+    assert table.values.tolist() == [[1.0, 2.0], [3.0, 5.0]]
 
 
 def test_commit_writes_what_was_staged_last_and_only_once():
     table = RateTable(2)
     table.commit()
-    assert table.log_rate.isnan().all()
+    assert table.values.isnan().all()
     table.stage(torch.tensor([0]), logs(1.0))
     table.stage(torch.tensor([1]), logs(2.0))
     table.commit()
-    assert table.log_rate.isnan().tolist() == [[True, False], [True, False]]
+    assert table.values.isnan().tolist() == [[True, False], [True, False]]
     with torch.no_grad():
-        table.log_rate.zero_()
+        table.values.zero_()
     table.commit()
-    assert (table.log_rate == 0).all()
+    assert (table.values == 0).all()
 
 
 @pytest.mark.parametrize("wrong", [-1, 4])

@@ -144,7 +144,7 @@ def test_a_step_that_is_not_finite_changes_nothing(train_flags, tmp_path, monkey
     checkpoint = torch.load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt")
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
     assert checkpoint["loss"]["base.steps_taken"] == 7
-    assert checkpoint["loss"]["base.rates.log_rate"].isnan().sum() == 2 * 32
+    assert checkpoint["loss"]["base.rates.values"].isnan().sum() == 2 * 32
 
 
 @pytest.mark.parametrize("flags", [[], ["--grad-clip-norm", 1]])
@@ -213,8 +213,8 @@ def test_hashed_ids_need_no_index(train_flags, tmp_path, shards):
     flags = ("--loss", "gamma_decomp", "--train-data", bare, "--train-num-samples", 256)
     assert main(train_flags(*flags, "--sample-id", "hash", "--sample-id-table", 5000)) == 0
     state = torch.load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt")["loss"]
-    assert state["base.rates.log_rate"].shape == (2, 5000)
-    filled = (~state["base.rates.log_rate"][0].isnan()).sum()
+    assert state["base.rates.values"].shape == (2, 5000)
+    filled = (~state["base.rates.values"][0].isnan()).sum()
     assert 240 <= filled <= 256
 
 

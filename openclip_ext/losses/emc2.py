@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from openclip_ext.errors import UserError
+from openclip_ext.ops.chain import Chain
 from openclip_ext.ops.counter_random import uniform
 from openclip_ext.ops.gather import gather_rows, global_mean, mean_over_ranks
 from openclip_ext.ops.metropolis import Visit, metropolis_hastings, resampled
@@ -138,7 +139,7 @@ class EMC2Loss(nn.Module):
         ids = self.bank.ids.read(pairs.ids)
         stored = self.bank.embedding.read(pairs.ids) if self.bank.embedding is not None else stored_features
         chains = [
-            _Chain(pairs, direction, ids[direction], stored[direction].to(pairs.image.dtype)) for direction in range(2)
+            Chain(pairs, direction, ids[direction], stored[direction].to(pairs.image.dtype)) for direction in range(2)
         ]
         visits = [self._visit(chain, pairs.ids, direction) for direction, chain in enumerate(chains)]
         loss = self._loss(pairs, chains, visits)
@@ -158,7 +159,7 @@ class EMC2Loss(nn.Module):
             self.rates.commit()
         self.steps_taken += 1
 
-    def _visit(self, chain: "_Chain", ids: Tensor, direction: int) -> Visit:
+    def _visit(self, chain: Chain, ids: Tensor, direction: int) -> Visit:
         if self.options.kernel == "isir":
             return resampled(chain.scores, chain.start, uniform(self.steps_taken, ids, stream=direction))
         columns = chain.scores.shape[1]
@@ -177,8 +178,9 @@ class EMC2Loss(nn.Module):
         common = uniform(self.steps_taken, torch.arange(steps, device=ids.device), 2 * stream)
         return (common[:, None] + uniform(self.steps_taken, ids, 2 * stream + 1)).frac()
 
-    def _loss(self, pairs: PairBatch, chains: list["_Chain"], visits: list[Visit]) -> Tensor:
+    def _loss(self, pairs: PairBatch, chains: list[Chain], visits: list[Visit]) -> Tensor:
         log_rate = torch.stack([chain.log_mean_ratio for chain in chains]) + self.log_negatives
+        weights = torch.stack([chain.in_batch(visit.weights) for chain, visit in zip(chains, visits, strict=True)])
         value, share = log_rate, torch.ones_like(log_rate)
         if not self.options.decoupled:
             value = nn.functional.softplus(log_rate)
@@ -186,8 +188,8 @@ class EMC2Loss(nn.Module):
                 log_rate = self.rates.blend(pairs.ids, log_rate, self.options.gamma)
                 self.rates.stage(pairs.all_ids, gather_rows(log_rate.T.contiguous(), pairs.sizes).T)
             share = log_rate.sigmoid()
-        weights = torch.stack([chain.in_batch(visit.weights) for chain, visit in zip(chains, visits, strict=True)])
-        loss = weighted_pair_loss(pairs, value=value, weights=weights * share[:, :, None])
+            weights = weights * share[:, :, None]
+        loss = weighted_pair_loss(pairs, value=value, weights=weights)
         # What a stored state adds to the gradient, and nothing to the value.
         for chain, visit, factor in zip(chains, visits, share, strict=True):
             term = factor * chain.stored_weight(visit) * chain.stored_gap
@@ -195,7 +197,7 @@ class EMC2Loss(nn.Module):
             loss = loss + (term - term.detach())
         return loss
 
-    def _report(self, pairs: PairBatch, chains: list["_Chain"], visits: list[Visit]) -> dict[str, Tensor]:
+    def _report(self, pairs: PairBatch, chains: list[Chain], visits: list[Visit]) -> dict[str, Tensor]:
         ages = (self.steps_taken - self.bank.stored_at.read(pairs.ids)) * torch.stack([c.waiting for c in chains])
         sums = torch.stack(
             [
@@ -225,48 +227,6 @@ class EMC2Loss(nn.Module):
                 f"{KERNELS[saved.item()]}; use that, or start from its weights with --pretrained"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _Chain:
-    """The candidates of this rank's anchors in one direction.
-
-    Candidates are the columns of the global batch. An anchor's own column, its positive, holds its stored state, unless
-    that is a sample of the batch: then the chain starts at its column, whose embedding is current.
-    """
-
-    def __init__(self, pairs: PairBatch, direction: int, stored_ids: Tensor, stored: Tensor) -> None:
-        anchors, partners, _, columns = list(pairs.directions())[direction]
-        self.own = torch.arange(len(anchors), device=anchors.device)[:, None] + pairs.own_rows.start
-        positive = pairs.logit_scale * (anchors * partners).sum(1)
-        stored_score = pairs.logit_scale * (anchors * stored).sum(1)
-        present = stored_ids[:, None] == pairs.all_ids
-        is_present = present.any(1)
-        self.waiting = (stored_ids >= 0) & ~is_present
-        #: Score of the stored state minus that of the positive, with gradient.
-        self.stored_gap = torch.where(self.waiting, stored_score - positive, 0.0)
-        with torch.no_grad():
-            same = pairs.ids[:, None] == pairs.all_ids
-            scores = (pairs.logit_scale * anchors @ columns.T).masked_fill_(same, -torch.inf)
-            count = (~same).sum(1).clamp_min(1).to(scores.dtype)
-            self.log_mean_ratio = scores.logsumexp(1) - positive - count.log()
-            held = torch.where(self.waiting, stored_score, -torch.inf)[:, None]
-            self.scores = scores.scatter_(1, self.own, held)
-            nowhere = torch.full_like(stored_ids, -1)
-            self.start = torch.where(
-                is_present, present.int().argmax(1), torch.where(self.waiting, self.own[:, 0], nowhere)
-            )
-
-    def in_batch(self, weights: Tensor) -> Tensor:
-        """Weights without those of stored states."""
-        return weights.scatter(1, self.own, 0.0)
-
-    def stored_weight(self, visit: Visit) -> Tensor:
-        """Weights of stored states, (B,)."""
-        return visit.weights.gather(1, self.own).squeeze(1)
-
-    def moved_to(self, visit: Visit) -> Tensor:
-        """Columns to which the chains moved, (B,); -1 for those that stayed at their stored state."""
-        return visit.state.masked_fill(visit.state == self.own[:, 0], -1)
 
 
 SPEC = LossSpec(

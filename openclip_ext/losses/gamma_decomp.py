@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from openclip_ext.ops.pairs import gather_pairs, log_mean_ratio, pair_loss
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
 from openclip_ext.state.rate_table import RateTable
+from openclip_ext.state.table import Placement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,10 @@ class Options:
     negatives: int = option(
         0, "K, negatives in the target loss; 0: all others of the training set", allowed=">= 0", check=lambda k: k >= 0
     )
+    rate_device: Literal["device", "cpu", "mmap"] = option(
+        "device", "where the rates are kept: with the model, in the CPU's memory, or in a file"
+    )
+    rate_path: str | None = option(None, "the file, for rate_device=mmap")
 
 
 class GammaDecompLoss(nn.Module):
@@ -62,7 +68,7 @@ class GammaDecompLoss(nn.Module):
         self.rank, self.world_size = rank, world_size
         self.options = options
         self.log_negatives = math.log(options.negatives or num_samples - 1)
-        self.rates = RateTable(num_samples)
+        self.rates = RateTable(num_samples, Placement(options.rate_device, options.rate_path, "rate"))
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
         self.gamma_now = options.gamma
 
@@ -108,7 +114,7 @@ class GammaDecompLoss(nn.Module):
         loss = pair_loss(pairs, value=log_rate, log_weight=self.log_negatives + log_u)
         if not output_dict:
             return loss
-        first_visits = self.rates.log_rate[0, pairs.all_ids].isnan().float().mean()
+        first_visits = self.rates.read(pairs.all_ids)[0].isnan().float().mean()
         return {"contrastive_loss": loss, "gamma": torch.tensor(self.gamma_now), "first_visits": first_visits}
 
     def commit(self) -> None:

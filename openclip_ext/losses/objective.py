@@ -69,8 +69,13 @@ class Objective(nn.Module):
             if module is not self and hasattr(module, "set_num_ids"):
                 module.set_num_ids(num_ids)
 
+    @property
+    def wants_widths(self) -> bool:
+        """Whether any part has use for `set_widths`."""
+        return any(hasattr(part, "set_widths") for part in self._parts())
+
     def set_widths(self, *, image_trunk: int, text_trunk: int, embed: int) -> None:
-        """Let the parts that have heads of their own make them.
+        """Let the parts that have heads, or a memory of embeddings, make them.
 
         Args:
             image_trunk: width of `image_trunk_features`, the image tower's pooled output before its projection.

@@ -49,40 +49,42 @@ def metropolis_hastings(scores: Tensor, start: Tensor, proposals: Tensor, noise:
         burn_in: steps left out of the weights.
     """
     steps = len(proposals)
-    score = scores.T.gather(0, proposals)
-    threshold = score + noise
-    accepted = torch.arange(steps, dtype=torch.int32, device=scores.device)[:, None].repeat(1, len(scores))
-    _scan_(threshold, score, accepted)
-    start_score = scores.gather(1, start.clamp_min(0)[:, None]).squeeze(1).masked_fill(start < 0, -torch.inf)
+    proposed = scores.T.gather(0, proposals)
+    threshold = proposed + noise
+    reach, score = threshold.clone(), proposed.clone()
+    _scan_(reach, score)
     # The maps were composed for a chain that starts at -inf. Another one joins it at the first step it accepts.
-    moved = (start_score <= threshold) & (score > -torch.inf)
-    ends = moved.clone()
-    ends[:-1] &= accepted[:-1] != accepted[1:]
+    start_score = scores.gather(1, start.clamp_min(0)[:, None]).squeeze(1).masked_fill(start < 0, -torch.inf)
+    joined = (start_score <= reach) & (score > -torch.inf)
+    accepted = joined & (proposed > -torch.inf)
+    accepted[1:] &= score[:-1] <= threshold[1:]
+    # Runs of one state, by anchor: from the step that accepted it to the next that accepts another.
+    anchor, begin = accepted.T.nonzero(as_tuple=True)
+    last = torch.ones_like(anchor, dtype=torch.bool)
+    last[:-1] = anchor[1:] != anchor[:-1]
+    end = torch.where(last, steps, begin.roll(-1))
+    column = proposals[begin, anchor]
     weights = torch.zeros_like(scores)
-    step, anchor = ends.nonzero(as_tuple=True)
-    begin = accepted[step, anchor].long()
-    kept = (step + 1 - begin.clamp_min(burn_in)).clamp_min(0)
-    weights.index_put_((anchor, proposals[begin, anchor]), kept.to(weights.dtype), accumulate=True)
-    waiting = (~moved[burn_in:]).sum(0).to(weights.dtype)
-    weights.scatter_add_(1, start.clamp_min(0)[:, None], torch.where(start < 0, 0, waiting)[:, None])
+    kept = (end.clamp_min(burn_in) - begin.clamp_min(burn_in)).to(weights.dtype)
+    weights.index_put_((anchor, column), kept, accumulate=True)
+    waiting = torch.where(start < 0, 0, (~joined[burn_in:]).sum(0)).to(weights.dtype)
+    weights.scatter_add_(1, start.clamp_min(0)[:, None], waiting[:, None])
     weights /= weights.sum(1, keepdim=True).clamp_min(1)
-    state = torch.where(moved[-1], proposals.gather(0, accepted[-1:].long()).squeeze(0), start)
-    return Visit(weights, state, torch.tensor(len(step) / max(1, accepted.numel()), device=scores.device))
+    state = start.scatter(0, anchor[last], column[last])
+    return Visit(weights, state, torch.tensor(len(begin) / max(1, accepted.numel()), device=scores.device))
 
 
-def _scan_(threshold: Tensor, score: Tensor, accepted: Tensor) -> None:
+def _scan_(threshold: Tensor, score: Tensor) -> None:
     """Replace each step's map by the composition of all up to it, started at a score of -inf (Brent & Kung, 1982).
 
-    Each (R, B); `accepted` is the step that the score is from.
+    Both (R, B).
     """
     length, stride = len(score), 1
 
     def compose(first: slice, second: slice) -> None:
         """Write the composition of the maps at `first`, then those at `second`, to `second`."""
-        stays = score[first] > threshold[second]
+        torch.where(score[first] > threshold[second], score[first], score[second], out=score[second])
         torch.maximum(threshold[first], threshold[second], out=threshold[second])
-        torch.where(stays, score[first], score[second], out=score[second])
-        torch.where(stays, accepted[first], accepted[second], out=accepted[second])
 
     while stride < length:
         compose(slice(stride - 1, length - stride, 2 * stride), slice(2 * stride - 1, length, 2 * stride))
@@ -103,7 +105,7 @@ def resampled(scores: Tensor, start: Tensor, uniform: Tensor) -> Visit:
         start: (B,) column of the state before the visit; -1: none.
         uniform: (B,) draws in (0, 1).
     """
-    weights = scores.softmax(1).nan_to_num(0.0)
+    weights = scores.softmax(1).nan_to_num_(0.0)
     cumulated = weights.cumsum(1)
     target = uniform[:, None].to(weights.dtype) * cumulated[:, -1:]
     state = torch.searchsorted(cumulated, target).squeeze(1).clamp_max(scores.shape[1] - 1)

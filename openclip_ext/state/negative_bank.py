@@ -28,10 +28,13 @@ class NegativeBank(nn.Module):
     def __init__(self, num_samples: int, width: int, dtype: torch.dtype, placement: Placement, device=None) -> None:
         super().__init__()
         beside = Placement("device" if placement.kind == "device" else "cpu")
-        self.ids = Table((DIRECTIONS, num_samples), torch.int64, EMPTY, beside, device, "ids of the negative bank")
-        self.stored_at = Table((DIRECTIONS, num_samples), torch.int64, 0, beside, device, "steps of the negative bank")
-        shape = (DIRECTIONS, num_samples, width)
-        self.embedding = Table(shape, dtype, 0, placement, device, "negative bank") if width else None
+        shape = (DIRECTIONS, num_samples)
+        self.ids = Table(shape, torch.int64, EMPTY, "ids of the negative bank", beside, device)
+        self.stored_at = Table(shape, torch.int64, 0, "steps of the negative bank", beside, device)
+        self.embedding = None
+        if width:
+            in_state = placement.kind != "mmap"  # a checkpoint would hold all of the file
+            self.embedding = Table((*shape, width), dtype, 0, "negative bank", placement, device, in_state)
         self._staged: tuple[Tensor, ...] | None = None
 
     def check(self, ids: Tensor) -> None:

@@ -3,28 +3,34 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from openclip_ext.state.table import Placement, Table
+
+BESIDE_THE_MODEL = Placement(option="rate")
 
 
-class RateTable(nn.Module):
+class RateTable(Table):
     """Running averages `R_i <- (1 - g) R_i + g rho_i` of positive rates, one per sample and direction, kept as logs.
 
     The first visit of a sample sets `R_i = rho_i`. `blend` computes, `stage` remembers, `commit` writes: a loss that
     is evaluated several times in one optimizer step, or in a step that is then skipped, changes nothing before
     `commit`. Every rank holds the whole table and stages the updates of all ranks, so any rank's copy is complete.
 
+    `values` (2, N) holds the logs; NaN: not visited yet.
+
     Args:
         num_samples: N, how many samples there are; ids run from 0 to N - 1. Memory: 8 N bytes.
+        placement: where to keep it.
     """
 
-    def __init__(self, num_samples: int) -> None:
-        super().__init__()
-        self.register_buffer("log_rate", torch.full((2, num_samples), math.nan, dtype=torch.float32))
+    def __init__(self, num_samples: int, placement: Placement = BESIDE_THE_MODEL) -> None:
+        super().__init__((2, num_samples), torch.float32, math.nan, "rate table", placement)
         self._staged: tuple[Tensor, Tensor] | None = None
 
     def set_num_ids(self, num_ids: int) -> None:
         """Start anew with another number of places."""
-        self.log_rate = torch.full((2, num_ids), math.nan, dtype=torch.float32, device=self.log_rate.device)
+        self.__init__(num_ids, self.placement)
 
     @torch.no_grad()
     def blend(self, ids: Tensor, log_estimate: Tensor, gamma: float) -> Tensor:
@@ -41,13 +47,13 @@ class RateTable(nn.Module):
         Raises:
             IndexError: an id outside of the table.
         """
-        outside = (ids < 0) | (ids >= self.log_rate.shape[1])
+        outside = (ids < 0) | (ids >= self.values.shape[1])
         if outside.any():
             raise IndexError(
-                f"sample id {ids[outside][0].item()} is outside of the rate table of {self.log_rate.shape[1]} samples; "
+                f"sample id {ids[outside][0].item()} is outside of the rate table of {self.values.shape[1]} samples; "
                 "num_samples must cover the whole data set"
             )
-        old = self.log_rate[:, ids].to(log_estimate.dtype)
+        old = self.read(ids).to(log_estimate.dtype)
         keep = math.log1p(-gamma) if gamma < 1 else -math.inf
         blended = torch.logaddexp(old + keep, log_estimate + math.log(gamma))
         return torch.where(old.isnan(), log_estimate, blended)
@@ -70,5 +76,7 @@ class RateTable(nn.Module):
         largest = log_rate.new_full((2, len(unique)), -math.inf).scatter_reduce(1, position, log_rate, "amax")
         scaled = (log_rate - largest.gather(1, position)).exp()
         total = torch.zeros_like(largest).scatter_add(1, position, scaled)
-        merged = (largest + (total / count).log()).to(self.log_rate.dtype)
-        self.log_rate[:, unique] = torch.where(merged.isfinite(), merged, self.log_rate[:, unique])
+        merged = (largest + (total / count).log()).to(self.values.dtype)
+        merged = torch.where(merged.isfinite(), merged, self.read(unique))
+        for direction, rows in enumerate(merged):
+            self.write(direction, unique, rows)

@@ -22,44 +22,55 @@ class Placement:
         kind: `device`: with the module; `cpu`: in the CPU's memory, wherever the module is; `mmap`: in a file that is
             mapped into memory, one per machine, shared by its ranks.
         path: the file, for `mmap`.
+        option: the options of a loss that say so are `<option>_device` and `<option>_path`; for messages.
     """
 
     kind: Literal["device", "cpu", "mmap"] = "device"
     path: str | None = None
+    option: str = "bank"
 
 
 class Table(nn.Module):
     """A table `values` of shape (2, N, ...), read and written by sample id.
 
-    In memory it is part of `state_dict`. In a file it is not: the file, which starts as zeros and takes room on disk
-    only for rows that were written, outlives the run itself.
-
     Args:
         shape: (2, N, ...).
         dtype: of the values.
-        fill: what rows hold before they are written; 0 for `mmap`.
+        fill: what rows hold before they are written.
+        name: for messages.
         placement: where to keep it.
         device: where the module is now.
-        name: for messages.
+        in_state: part of `state_dict`. Otherwise, in a file, rows start as zeros that take no room on disk, and those
+            of a file that exists are kept.
 
     Raises:
         UserError: there is no room for it, or the file holds a table of another size.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, fill: float, placement: Placement, device=None, name="table"
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        fill: float,
+        name: str,
+        placement: Placement,
+        device: torch.device | None = None,
+        in_state: bool = True,
     ) -> None:
         super().__init__()
         self.placement, self._map = placement, None
         device = torch.device(device or "cpu") if placement.kind == "device" else torch.device("cpu")
         size = math.prod(shape) * dtype.itemsize
+        what = f"{name} of {' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
         if placement.kind == "mmap":
-            self._map = _mapped_file(placement.path, size, f"{name} of {' x '.join(map(str, shape))} {dtype}")
+            self._map = _mapped_file(placement, size, what)
             values = torch.frombuffer(self._map, dtype=dtype).view(shape)
+            if in_state:
+                values.fill_(fill)
         else:
-            _require_room(size, _free_memory(device), device.type, name)
+            _require_room(placement, size, _free_memory(device), device.type, what)
             values = torch.full(shape, fill, dtype=dtype, device=device)
-        self.register_buffer("values", values, persistent=placement.kind != "mmap")
+        self.register_buffer("values", values, persistent=in_state)
 
     def _apply(self, fn, recurse=True):
         return super()._apply(fn, recurse) if self.placement.kind == "device" else self
@@ -79,20 +90,21 @@ class Table(nn.Module):
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-def _mapped_file(path: str | None, size: int, what: str) -> mmap.mmap:
+def _mapped_file(placement: Placement, size: int, what: str) -> mmap.mmap:
+    path, flag = placement.path, f"--loss-arg {placement.option}_path"
     if not path:
-        raise UserError(f"--loss-arg bank_device=mmap: name the file of the {what} with --loss-arg bank_path=FILE")
+        raise UserError(f"--loss-arg {placement.option}_device=mmap: name the file of the {what} with {flag}=FILE")
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise UserError(f"--loss-arg bank_path={path}: {folder} is no folder; make it, or give another file")
+        raise UserError(f"{flag}={path}: {folder} is no folder; make it, or give another file")
     existing = os.path.getsize(path) if os.path.exists(path) else 0
     if existing not in (0, size):
         raise UserError(
-            f"--loss-arg bank_path={path}: holds {existing} bytes, and the {what} takes {size}; it belongs to other "
-            "data or another model: give another file, or delete this one"
+            f"{flag}={path}: holds {existing} bytes, and the {what} takes {size}; it belongs to other data or another "
+            "model: give another file, or delete this one"
         )
     if existing == 0:
-        _require_room(size, shutil.disk_usage(folder).free, folder, what)
+        _require_room(placement, size, shutil.disk_usage(folder).free, folder, what)
     with open(path, "a+b") as file:
         file.truncate(size)
         return mmap.mmap(file.fileno(), size)
@@ -104,9 +116,10 @@ def _free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _require_room(size: int, free: int, place: str, what: str) -> None:
+def _require_room(placement: Placement, size: int, free: int, place: str, what: str) -> None:
     if size > free:
+        option = placement.option
         raise UserError(
             f"the {what} takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {place}; use --loss-arg "
-            "bank_device=cpu, or bank_device=mmap with bank_path=FILE on a larger disk, or a shorter bank_dtype"
+            f"{option}_device=cpu, or {option}_device=mmap with {option}_path=FILE on a larger disk"
         )

@@ -57,16 +57,19 @@ class PairModel(nn.Module):
         """The model's."""
         return self.model.encode_text(*args, **options)
 
-    @torch.no_grad()
-    def widths(self, dtype: torch.dtype | None) -> dict[str, int]:
-        """What `Objective.set_widths` takes, from one run on an empty pair; `dtype` is that of images."""
-        was_training = self.training
-        try:
-            out = self.eval()(*_host.example_inputs(self.model, dtype))
-        finally:
-            self.train(was_training)
-        keys = {"image_trunk": "image_trunk_features", "text_trunk": "text_trunk_features", "embed": "image_features"}
-        return {name: out[key].shape[1] for name, key in keys.items()}
+
+@torch.no_grad()
+def feature_widths(model: nn.Module, dtype: torch.dtype | None) -> dict[str, int]:
+    """What `Objective.set_widths` takes, from one run on an empty pair; `dtype` is that of images."""
+    was_training = model.training
+    try:
+        out = model.eval()(*_host.example_inputs(getattr(model, "model", model), dtype))
+    finally:
+        model.train(was_training)
+    widths = {"embed": out["image_features"].shape[1]}
+    for name in ("image", "text"):
+        widths[f"{name}_trunk"] = out.get(f"{name}_trunk_features", out["image_features"]).shape[1]
+    return widths
 
 
 def pair_model(model: nn.Module, needs: frozenset[str]) -> nn.Module:

@@ -18,11 +18,12 @@ from openclip_ext.data.pipeline import train_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.during_training import Evaluator
+from openclip_ext.losses import Objective
 from openclip_ext.training import setup, sharding
 from openclip_ext.training.checkpoint import LATEST, Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
-from openclip_ext.training.pair_model import pair_model
+from openclip_ext.training.pair_model import feature_widths, pair_model
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
@@ -63,13 +64,8 @@ def _trainer(
 ) -> tuple[Trainer, list[str]]:
     """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    loss = plan.build(data.size, rank, world_size)
     paired = pair_model(model, plan.needs)
-    if "trunk_features" in plan.needs:
-        loss.set_widths(**paired.widths(_host.input_dtype(args.precision)))
-    if data.num_ids != data.size:
-        loss.set_num_ids(data.num_ids)
-    loss.to(accelerator.device)
+    loss = _loss(args, accelerator, plan, data, paired)
     _seed(args.seed + rank)
     config = StreamConfig(
         source=data.source,
@@ -121,6 +117,17 @@ def _trainer(
         teacher=_host.create_teacher(args, accelerator.device) if args.distill_model else None,
         hash_ids=HashIds(data.num_ids) if data.sample_id == "hash" else None,
     ), remarks
+
+
+def _loss(args, accelerator: Accelerator, plan, data: setup.TrainingData, paired) -> Objective:
+    """The objective on the device, with whatever parts of it depend on the model's widths."""
+    loss = plan.build(data.size, accelerator.process_index, accelerator.num_processes)
+    if data.num_ids != data.size:
+        loss.set_num_ids(data.num_ids)
+    loss.to(accelerator.device)
+    if loss.wants_widths:
+        loss.set_widths(**feature_widths(paired, _host.input_dtype(args.precision)))
+    return loss.to(accelerator.device)
 
 
 class _Run:

@@ -1,0 +1,61 @@
+"""The candidates of a chain's visit."""
+
+import torch
+from torch import Tensor
+
+from openclip_ext.ops.metropolis import Visit
+from openclip_ext.ops.pairs import PairBatch
+
+
+class Chain:
+    """What the chains of this rank's anchors in one direction choose from.
+
+    Candidates are the columns of the global batch. An anchor's own column, its positive, holds its stored state, unless
+    that is a sample of the batch: then the chain starts at its column, whose embedding is current.
+
+    Attributes:
+        scores: (B, G), -inf for what is no candidate.
+        start: (B,) column of the state before the visit; -1: there is none.
+        waiting: (B,), whether the own column holds a stored state.
+        stored_gap: (B,), score of the stored state minus that of the positive, with gradient; 0 where none waits.
+        log_mean_ratio: (B,), log of the mean of exp(s_ij - s_ii) over the batch's negatives.
+
+    Args:
+        pairs: the global batch.
+        direction: 0: images are anchors; 1: texts are.
+        stored_ids: (B,) ids of the stored states; negative: none.
+        stored: (B, D) their embeddings.
+    """
+
+    def __init__(self, pairs: PairBatch, direction: int, stored_ids: Tensor, stored: Tensor) -> None:
+        anchors, partners, _, columns = list(pairs.directions())[direction]
+        self.own = torch.arange(len(anchors), device=anchors.device)[:, None] + pairs.own_rows.start
+        positive = pairs.logit_scale * (anchors * partners).sum(1)
+        stored_score = pairs.logit_scale * (anchors * stored).sum(1)
+        present = stored_ids[:, None] == pairs.all_ids
+        is_present = present.any(1)
+        self.waiting = (stored_ids >= 0) & ~is_present
+        self.stored_gap = torch.where(self.waiting, stored_score - positive, 0.0)
+        with torch.no_grad():
+            same = pairs.ids[:, None] == pairs.all_ids
+            scores = (pairs.logit_scale * anchors @ columns.T).masked_fill_(same, -torch.inf)
+            count = (~same).sum(1).clamp_min(1).to(scores.dtype)
+            self.log_mean_ratio = scores.logsumexp(1) - positive - count.log()
+            held = torch.where(self.waiting, stored_score, -torch.inf)[:, None]
+            self.scores = scores.scatter_(1, self.own, held)
+            nowhere = torch.full_like(stored_ids, -1)
+            self.start = torch.where(
+                is_present, present.int().argmax(1), torch.where(self.waiting, self.own[:, 0], nowhere)
+            )
+
+    def in_batch(self, weights: Tensor) -> Tensor:
+        """Weights without those of stored states."""
+        return weights.scatter(1, self.own, 0.0)
+
+    def stored_weight(self, visit: Visit) -> Tensor:
+        """Weights of stored states, (B,)."""
+        return visit.weights.gather(1, self.own).squeeze(1)
+
+    def moved_to(self, visit: Visit) -> Tensor:
+        """Columns to which the chains moved, (B,); -1 for those that stayed at their stored state."""
+        return visit.state.masked_fill(visit.state == self.own[:, 0], -1)

@@ -1,0 +1,146 @@
+"""Speed of emc2: its chains against a loop over columns, its loss against ClipLoss, its bank at two sizes.
+
+    python scripts/bench_mh.py
+    python scripts/bench_mh.py --json --device cuda
+
+The loop is written as published samplers write it: one column of the batch after the other, with boolean-indexed rows.
+Times are medians of several repeats, taken in turns.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+
+import psutil
+import torch
+from open_clip.loss import ClipLoss
+from torch.nn.functional import normalize
+
+from openclip_ext import create_loss
+from openclip_ext.ops.metropolis import metropolis_hastings
+
+
+def column_loop(scores, burn_in):
+    """States of chains that scan the columns in order: rows of (anchor, column) pairs after burn-in."""
+    anchors, columns = scores.shape
+    likelihood = scores.exp()
+    state = torch.full((anchors,), -1)
+    current = torch.full((anchors,), torch.finfo(torch.float32).smallest_normal)
+    index, random, kept = torch.arange(anchors), torch.empty(anchors), []
+    for column in range(columns):
+        proposed = likelihood[:, column]
+        accepted = random.uniform_() < proposed / current
+        current[accepted] = proposed[accepted]
+        state[accepted] = column
+        if column > burn_in:
+            kept.append(torch.stack((index, state))[:, proposed != 0])
+    return torch.hstack(kept)
+
+
+def medians(functions: dict, repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each function, called in turns after one call to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def chains(args) -> dict:
+    scores = 3 * torch.randn(args.batch, args.batch, device=args.device)
+    steps = args.batch - 1
+    start = torch.randint(args.batch, (args.batch,), device=args.device)
+
+    def ours():
+        proposals = torch.randint(args.batch, (steps, args.batch), device=args.device)
+        noise = -torch.rand(steps, args.batch, device=args.device).log()
+        return metropolis_hastings(scores, start, proposals, noise, steps // 2)
+
+    on_cpu = scores.cpu()  # where the published loop runs
+    times = medians({"loop": lambda: column_loop(on_cpu, steps // 2), "ours": ours}, args.repeats, args.device)
+    return {"anchors": args.batch, "proposals": steps, **times, "speedup": times["loop"] / times["ours"]}
+
+
+def losses(args) -> dict:
+    image, text = (normalize(x, dim=-1) for x in torch.randn(2, args.batch, args.width, device=args.device))
+    scale, ids = torch.tensor(20.0, device=args.device), torch.arange(args.batch, device=args.device)
+    clip, functions = ClipLoss(), {}
+
+    def run(loss, **extra):
+        leaves = [x.clone().requires_grad_() for x in (image, text, scale)]
+        value = loss(*leaves, **extra)
+        (value["contrastive_loss"] if isinstance(value, dict) else value).backward()
+
+    functions["clip"] = lambda: run(clip)
+    for kernel in ("isir", "mh"):
+        loss = create_loss("emc2", num_samples=10 * args.batch, kernel=kernel).to(args.device)
+        run(loss, sample_ids=ids)
+        loss.commit()
+        functions[kernel] = lambda loss=loss: run(loss, sample_ids=ids)
+    times = medians(functions, args.repeats, args.device)
+    ratios = {f"{kernel}_to_clip": times[kernel] / times["clip"] for kernel in ("isir", "mh")}
+    return {"batch": args.batch, "width": args.width, **times, **ratios}
+
+
+def banks(args) -> dict:
+    """Seconds per step with a bank in a file, small and large, and what memory the large one takes."""
+    batch, steps, result = args.bank_batch, 200, {}
+    process = psutil.Process()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for num_samples in (10_000, 2_000_000):
+            path = os.path.join(folder, str(num_samples))
+            loss = create_loss("emc2", num_samples=num_samples, bank_device="mmap", bank_path=path).to(args.device)
+            scale, seconds, resident = torch.tensor(20.0, device=args.device), [], 0
+            for _ in range(steps):
+                image, text = (normalize(x, dim=-1) for x in torch.randn(2, batch, args.width, device=args.device))
+                ids = torch.randint(num_samples, (batch,), device=args.device)
+                start = time.perf_counter()
+                loss(image.requires_grad_(), text.requires_grad_(), scale, sample_ids=ids)[
+                    "contrastive_loss"
+                ].backward()
+                loss.commit()
+                seconds.append(time.perf_counter() - start)
+                resident = max(resident, process.memory_info().rss)
+            disk = os.stat(path).st_blocks * 512
+            result[str(num_samples)] = {
+                "seconds": statistics.median(seconds), "file_bytes": os.path.getsize(path), "disk_bytes": disk,
+                "resident_bytes": resident,
+            }  # fmt: skip
+    result["ratio"] = result["2000000"]["seconds"] / result["10000"]["seconds"]
+    return {"batch": batch, "steps": steps, **result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--bank-batch", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", help="where to put the bank's file; default: the system's temporary folder")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    report = {"chains": chains(args), "losses": losses(args), "banks": banks(args)}
+    if args.json:
+        print(json.dumps(report, indent=1))
+        return
+    chain, loss, bank = report.values()
+    print(f"chains: loop {1e3 * chain['loop']:.0f} ms, ours {1e3 * chain['ours']:.1f} ms: {chain['speedup']:.1f} times")
+    print(f"loss, forward and backward, to ClipLoss: isir {loss['isir_to_clip']:.2f}, mh {loss['mh_to_clip']:.2f}")
+    large = bank["2000000"]
+    print(
+        f"2,000,000 in a file: {bank['ratio']:.2f} times a step with 10,000; {large['file_bytes'] / 1e9:.1f} GB, "
+        f"on disk {large['disk_bytes'] / 1e9:.2f} GB, resident {large['resident_bytes'] / 1e9:.2f} GB"
+    )
+
+
+if __name__ == "__main__":
+    main()
