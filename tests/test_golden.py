@@ -20,6 +20,8 @@ CASES = {
     "batch_corrected": {},
     "sogclr": {},
     "gamma_decomp": {},
+    "emc2": {"bank_dtype": "float32"},
+    "emc2 mh": {"bank_dtype": "float32", "kernel": "mh"},
     "gamma_decomp draws": {"draws": 2, "decoupled": True},
 }
 

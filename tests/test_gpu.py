@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-LOSSES = ["clip", "siglip", "dcl", "batch_corrected", "sogclr", "gamma_decomp"]
+LOSSES = ["clip", "siglip", "dcl", "batch_corrected", "sogclr", "gamma_decomp", "emc2"]
 
 
 def results(name, device):

@@ -54,6 +54,7 @@ TERMS = (
     [
         ("accelerate", "gamma_decomp", ["--loss-arg", "draws=2"]),
         ("torchrun", "clip", ["--grad-clip-norm", "1"]),
+        ("accelerate", "emc2", ["--loss-arg", "kernel=mh"]),
         ("torchrun", "dcl", TERMS.split()),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from openclip_ext import LossSpec, UserError, create_loss
 from openclip_ext.registry import TERMS, all_specs, get_spec, registered_names
 
-OURS = ["batch_corrected", "clip", "dcl", "gamma_decomp", "siglip", "sogclr"]
+OURS = ["batch_corrected", "clip", "dcl", "emc2", "gamma_decomp", "siglip", "sogclr"]
 
 PLUGIN = """
 import dataclasses

@@ -18,7 +18,7 @@ def losses(tmp_path, name="run"):
     return [row["contrastive_loss"] for row in lines(tmp_path / "logs" / name / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("loss", ["clip", "siglip", "dcl", "batch_corrected", "sogclr", "gamma_decomp"])
+@pytest.mark.parametrize("loss", ["clip", "siglip", "dcl", "batch_corrected", "sogclr", "gamma_decomp", "emc2"])
 def test_every_loss_trains_and_falls(train_flags, tmp_path, loss):
     assert main(train_flags("--loss", loss, "--epochs", 3, "--lr", "3e-3")) == 0
     curve = losses(tmp_path)
@@ -47,7 +47,7 @@ def test_a_run_writes_what_it_promises(train_flags, tmp_path, val_shards, capsys
     assert "after epoch 2" in (run / "out.log").read_text() and "contrastive_loss" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("loss", ["clip", "gamma_decomp"])
+@pytest.mark.parametrize("loss", ["clip", "gamma_decomp", "emc2"])
 @pytest.mark.parametrize("how", ["latest", "path"])
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(train_flags, tmp_path, loss, how):
     flags = ["--loss", loss, "--epochs", 4] + (["--loss-arg", "draws=1"] if loss == "gamma_decomp" else [])
