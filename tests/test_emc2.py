@@ -173,6 +173,17 @@ def test_a_sample_that_comes_twice_is_no_negative_of_itself_and_its_last_visit_c
     assert set(states[0][:, 3].tolist()) <= {5, 9} and (states[0][:, 4] == -1).all()
 
 
+def test_a_batch_of_one_sample_twice_has_no_negatives_and_no_gradient(features):
+    image = features[0][:2].clone().requires_grad_()
+    ids = torch.tensor([4, 4])
+    for kernel in ("isir", "mh"):
+        loss = emc2(kernel=kernel)
+        value = loss(image, features[1][:2], torch.tensor(SCALE), sample_ids=ids)["contrastive_loss"]
+        loss.commit()
+        assert value == 0 and not torch.autograd.grad(value, image)[0].any()
+        assert (loss.base.stored_ids(ids) == -1).all()
+
+
 def test_coupled_is_decoupled_times_the_negatives_share(features):
     ids = torch.arange(B)
 

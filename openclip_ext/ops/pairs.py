@@ -139,6 +139,7 @@ def pair_loss(pairs: PairBatch, *, value: Tensor, log_weight: Tensor) -> Tensor:
 
 def weighted_pair_loss(pairs: PairBatch, *, value: Tensor, weights: Tensor) -> Tensor:
     """As `pair_loss`, with the weights w_ij of own anchors and all columns given, (2, B, G). Both are detached."""
+    value = value.masked_fill((pairs.ids[:, None] == pairs.all_ids).all(1), 0.0)
     all_value = gather_rows(value.T.contiguous(), pairs.sizes)
 
     def both():
