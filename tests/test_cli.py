@@ -63,6 +63,6 @@ def test_every_flag_of_openclip_is_known_with_its_default():
         assert ours[name] == reference[name], name
     assert ours.keys() - reference.keys() == {
         "loss", "loss_arg", "loss_term", "sample_id", "sample_id_table", "check_shards", "model_config",
-        "view_aug", "caption_key", "caption_separator",
+        "view_aug", "pairs", "momentum_encoder", "probe_train", "probe_val", "caption_key", "caption_separator",
     }  # fmt: skip
     assert REFUSED.keys() <= reference.keys()

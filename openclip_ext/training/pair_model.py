@@ -6,7 +6,23 @@ from torch import Tensor, nn
 from openclip_ext import _host
 
 
-class PairModel(nn.Module):
+class Wrapper(nn.Module):
+    """An OpenCLIP model `model` inside another module, which still encodes images and texts as it does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode_image(self, *args, **options) -> Tensor:
+        """The model's."""
+        return self.model.encode_image(*args, **options)
+
+    def encode_text(self, *args, **options) -> Tensor:
+        """The model's."""
+        return self.model.encode_text(*args, **options)
+
+
+class PairModel(Wrapper):
     """An OpenCLIP model run on both views at once.
 
     Args:
@@ -18,8 +34,7 @@ class PairModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module, *, trunk_features: bool) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.trunk_features = trunk_features
         # Not as attributes of modules: their parts belong to the model already.
         self._trunks = _host.find_trunks(model) if trunk_features else {}
@@ -48,14 +63,6 @@ class PairModel(nn.Module):
                 if key in out:
                     out[key], out[f"{key}_aug"] = out[key].chunk(2)
         return out
-
-    def encode_image(self, *args, **options) -> Tensor:
-        """The model's."""
-        return self.model.encode_image(*args, **options)
-
-    def encode_text(self, *args, **options) -> Tensor:
-        """The model's."""
-        return self.model.encode_text(*args, **options)
 
     @torch.no_grad()
     def widths(self, dtype: torch.dtype | None) -> dict[str, int]:
