@@ -66,6 +66,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="Count the samples of all shards before the first step; any difference from sizes.json is an error.",
     )
     ours.add_argument(
+        "--caption-separator",
+        metavar="TEXT",
+        help="Splits a caption into several, one of which is drawn each time; a second view is another of them.",
+    )
+    ours.add_argument(
+        "--caption-key", metavar="KEY", help="Where a sample's JSON holds its caption or captions, instead of its text."
+    )
+    ours.add_argument(
+        "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON, known by its file name."
+    )
+    _add_image_flags(ours)
+    return parser
+
+
+def _add_image_flags(ours) -> None:
+    ours.add_argument(
         "--pairs",
         choices=["captions", "views"],
         default="captions",
@@ -85,14 +101,6 @@ def build_parser() -> argparse.ArgumentParser:
         default="standard",
         help="Second view of an image, where one is needed: the training augmentation again, or AutoAugment first.",
     )
-    ours.add_argument(
-        "--caption-separator",
-        metavar="TEXT",
-        help="Splits a caption into several, one of which is drawn each time; a second view is another of them.",
-    )
-    ours.add_argument(
-        "--caption-key", metavar="KEY", help="Where a sample's JSON holds its caption or captions, instead of its text."
-    )
     for name, purpose in (("train", "fitted on"), ("val", "measured on")):
         ours.add_argument(
             f"--probe-{name}",
@@ -100,10 +108,6 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"Images in one folder per class that nearest neighbours and a linear probe on the image tower are "
             f"{purpose}, every --val-frequency epochs.",
         )
-    ours.add_argument(
-        "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON, known by its file name."
-    )
-    return parser
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

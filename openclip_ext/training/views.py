@@ -107,11 +107,13 @@ class SymmetricObjective(nn.Module):
     """The mean of one objective over both ways round, with the predictor that makes queries of features.
 
     Each way has an objective, and so a memory, of its own: every memory sees each picture once per epoch, in one role,
-    as its formulas assume. One call on (q_1; q_2) against (k_2; k_1) would keep positives in line row by row, but only
-    a loss that takes sample ids could tell that k_1 is no negative of q_1; the others would push a view off itself.
+    as its formulas assume, at the price of twice the state. One call on (q_1; q_2) against (k_2; k_1) would keep
+    positives in line row by row, but only a loss that takes sample ids could tell that k_1 is no negative of q_1:
+    `clip`, `dcl`, `siglip` and `batch_corrected` would push a view off itself.
 
     The predictor is a two-layer perceptron with LayerNorm where MoCo-v3 has BatchNorm, so that parts of a batch, on
-    ranks or accumulated, give the gradient of the whole. As a part of the loss it is trained and kept with it.
+    ranks or accumulated, give the gradient of the whole. As a part of the loss it is trained with it, without weight
+    decay, and kept with it.
 
     Args:
         first: of (q_1, k_2).
