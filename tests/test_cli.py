@@ -21,7 +21,7 @@ def test_losses_lists_every_loss_with_package_needs_and_options(capsys):
     by_name = {row["name"]: row for row in data["losses"]}
     assert by_name["gamma_decomp"]["needs"] == ["sample_ids"] and by_name["siglip"]["needs"] == ["logit_bias"]
     assert [row["name"] for row in by_name["gamma_decomp"]["options"]] == [
-        "gamma", "gamma_decay", "draws", "decoupled", "negatives"
+        "gamma", "gamma_decay", "draws", "decoupled", "negatives", "rate_device", "rate_path"
     ]  # fmt: skip
     assert all(row["package"] == "openclip-ext" for row in data["losses"])
     assert main(["losses"]) == 0
@@ -63,6 +63,6 @@ def test_every_flag_of_openclip_is_known_with_its_default():
         assert ours[name] == reference[name], name
     assert ours.keys() - reference.keys() == {
         "loss", "loss_arg", "loss_term", "sample_id", "sample_id_table", "check_shards", "model_config",
-        "view_aug", "caption_key", "caption_separator",
+        "view_aug", "pairs", "momentum_encoder", "probe_train", "probe_val", "caption_key", "caption_separator",
     }  # fmt: skip
     assert REFUSED.keys() <= reference.keys()

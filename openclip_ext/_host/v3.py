@@ -133,6 +133,14 @@ def example_inputs(model, dtype):
     return torch.zeros(1, 3, height, width, dtype=dtype, device=device), text
 
 
+def freeze_text(model):
+    """Leave a gradient to nothing but the image tower, the logit scale and its bias; returns the image tower."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith(("visual.", "logit_")):
+            parameter.requires_grad_(False)
+    return model.visual
+
+
 def register_model_config(path: str) -> str:
     """Make a model config file known; returns its model name, the file's stem.
 

@@ -22,14 +22,14 @@ class RowFormat:
         tokenizer: captions to (B, L) ids.
         image_aug_transform: picture to tensor, for a second view; None: none wanted.
         text_aug: whether a second view of the caption is wanted.
-        captions: where a sample's captions are.
+        captions: where a sample's captions are; None: rows hold images alone, and a sample needs no caption.
     """
 
     image_transform: Callable[[Any], torch.Tensor]
     tokenizer: Callable[[list[str]], torch.Tensor]
     image_aug_transform: Callable[[Any], torch.Tensor] | None = None
     text_aug: bool = False
-    captions: CaptionFormat = CaptionFormat()
+    captions: CaptionFormat | None = CaptionFormat()
 
     def training_row(self, image: Image.Image, captions: list[str], seed: int) -> dict:
         """A row whose random draws are a function of `seed`. The first view is the same with or without a second."""
@@ -37,6 +37,8 @@ class RowFormat:
         row = {"image": self.image_transform(image)}
         if self.image_aug_transform is not None:
             row["image_aug"] = self.image_aug_transform(image)
+        if self.captions is None:
+            return row
         rng = random.Random(seed)
         if self.text_aug:
             row["text"], row["text_aug"] = two_views(captions, rng)

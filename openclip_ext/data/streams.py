@@ -48,7 +48,8 @@ class StreamConfig(RowFormat):
 
 
 class TrainStream(IterableDataset):
-    """Batches of one epoch: dicts of `image` (B, 3, H, W), `text` (B, L), and `skipped`.
+    """Batches of one epoch: dicts of `image` (B, 3, H, W), `text` (B, L), and `skipped`; no `text` without
+    captions.
 
     If asked for, they hold second views, `image_aug` and `text_aug`, and `sample_id` (B,). `skipped` lists (kind,
     shard, count) of what could not be used since the last batch. A worker whose shards hold no full batch yields
@@ -162,7 +163,7 @@ class TableStream(Dataset):
             except tar.IMAGE_ERRORS:
                 self._skips.record(tar.CORRUPT_IMAGE, self.config.source.name)
                 continue
-            pair = image, self.config.captions.split(caption)
+            pair = image, self.config.captions.split(caption) if self.config.captions else []
             if not self.training:
                 return self.config.evaluation_row(*pair)
             with contextlib.nullcontext() if get_worker_info() else random_state_kept():
@@ -195,7 +196,7 @@ class EvalStream(IterableDataset):
 
 def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Image.Image, list[str]] | None:
     """The sample's picture and captions, or None, recorded, where either is missing or broken."""
-    captions = config.captions.of_sample(sample, record)
+    captions = config.captions.of_sample(sample, record) if config.captions else []
     image = tar.decode_image(sample, record) if captions is not None else None
     return None if image is None else (image, captions)
 

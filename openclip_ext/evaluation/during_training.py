@@ -1,4 +1,4 @@
-"""What `--val-data`, `--imagenet-val` and `--imagenet-v2` measure between epochs."""
+"""What `--val-data`, `--imagenet-val`, `--imagenet-v2` and `--probe-val` measure between epochs."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from openclip_ext import _host
 from openclip_ext.errors import UserError
+from openclip_ext.evaluation.class_folders import ProbeData, encoded
+from openclip_ext.evaluation.probes import knn_accuracy, linear_probe_accuracy
 from openclip_ext.evaluation.retrieval import retrieval_metrics
 from openclip_ext.evaluation.zero_shot import zero_shot_accuracy
 
@@ -25,8 +27,9 @@ class Evaluator:
         dtype: of images; None: as loaded.
         pairs: batches with `image` and `text`, or None.
         imagenet: metric prefix to batches of (images, class indices).
-        val_frequency: epochs between evaluations on `pairs`; 0: never.
+        val_frequency: epochs between evaluations on `pairs` and on `probe`; 0: never.
         zeroshot_frequency: epochs between evaluations on `imagenet`; 0: never.
+        probe: labelled images, or None.
         progress: show progress bars.
         skipped: (kind, shard, count) of what could not be used of `pairs` the last time.
     """
@@ -39,12 +42,14 @@ class Evaluator:
     imagenet: dict[str, Iterable]
     val_frequency: int
     zeroshot_frequency: int
+    probe: ProbeData | None = None
     progress: bool = True
     skipped: list[tuple[str, str, int]] = dataclasses.field(default_factory=list)
 
     def due(self, epoch: int, last: bool) -> bool:
         """Whether anything is measured after `epoch` completed epochs."""
-        return self._due(self.pairs is not None, self.val_frequency, epoch, last) or self._due(
+        has_data = self.pairs is not None or self.probe is not None
+        return self._due(has_data, self.val_frequency, epoch, last) or self._due(
             bool(self.imagenet), self.zeroshot_frequency, epoch, last
         )
 
@@ -66,7 +71,18 @@ class Evaluator:
                 metrics |= {f"{prefix}-top1": scores["top1"], f"{prefix}-top5": scores["top5"]}
         if self._due(self.pairs is not None, self.val_frequency, epoch, last):
             metrics |= self._pair_metrics(model)
+        if self._due(self.probe is not None, self.val_frequency, epoch, last):
+            metrics |= self._probe_metrics(model)
         return metrics
+
+    def _probe_metrics(self, model) -> dict[str, float]:
+        """Accuracy of the image tower's features as they are: of their nearest neighbours, and of a linear probe."""
+        how = {"device": self.device, "autocast": self.autocast, "dtype": self.dtype, "progress": self.progress}
+        data = *encoded(model, self.probe.train, **how), *encoded(model, self.probe.val, **how)
+        return {
+            "knn-top1": knn_accuracy(*data),
+            "linear-probe-top1": linear_probe_accuracy(*(part.numpy() for part in data)),
+        }
 
     @torch.no_grad()
     def _pair_metrics(self, model) -> dict[str, float]:

@@ -15,13 +15,13 @@ LATEST = "epoch_latest.pt"
 
 
 def save_checkpoint(
-    path: str | None, *, epoch: int, name: str, model, optimizer, scaler, loss, distributed: bool
+    path: str | None, *, epoch: int, name: str, model, optimizer, scaler, loss, distributed: bool, keys=None
 ) -> None:
     """Write a checkpoint that stock OpenCLIP loads, whole or not at all.
 
     Keys as OpenCLIP writes them: `epoch, name, state_dict, optimizer`, `scaler` if there is one. Keys of ours, which
-    OpenCLIP ignores: `loss` (state of the loss) and `loss_optimizer` (the optimizer's last group, if the loss has
-    parameters; in `optimizer` it would keep OpenCLIP from resuming).
+    OpenCLIP ignores: `loss` (state of the loss), `loss_optimizer` (the optimizer's last group, if the loss has
+    parameters; in `optimizer` it would keep OpenCLIP from resuming), and `momentum_encoder` if there is one.
 
     A sharded model is gathered, so all ranks call this; those that write nothing pass None for `path`.
     """
@@ -40,6 +40,8 @@ def save_checkpoint(
         content["scaler"] = scaler.state_dict()
     if loss.state_dict():
         content["loss"] = loss.state_dict()
+    if keys is not None:
+        content["momentum_encoder"] = keys.state_dict()
     if loss_optimizer is not None:
         content["loss_optimizer"] = loss_optimizer
     torch.save(content, path + ".partial")
@@ -58,7 +60,7 @@ class Checkpoint:
         """Load the weights into a model that is not sharded. Raises UserError: they are another architecture's."""
         _host.load_model_weights(model, self.content.get("state_dict", self.content), self.path, model_name)
 
-    def restore(self, *, optimizer, scaler, loss) -> list[str]:
+    def restore(self, *, optimizer, scaler, loss, keys=None) -> list[str]:
         """Load everything else the checkpoint holds.
 
         Returns:
@@ -70,6 +72,10 @@ class Checkpoint:
         if "epoch" not in self.content:
             return ["the file holds weights only: optimizer and loss start anew"]
         remarks = self._restore_loss(loss)
+        if keys is not None and "momentum_encoder" in self.content:
+            keys.load_state_dict(self.content["momentum_encoder"])
+        elif keys is not None:
+            remarks.append("it holds no momentum encoder: that starts as a copy of the image tower")
         state = _merge(self.content["optimizer"], self.content.get("loss_optimizer"))
         if len(state["param_groups"]) < len(optimizer.param_groups):
             state["param_groups"].append(optimizer.state_dict()["param_groups"][-1])

@@ -66,12 +66,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="Count the samples of all shards before the first step; any difference from sizes.json is an error.",
     )
     ours.add_argument(
-        "--view-aug",
-        choices=["standard", "auto"],
-        default="standard",
-        help="Second view of an image, where a term needs one: the training augmentation again, or AutoAugment first.",
-    )
-    ours.add_argument(
         "--caption-separator",
         metavar="TEXT",
         help="Splits a caption into several, one of which is drawn each time; a second view is another of them.",
@@ -82,7 +76,38 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON, known by its file name."
     )
+    _add_image_flags(ours)
     return parser
+
+
+def _add_image_flags(ours) -> None:
+    ours.add_argument(
+        "--pairs",
+        choices=["captions", "views"],
+        default="captions",
+        help="What an image is paired with: its caption, or a second view of itself: image-only training, which needs "
+        "no captions and leaves the text tower as it is.",
+    )
+    ours.add_argument(
+        "--momentum-encoder",
+        type=float,
+        metavar="M",
+        help="With --pairs views: match features, through a predictor, with those of an average of the image tower "
+        "over its steps, which keeps the share M of itself in each, such as 0.99.",
+    )
+    ours.add_argument(
+        "--view-aug",
+        choices=["standard", "auto"],
+        default="standard",
+        help="Second view of an image, where one is needed: the training augmentation again, or AutoAugment first.",
+    )
+    for name, purpose in (("train", "fitted on"), ("val", "measured on")):
+        ours.add_argument(
+            f"--probe-{name}",
+            metavar="FOLDER",
+            help=f"Images in one folder per class that nearest neighbours and a linear probe on the image tower are "
+            f"{purpose}, every --val-frequency epochs.",
+        )
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -98,7 +123,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args.name_given = args.name is not None
     args.precision_given = any(part.partition("=")[0] == "--precision" for part in argv)
     if args.dataset_type != "synthetic" and not any(
-        (args.train_data, args.val_data, args.imagenet_val, args.imagenet_v2)
+        (args.train_data, args.val_data, args.imagenet_val, args.imagenet_v2, args.probe_train)
     ):
         raise UserError("--train-data: give the shards to train on, such as --train-data 'shards/{000..331}.tar'")
     for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
@@ -111,6 +136,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args.loss = args.loss or ("siglip" if args.siglip else "clip")
     args.loss_options = parse_assignments(args.loss_arg, "--loss-arg")
     args.loss_terms = parse_terms(args.loss_term)
+    _require_views_agree(args)
+    if bool(args.probe_train) != bool(args.probe_val):
+        raise UserError("--probe-train, --probe-val: give both or neither")
     if args.caption_separator == "":
         raise UserError("--caption-separator: must not be empty")
     if args.train_data_upsampling_factors and not args.dataset_resampled:
@@ -122,6 +150,27 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.lr is None:
         raise UserError("--lr: give a learning rate with a timm optimizer")
     return args
+
+
+def _require_views_agree(args: argparse.Namespace) -> None:
+    """Raises UserError: a flag that has no meaning with `--pairs views`, or none without it."""
+    momentum = args.momentum_encoder
+    if args.pairs == "views":
+        for name in ("val_data", "caption_key", "caption_separator", "distill_model"):
+            if getattr(args, name):
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise UserError(f"{flag}: needs captions, and --pairs views has none; drop one of the two")
+    elif momentum is not None:
+        raise UserError(f"--momentum-encoder {momentum}: is for training on images alone; add --pairs views")
+    if momentum is None:
+        return
+    if not 0 <= momentum < 1:
+        raise UserError(f"--momentum-encoder {momentum}: must be in [0, 1), such as 0.99")
+    if args.precision not in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
+        raise UserError(
+            f"--precision {args.precision}: an average of weights in half precision stands still; use amp_bf16 with "
+            "--momentum-encoder"
+        )
 
 
 def parse_terms(assignments: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.pipeline import TrainLoader
 from openclip_ext.errors import RankError, UserError
-from openclip_ext.losses.objective import Objective, total_loss
+from openclip_ext.losses.objective import total_loss
 from openclip_ext.training import sharding
 from openclip_ext.training.log import EpochLog
+from openclip_ext.training.views import MomentumEncoder
 
 MAX_SKIPPED_STEPS = 100
 
@@ -33,7 +34,8 @@ class Trainer:
         module: OpenCLIP's model.
         paired: the same as the loss needs it, see `training.pair_model`.
         model: that, prepared by the accelerator.
-        loss: not prepared: its state must not be broadcast, and gradients of its parameters are averaged here.
+        loss: an `Objective`, or what has its hooks. Not prepared: its state must not be broadcast, and gradients of its
+            parameters are averaged here.
         optimizer: prepared by the accelerator.
         schedule: sets the learning rate for a step; None: leave it.
         loader: not prepared: it is split by rank and worker already.
@@ -44,13 +46,14 @@ class Trainer:
         seed: of random draws in the model.
         teacher: of distillation; None: there is none.
         hash_ids: maps hashes of keys to sample ids; None: batches hold ids.
+        keys: an average of the model, which follows each step taken; None: there is none.
     """
 
     accelerator: Accelerator
     module: nn.Module
     paired: nn.Module
     model: nn.Module
-    loss: Objective
+    loss: nn.Module
     optimizer: Any
     schedule: Callable[[int], float] | None
     loader: TrainLoader
@@ -61,6 +64,7 @@ class Trainer:
     seed: int
     teacher: nn.Module | None = None
     hash_ids: HashIds | None = None
+    keys: MomentumEncoder | None = None
     skipped_steps: int = 0
 
     @property
@@ -185,6 +189,8 @@ class Trainer:
         if finite and not self.optimizer.step_was_skipped:
             self.skipped_steps = 0
             self.loss.commit()
+            if self.keys is not None:
+                self.keys.update()
             with torch.no_grad():
                 self.module.logit_scale.clamp_(0, math.log(100))  # as in OpenCLIP
             return

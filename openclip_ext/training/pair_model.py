@@ -6,7 +6,23 @@ from torch import Tensor, nn
 from openclip_ext import _host
 
 
-class PairModel(nn.Module):
+class Wrapper(nn.Module):
+    """An OpenCLIP model `model` inside another module, which still encodes images and texts as it does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode_image(self, *args, **options) -> Tensor:
+        """The model's."""
+        return self.model.encode_image(*args, **options)
+
+    def encode_text(self, *args, **options) -> Tensor:
+        """The model's."""
+        return self.model.encode_text(*args, **options)
+
+
+class PairModel(Wrapper):
     """An OpenCLIP model run on both views at once.
 
     Args:
@@ -18,8 +34,7 @@ class PairModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module, *, trunk_features: bool) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.trunk_features = trunk_features
         # Not as attributes of modules: their parts belong to the model already.
         self._trunks = _host.find_trunks(model) if trunk_features else {}
@@ -49,27 +64,20 @@ class PairModel(nn.Module):
                     out[key], out[f"{key}_aug"] = out[key].chunk(2)
         return out
 
-    def encode_image(self, *args, **options) -> Tensor:
-        """The model's."""
-        return self.model.encode_image(*args, **options)
-
-    def encode_text(self, *args, **options) -> Tensor:
-        """The model's."""
-        return self.model.encode_text(*args, **options)
-
 
 @torch.no_grad()
 def feature_widths(model: nn.Module, dtype: torch.dtype | None) -> dict[str, int]:
     """What `Objective.set_widths` takes, from one run on an empty pair; `dtype` is that of images."""
     was_training = model.training
+    model.eval()
     try:
-        out = model.eval()(*_host.example_inputs(getattr(model, "model", model), dtype))
+        image, text = _host.example_inputs(getattr(model, "model", model), dtype)
+        embed = model.encode_image(image).shape[1]
+        out = model(image, text) if getattr(model, "trunk_features", False) else {}
     finally:
         model.train(was_training)
-    widths = {"embed": out["image_features"].shape[1]}
-    for name in ("image", "text"):
-        widths[f"{name}_trunk"] = out.get(f"{name}_trunk_features", out["image_features"]).shape[1]
-    return widths
+    trunks = {f"{name}_trunk": out.get(f"{name}_trunk_features") for name in ("image", "text")}
+    return {"embed": embed} | {name: embed if value is None else value.shape[1] for name, value in trunks.items()}
 
 
 def pair_model(model: nn.Module, needs: frozenset[str]) -> nn.Module:

@@ -24,6 +24,7 @@ from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.data.table import Table, csv_table, synthetic_table
 from openclip_ext.errors import UserError
+from openclip_ext.evaluation.class_folders import probe_data
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.evaluation.zero_shot import imagenet_loader
 from openclip_ext.losses import ObjectivePlan
@@ -62,7 +63,24 @@ def plan_objective(args: argparse.Namespace) -> ObjectivePlan:
         )
     if "teacher_features" in plan.needs and not args.distill_model:
         raise UserError(f"--loss {args.loss}: it or a term of it needs a teacher; name one with --distill-model")
+    if args.pairs == "views":
+        _require_views_only(args, plan, coca)
     return plan
+
+
+def _require_views_only(args: argparse.Namespace, plan: ObjectivePlan, coca: bool) -> None:
+    """Raises UserError: the model, the loss or a term needs more than two views of an image and the sample's id."""
+    if coca:
+        raise UserError(f"--model {args.model}: a CoCa model makes captions, and --pairs views has none; use another")
+    parts = [(f"--loss {plan.spec.name}", plan.spec, plan.options)]
+    parts += [(f"--loss-term {spec.name}", spec, options) for spec, _, options in plan.terms]
+    for flag, spec, options in parts:
+        beyond = spec.needs_for(options) - {"sample_ids", "logit_bias"}
+        if beyond:
+            raise UserError(
+                f"{flag}: needs {', '.join(sorted(beyond))}, and with --pairs views there are two views of each image "
+                "and nothing else; drop it"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +199,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=_trackers(args.report_to) or None,
         project_config=ProjectConfiguration(logging_dir=args.logs),  # of trackers; the run's folder once it is known
     )
+    if plugin and args.pairs == "views":
+        raise UserError("--pairs views: does not go with FSDP; launch without it: accelerate launch --multi_gpu")
     if plugin and not accelerator.is_fsdp2:
         raise UserError(
             "Accelerate is configured for FSDP, which it has for GPUs only; launch without it: accelerate launch "
@@ -253,20 +273,24 @@ def caption_format(args: argparse.Namespace) -> CaptionFormat:
 
 
 def row_format(args: argparse.Namespace, plan: ObjectivePlan, transform, tokenizer) -> dict[str, Any]:
-    """What training rows hold: the fields of `RowFormat`, second views only where the objective needs them."""
-    auto = args.view_aug == "auto"
-    image_aug = Compose([AutoAugment(), transform]) if auto else transform
+    """What training rows hold: the fields of `RowFormat`, second views only where they are needed."""
+    views = args.pairs == "views"
+    image_aug = Compose([AutoAugment(), transform]) if args.view_aug == "auto" else transform
     return {
         "image_transform": transform,
         "tokenizer": tokenizer,
-        "image_aug_transform": image_aug if "image_aug" in plan.needs else None,
+        "image_aug_transform": image_aug if views or "image_aug" in plan.needs else None,
         "text_aug": "text_aug" in plan.needs,
-        "captions": caption_format(args),
+        "captions": None if views else caption_format(args),
     }
 
 
 def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer, transform) -> Evaluator:
-    """What `--val-data`, `--imagenet-val` and `--imagenet-v2` ask for. Raises UserError: a path that does not fit."""
+    """What `--val-data`, `--imagenet-val`, `--imagenet-v2` and `--probe-val` ask for.
+
+    Raises:
+        UserError: a path that does not fit.
+    """
     pairs = None
     if args.val_data:
         if _dataset_type(args.val_data, args.dataset_type, "--val-data") == "csv":
@@ -290,6 +314,11 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
             imagenet[prefix] = imagenet_loader(
                 path, transform, flag=flag, batch_size=args.batch_size, workers=args.workers
             )
+    probe = None
+    if args.probe_train:
+        probe = probe_data(
+            args.probe_train, args.probe_val, transform, batch_size=args.batch_size, workers=args.workers
+        )
     return Evaluator(
         tokenizer=tokenizer,
         device=accelerator.device,
@@ -297,6 +326,7 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
         dtype=_host.input_dtype(args.precision),
         pairs=pairs,
         imagenet=imagenet,
+        probe=probe,
         val_frequency=args.val_frequency,
         zeroshot_frequency=args.zeroshot_frequency,
         progress=accelerator.is_main_process,

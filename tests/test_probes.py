@@ -1,0 +1,170 @@
+"""Nearest neighbours and linear probes, against slow references and data whose answer is known."""
+
+import collections
+import json
+import math
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from openclip_ext import UserError
+from openclip_ext.cli import main
+from openclip_ext.data import digits
+from openclip_ext.evaluation.class_folders import encoded, probe_data
+from openclip_ext.evaluation.probes import held_out_tenth, knn_accuracy, linear_probe_accuracy
+
+
+def clouds(count, classes=3, spread=0.1, seed=0):
+    """Points around one corner per class: (features, labels)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    return torch.eye(classes)[labels] + spread * torch.randn(count, classes, generator=generator), labels
+
+
+def slow_knn(train, train_labels, features, labels, k, temperature):
+    hits = 0
+    for feature, label in zip(features, labels, strict=True):
+        cosines = [float(feature @ x / (feature.norm() * x.norm())) for x in train]
+        nearest = sorted(range(len(train)), key=lambda j: -cosines[j])[:k]
+        votes = collections.Counter()
+        for j in nearest:
+            votes[int(train_labels[j])] += math.exp(cosines[j] / temperature)
+        hits += max(votes, key=votes.get) == int(label)
+    return hits / len(labels)
+
+
+@pytest.mark.parametrize(("k", "temperature", "block"), [(20, 0.07, 7), (5, 0.5, 256), (500, 1.0, 256), (1, 0.07, 64)])
+def test_knn_equals_a_slow_reference(k, temperature, block):
+    train, train_labels = clouds(60, spread=1.0)
+    features, labels = clouds(40, spread=1.0, seed=1)
+    data = (train.double(), train_labels, features.double(), labels)
+    fast = knn_accuracy(*data, k=k, temperature=temperature, block=block)
+    assert fast == slow_knn(*data, k, temperature) and 0.4 < fast < 1
+
+
+def test_a_vote_counts_by_similarity_and_a_cold_one_does_not_overflow():
+    train, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1, 1])
+    query, label = torch.tensor([[2.0, 1.0]]), torch.tensor([0])
+    assert knn_accuracy(train, labels, query, label) == 1  # outvoted by number, not by weight
+    assert knn_accuracy(train, labels, query, label, temperature=10.0) == 0
+    assert knn_accuracy(train, labels, query, label, temperature=1e-4) == 1
+
+
+def test_probes_find_what_is_separable_and_guess_where_nothing_is():
+    train, test = clouds(120), clouds(60, seed=1)
+    assert knn_accuracy(*train, *test) == 1
+    assert linear_probe_accuracy(*(x.numpy() for x in (*train, *test))) == 1
+    noise = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(300) % 3
+    data = noise[:150], labels[:150], noise[150:], labels[150:]
+    assert knn_accuracy(*data) < 0.5
+    assert linear_probe_accuracy(*(x.numpy() for x in data)) < 0.5
+
+
+def test_the_linear_probe_is_logistic_regression_at_the_best_held_out_penalty():
+    (train, train_labels), (features, labels) = clouds(200, spread=0.8), clouds(200, spread=0.8, seed=1)
+    train = train * torch.tensor([1.0, 100.0, 0.01])  # units do not matter
+    features = features * torch.tensor([1.0, 100.0, 0.01])
+    held = held_out_tenth(train_labels.numpy())
+
+    def score(strength, x, y, x_test, y_test):
+        mean, deviation = x.mean(0), x.std(0, correction=0)
+        probe = LogisticRegression(C=strength, max_iter=1000).fit((x - mean) / deviation, y)
+        return probe.score((x_test - mean) / deviation, y_test)
+
+    grid = (0.001, 0.01, 0.1, 1.0, 10.0)
+    held_out = [score(c, train[~held], train_labels[~held], train[held], train_labels[held]) for c in grid]
+    expected = score(grid[int(np.argmax(held_out))], train, train_labels, features, labels)
+    data = (train, train_labels, features, labels)
+    assert linear_probe_accuracy(*(x.numpy() for x in data)) == pytest.approx(expected)
+    assert 0.6 < expected < 1
+
+
+@pytest.mark.parametrize("counts", [[100, 50, 50], [2, 3], [9, 1], [1] * 30, [10, 10], [5] * 10])
+def test_the_held_out_tenth_leaves_every_class(counts):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    held = held_out_tenth(labels)
+    assert set(labels[~held]) == set(range(len(counts)))
+    assert held.sum() <= len(labels) / 10
+    if min(counts) > 4 and len(labels) >= 10:
+        assert held.sum() == len(labels) // 10
+
+
+def test_few_images_are_enough():
+    features, labels = clouds(4, classes=2)
+    assert linear_probe_accuracy(features.numpy(), labels.numpy(), features.numpy(), labels.numpy()) == 1
+
+
+# On images.
+
+
+def class_folders(root, split, count, skip=0):
+    """The first images of a split of the digits, after `skip`, as one folder per class."""
+    for number, (image, _, label) in enumerate(digits.digit_splits()[split][skip : skip + count]):
+        folder = root / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:04d}.png").write_bytes(image)
+    return root
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return class_folders(tmp_path / "fit", "train", 100), class_folders(tmp_path / "measure", "val", 40)
+
+
+def test_features_are_the_towers_with_the_labels_of_the_training_folder(folders, model_config, tmp_path):
+    open_clip.add_model_config(model_config)
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny-test", output_dict=True)
+    for name in ("0", "1", "2"):  # classes are matched by name, whatever their place
+        for path in (folders[1] / name).iterdir():
+            path.unlink()
+        (folders[1] / name).rmdir()
+    data = probe_data(*map(str, folders), preprocess, batch_size=16, workers=0)
+    how = {"device": torch.device("cpu"), "autocast": lambda: torch.autocast("cpu", enabled=False), "progress": False}
+    features, labels = encoded(model.eval(), data.val, **how)
+    assert sorted(labels.unique().tolist()) == list(range(3, 10))
+    images = torch.cat([images for images, _ in data.val])
+    with torch.no_grad():
+        torch.testing.assert_close(features, model.encode_image(images))
+
+
+def test_probes_are_logged_with_the_other_metrics(train_flags, tmp_path, folders, val_shards):
+    fit, measure = folders
+    flags = ("--probe-train", fit, "--probe-val", measure, "--epochs", 3, "--val-frequency", 2)
+    assert main(train_flags(*flags, "--val-data", val_shards)) == 0
+    path = tmp_path / "logs" / "run" / "checkpoints" / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [2, 3]
+    assert all({"knn-top1", "linear-probe-top1", "clip_val_loss"} <= row.keys() for row in rows)
+    assert all(0.1 < row["linear-probe-top1"] <= 1 for row in rows)
+    assert "knn-top1" in (tmp_path / "logs" / "run" / "out.log").read_text()
+
+
+def test_a_model_is_probed_without_training(train_flags, folders, capsys):
+    flags = train_flags("--probe-train", folders[0], "--probe-val", folders[1])
+    position = flags.index("--train-data")
+    del flags[position : position + 2]
+    assert main(flags) == 0
+    assert "after epoch 0: knn-top1" in capsys.readouterr().err
+
+
+def test_folders_that_do_not_fit_are_named(folders, tmp_path):
+    fit, measure = map(str, folders)
+
+    def refused(train, val, message):
+        with pytest.raises(UserError, match=message):
+            probe_data(train, val, None, batch_size=4, workers=0)
+
+    refused("/nowhere", measure, "--probe-train /nowhere: no such folder")
+    refused(fit, "/nowhere", "--probe-val /nowhere: no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(str(tmp_path / "empty"), measure, "--probe-train .*empty: needs a folder of images per class")
+    (tmp_path / "empty" / "3").mkdir()
+    refused(fit, str(tmp_path / "empty"), "--probe-val .*empty: needs a folder of images per class")
+    one = class_folders(tmp_path / "one", "train", 1)
+    refused(str(one), measure, "holds one class folder")
+    (folders[0] / "3").rename(tmp_path / "three")
+    refused(fit, measure, "its class folder 3 is not in --probe-train")
