@@ -54,7 +54,6 @@ TERMS = (
     [
         ("accelerate", "gamma_decomp", ["--loss-arg", "draws=2"]),
         ("torchrun", "clip", ["--grad-clip-norm", "1"]),
-        ("accelerate", "emc2", ["--loss-arg", "kernel=mh"]),
         ("torchrun", "dcl", TERMS.split()),
     ],
 )

@@ -255,6 +255,10 @@ BAD = [
     (["--opt", "timm/nope"], "--opt timm/nope: "),
     (["--lr-scheduler", "step"], "--lr-scheduler step: use cosine, const, or const-cooldown"),
     (["--lr-scheduler", "const-cooldown"], "give the number of cool-down epochs with --epochs-cooldown"),
+    (
+        ["--lock-text"],
+        "--lock-text: OpenCLIP cannot leave the LayerNorms of --model tiny-test unlocked; add --lock-text-",
+    ),
     (["--siglip", "--loss", "dcl"], "--siglip --loss dcl: these exclude each other"),
     (["--imagenet-val", "/nowhere"], "--imagenet-val /nowhere: no such folder"),
     (["--val-data", "/nowhere.tar"], "--val-data /nowhere.tar: no shard matches"),

@@ -205,12 +205,22 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
             unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats
         )
     if args.lock_text:
-        model.lock_text_tower(
-            unlocked_layers=args.lock_text_unlocked_layers, freeze_layer_norm=args.lock_text_freeze_layer_norm
-        )
+        _lock_text(args, model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model, preprocess_train, preprocess_val, tokenizer
+
+
+def _lock_text(args: argparse.Namespace, model) -> None:
+    try:
+        model.lock_text_tower(
+            unlocked_layers=args.lock_text_unlocked_layers, freeze_layer_norm=args.lock_text_freeze_layer_norm
+        )
+    except AssertionError as error:
+        raise UserError(
+            f"--lock-text: OpenCLIP cannot leave the LayerNorms of --model {args.model} unlocked; add "
+            "--lock-text-freeze-layer-norm"
+        ) from error
 
 
 def _model_error(args: argparse.Namespace, error: Exception) -> str:

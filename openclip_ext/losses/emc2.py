@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from openclip_ext.errors import UserError
-from openclip_ext.ops.chain import Chain
+from openclip_ext.ops.chain import Chain, chain_report
 from openclip_ext.ops.counter_random import uniform
-from openclip_ext.ops.gather import gather_rows, global_mean, mean_over_ranks
+from openclip_ext.ops.gather import gather_rows, global_mean
 from openclip_ext.ops.metropolis import Visit, metropolis_hastings, resampled
 from openclip_ext.ops.pairs import PairBatch, gather_pairs, weighted_pair_loss
 from openclip_ext.options import option
@@ -124,10 +124,7 @@ class EMC2Loss(nn.Module):
 
         Returns:
             contrastive_loss: the batch's estimate of the target, with the chains' gradient.
-            acceptance: share of proposals accepted (mh), or of chains that moved (isir).
-            stored_weight: share of the gradient's weight on stored states.
-            age_mean, age_max: optimizer steps since the stored states were stored.
-            effective_samples: mean over anchors of `1 / sum_j w_j^2`.
+            acceptance, stored_weight, age_mean, age_max, effective_samples: see `ops.chain.chain_report`.
 
         Raises:
             IndexError: a sample id outside of the bank.
@@ -145,8 +142,11 @@ class EMC2Loss(nn.Module):
         loss = self._loss(pairs, chains, visits)
         state = torch.stack([chain.moved_to(visit) for chain, visit in zip(chains, visits, strict=True)])
         state = gather_rows(state.T.contiguous(), pairs.sizes).T
-        self.bank.stage(pairs.all_ids, state, pairs.all_ids, (pairs.all_text, pairs.all_image))
-        return {"contrastive_loss": loss} | self._report(pairs, chains, visits) if output_dict else loss
+        self.bank.stage(pairs.all_ids, state, (pairs.all_text, pairs.all_image))
+        if not output_dict:
+            return loss
+        ages = self.steps_taken - self.bank.stored_at.read(pairs.ids)
+        return {"contrastive_loss": loss} | chain_report(chains, visits, ages, self.world_size)
 
     def stored_ids(self, sample_ids: Tensor) -> Tensor:
         """Ids of the current states, (2, B), texts' of images first; -1: none yet."""
@@ -196,28 +196,6 @@ class EMC2Loss(nn.Module):
             term = global_mean(term.sum(), len(term), self.world_size) / 2
             loss = loss + (term - term.detach())
         return loss
-
-    def _report(self, pairs: PairBatch, chains: list[Chain], visits: list[Visit]) -> dict[str, Tensor]:
-        ages = (self.steps_taken - self.bank.stored_at.read(pairs.ids)) * torch.stack([c.waiting for c in chains])
-        sums = torch.stack(
-            [
-                sum(visit.acceptance for visit in visits) * len(pairs.ids),
-                sum(chain.stored_weight(visit).sum() for chain, visit in zip(chains, visits, strict=True)),
-                sum((1 / visit.weights.square().sum(1).clamp_min(1e-12)).sum() for visit in visits),
-                torch.tensor(2.0 * len(pairs.ids), device=pairs.ids.device),
-                ages.sum(),
-                sum(chain.waiting.sum() for chain in chains),
-            ]
-        ).float()
-        accepted, stored, effective, anchors, age, waiting = mean_over_ranks(sums, self.world_size)
-        oldest = gather_rows(ages.max()[None], (1,) * self.world_size).max()
-        return {
-            "acceptance": accepted / anchors,
-            "stored_weight": stored / anchors,
-            "age_mean": age / waiting.clamp_min(1e-12),
-            "age_max": oldest.float(),
-            "effective_samples": effective / anchors,
-        }
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         saved = state_dict.get(prefix + "kernel")

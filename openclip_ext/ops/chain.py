@@ -1,8 +1,9 @@
-"""The candidates of a chain's visit."""
+"""The candidates of a chain's visit, and what to tell of it."""
 
 import torch
 from torch import Tensor
 
+from openclip_ext.ops.gather import gather_rows, mean_over_ranks
 from openclip_ext.ops.metropolis import Visit
 from openclip_ext.ops.pairs import PairBatch
 
@@ -59,3 +60,42 @@ class Chain:
     def moved_to(self, visit: Visit) -> Tensor:
         """Columns to which the chains moved, (B,); -1 for those that stayed at their stored state."""
         return visit.state.masked_fill(visit.state == self.own[:, 0], -1)
+
+
+@torch.no_grad()
+def chain_report(chains: list[Chain], visits: list[Visit], ages: Tensor, world_size: int) -> dict[str, Tensor]:
+    """How chains do, over all ranks and both directions. A collective call when `world_size > 1`.
+
+    Args:
+        chains: per direction.
+        visits: what a kernel made of them.
+        ages: (2, B), optimizer steps since the stored states were stored.
+        world_size: W.
+
+    Returns:
+        acceptance: share of proposals accepted (mh), or of chains that moved (isir).
+        stored_weight: share of the gradient's weight on stored states.
+        age_mean, age_max: of the stored states that were no samples of the batch.
+        effective_samples: mean over anchors of `1 / sum_j w_j^2`.
+    """
+    waiting = torch.stack([chain.waiting for chain in chains])
+    ages = ages * waiting
+    anchors = waiting.shape[1]
+    sums = torch.stack(
+        [
+            sum(visit.acceptance * anchors for visit in visits),
+            sum(chain.stored_weight(visit).sum() for chain, visit in zip(chains, visits, strict=True)),
+            sum((1 / visit.weights.square().sum(1).clamp_min(1e-12)).sum() for visit in visits),
+            ages.sum(),
+            waiting.sum(),
+            torch.full((), 2.0 * anchors, device=ages.device),
+        ]
+    ).float()
+    accepted, stored, effective, age, held, anchors = mean_over_ranks(sums, world_size)
+    return {
+        "acceptance": accepted / anchors,
+        "stored_weight": stored / anchors,
+        "age_mean": age / held.clamp_min(1e-12),
+        "age_max": gather_rows(ages.max()[None], (1,) * world_size).max().float(),
+        "effective_samples": effective / anchors,
+    }
