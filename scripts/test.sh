@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up a virtual environment if there is none, and run the tests. Arguments go to pytest.
+# Set up a virtual environment if there is none, and run the tests, two at a time. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" "[test]"
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest --numprocesses 2 --dist worksteal "$@"
