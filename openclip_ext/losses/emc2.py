@@ -180,7 +180,7 @@ class EMC2Loss(nn.Module):
 
     def _loss(self, pairs: PairBatch, chains: list[Chain], visits: list[Visit]) -> Tensor:
         log_rate = torch.stack([chain.log_mean_ratio for chain in chains]) + self.log_negatives
-        weights = torch.stack([chain.in_batch(visit.weights) for chain, visit in zip(chains, visits, strict=True)])
+        weights = [chain.in_batch(visit.weights) for chain, visit in zip(chains, visits, strict=True)]
         value, share = log_rate, torch.ones_like(log_rate)
         if not self.options.decoupled:
             value = nn.functional.softplus(log_rate)
@@ -188,7 +188,7 @@ class EMC2Loss(nn.Module):
                 log_rate = self.rates.blend(pairs.ids, log_rate, self.options.gamma)
                 self.rates.stage(pairs.all_ids, gather_rows(log_rate.T.contiguous(), pairs.sizes).T)
             share = log_rate.sigmoid()
-            weights = weights * share[:, :, None]
+            weights = [weight * factor[:, None] for weight, factor in zip(weights, share, strict=True)]
         loss = weighted_pair_loss(pairs, value=value, weights=weights)
         # What a stored state adds to the gradient, and nothing to the value.
         for chain, visit, factor in zip(chains, visits, share, strict=True):

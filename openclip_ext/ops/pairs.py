@@ -13,6 +13,7 @@ when their sample ids differ: a sample that comes twice in a batch is not its ow
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -137,8 +138,8 @@ def pair_loss(pairs: PairBatch, *, value: Tensor, log_weight: Tensor) -> Tensor:
     return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), weights, pairs)
 
 
-def weighted_pair_loss(pairs: PairBatch, *, value: Tensor, weights: Tensor) -> Tensor:
-    """As `pair_loss`, with the weights w_ij of own anchors and all columns given, (2, B, G). Both are detached."""
+def weighted_pair_loss(pairs: PairBatch, *, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """As `pair_loss`, with the weights w_ij of own anchors and all columns given, (B, G) per direction, detached."""
     value = value.masked_fill((pairs.ids[:, None] == pairs.all_ids).all(1), 0.0)
     all_value = gather_rows(value.T.contiguous(), pairs.sizes)
 
@@ -183,8 +184,10 @@ def _gradients(pairs: PairBatch, as_anchors, as_columns) -> tuple[Tensor, Tensor
     """Gradients with respect to this rank's image features, text features, and the logit scale."""
     positive = (as_anchors[0].sum(1) + as_anchors[1].sum(1))[:, None]
     # An own image meets all texts twice: as an anchor of direction 0 and as a column of direction 1.
-    image_gradient = (as_anchors[0] + as_columns[1]) @ pairs.all_text - positive * pairs.text
-    text_gradient = (as_anchors[1] + as_columns[0]) @ pairs.all_image - positive * pairs.image
+    image_weights = as_anchors[0] + as_columns[1]
+    text_weights = image_weights.T if len(pairs.sizes) == 1 else as_anchors[1] + as_columns[0]
+    image_gradient = image_weights @ pairs.all_text - positive * pairs.text
+    text_gradient = text_weights @ pairs.all_image - positive * pairs.image
     scale_gradient = (pairs.image * image_gradient).sum()
     factor = len(pairs.sizes) / (2 * len(pairs.all_ids))
     return (
