@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from openclip_ext.errors import UserError
 from openclip_ext.ops.chain import Chain, chain_report
 from openclip_ext.ops.counter_random import uniform
-from openclip_ext.ops.gather import gather_rows, global_mean
+from openclip_ext.ops.gather import global_mean
 from openclip_ext.ops.metropolis import Visit, metropolis_hastings, resampled
 from openclip_ext.ops.pairs import PairBatch, gather_pairs, weighted_pair_loss
 from openclip_ext.options import option
@@ -141,8 +141,7 @@ class EMC2Loss(nn.Module):
         visits = [self._visit(chain, pairs.ids, direction) for direction, chain in enumerate(chains)]
         loss = self._loss(pairs, chains, visits)
         state = torch.stack([chain.moved_to(visit) for chain, visit in zip(chains, visits, strict=True)])
-        state = gather_rows(state.T.contiguous(), pairs.sizes).T
-        self.bank.stage(pairs.all_ids, state, (pairs.all_text, pairs.all_image))
+        self.bank.stage(pairs.all_ids, pairs.gathered(state), (pairs.all_text, pairs.all_image))
         if not output_dict:
             return loss
         ages = self.steps_taken - self.bank.stored_at.read(pairs.ids)
@@ -186,7 +185,7 @@ class EMC2Loss(nn.Module):
             value = nn.functional.softplus(log_rate)
             if self.rates is not None:
                 log_rate = self.rates.blend(pairs.ids, log_rate, self.options.gamma)
-                self.rates.stage(pairs.all_ids, gather_rows(log_rate.T.contiguous(), pairs.sizes).T)
+                self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
             share = log_rate.sigmoid()
             weights = [weight * factor[:, None] for weight, factor in zip(weights, share, strict=True)]
         loss = weighted_pair_loss(pairs, value=value, weights=weights)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from openclip_ext.ops.counter_random import log_gamma_mean
-from openclip_ext.ops.gather import gather_rows
 from openclip_ext.ops.pairs import gather_pairs, log_mean_ratio, pair_loss
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
@@ -109,7 +108,7 @@ class GammaDecompLoss(nn.Module):
         if not self.options.decoupled:
             log_estimate = nn.functional.softplus(log_estimate)  # log(1 + K mean r)
         log_rate = self.rates.blend(pairs.ids, log_estimate, self.gamma_now)
-        self.rates.stage(pairs.all_ids, gather_rows(log_rate.T.contiguous(), pairs.sizes).T)
+        self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
         log_u = self._log_draws(pairs.ids) - log_rate
         loss = pair_loss(pairs, value=log_rate, log_weight=self.log_negatives + log_u)
         if not output_dict:

@@ -4,7 +4,6 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from openclip_ext.ops.gather import gather_rows
 from openclip_ext.ops.pairs import gather_pairs, log_mean_ratio, pair_loss
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
@@ -46,7 +45,7 @@ class SogCLRLoss(nn.Module):
         """Features (B, D) of unit norm, logit scale (), ids (B,). Returns `contrastive_loss`, the global mean."""
         pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
         log_rate = self.rates.blend(pairs.ids, log_mean_ratio(pairs), self.gamma)
-        self.rates.stage(pairs.all_ids, gather_rows(log_rate.T.contiguous(), pairs.sizes).T)
+        self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
         loss = pair_loss(pairs, value=log_rate, log_weight=-log_rate)
         return {"contrastive_loss": loss} if output_dict else loss
 

@@ -38,10 +38,8 @@ class Chain:
         self.waiting = (stored_ids >= 0) & ~is_present
         self.stored_gap = torch.where(self.waiting, stored_score - positive, 0.0)
         with torch.no_grad():
-            same = pairs.ids[:, None] == pairs.all_ids
-            scores = (pairs.logit_scale * anchors @ columns.T).masked_fill_(same, -torch.inf)
-            count = (~same).sum(1).clamp_min(1).to(scores.dtype)
-            self.log_mean_ratio = scores.logsumexp(1) - positive - count.log()
+            scores = (pairs.logit_scale * anchors @ columns.T).masked_fill_(pairs.same, -torch.inf)
+            self.log_mean_ratio = scores.logsumexp(1) - positive - pairs.log_count
             held = torch.where(self.waiting, stored_score, -torch.inf)[:, None]
             self.scores = scores.scatter_(1, self.own, held)
             nowhere = torch.full_like(stored_ids, -1)

@@ -14,6 +14,7 @@ when their sample ids differ: a sample that comes twice in a batch is not its ow
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,6 +43,20 @@ class PairBatch:
         """Where this rank's pairs sit among the gathered ones."""
         start = sum(self.sizes[: self.rank])
         return slice(start, start + self.sizes[self.rank])
+
+    @cached_property
+    def same(self) -> Tensor:
+        """Whether an own anchor and a column are one sample, (B, G): those are no negatives."""
+        return self.ids[:, None] == self.all_ids
+
+    @cached_property
+    def log_count(self) -> Tensor:
+        """log of the number of negatives of each own anchor, (B,); 0 for one without any."""
+        return (~self.same).sum(1).clamp_min(1).to(self.image.dtype).log()
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Values of own anchors (n, B) as those of all, (n, G), detached. A collective call over several ranks."""
+        return gather_rows(values.T.contiguous(), self.sizes).T
 
     def directions(self):
         """(anchors, columns, all anchors, all columns), images as anchors first."""
@@ -91,13 +106,11 @@ def log_mean_ratio(pairs: PairBatch) -> Tensor:
 
     -inf for an anchor without any negative.
     """
-    same = pairs.ids[:, None] == pairs.all_ids
-    log_count = _log_count(same, pairs.image.dtype)
     log_means = []
     for anchors, columns, _, all_columns in pairs.directions():
         positive = (anchors * columns).sum(1, keepdim=True)
         shifted = pairs.logit_scale * (anchors @ all_columns.T - positive)
-        log_means.append(shifted.masked_fill(same, -torch.inf).logsumexp(1) - log_count)
+        log_means.append(shifted.masked_fill(pairs.same, -torch.inf).logsumexp(1) - pairs.log_count)
     return torch.stack(log_means)
 
 
@@ -117,14 +130,13 @@ def pair_loss(pairs: PairBatch, *, value: Tensor, log_weight: Tensor) -> Tensor:
         value: (2, B), the value of each own anchor.
         log_weight: (2, B), the log weight of each own anchor. Both are detached.
     """
-    same = pairs.ids[:, None] == pairs.all_ids
-    log_share = log_weight - _log_count(same, pairs.image.dtype)
-    scalars = torch.cat([value.masked_fill(same.all(1), 0.0), log_share]).detach()
-    all_value, all_log_share = gather_rows(scalars.T.contiguous(), pairs.sizes).T.chunk(2)
+    log_share = log_weight - pairs.log_count
+    scalars = torch.cat([value.masked_fill(pairs.same.all(1), 0.0), log_share]).detach()
+    all_value, all_log_share = pairs.gathered(scalars).chunk(2)
 
     def weights():
         own = [
-            _ratio_weights(pairs, anchors, columns, all_columns, share, same)
+            _ratio_weights(pairs, anchors, columns, all_columns, share, pairs.same)
             for (anchors, columns, _, all_columns), share in zip(pairs.directions(), log_share, strict=True)
         ]
         if len(pairs.sizes) == 1:
@@ -140,18 +152,12 @@ def pair_loss(pairs: PairBatch, *, value: Tensor, log_weight: Tensor) -> Tensor:
 
 def weighted_pair_loss(pairs: PairBatch, *, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """As `pair_loss`, with the weights w_ij of own anchors and all columns given, (B, G) per direction, detached."""
-    value = value.masked_fill((pairs.ids[:, None] == pairs.all_ids).all(1), 0.0)
-    all_value = gather_rows(value.T.contiguous(), pairs.sizes)
+    all_value = pairs.gathered(value.masked_fill(pairs.same.all(1), 0.0))
 
     def both():
         return weights, [exchange_columns(weight, pairs.sizes, pairs.rank) for weight in weights]
 
     return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), both, pairs)
-
-
-def _log_count(same: Tensor, dtype: torch.dtype) -> Tensor:
-    """log of the number of negatives of each row, 0 for a row without any."""
-    return (~same).sum(1).clamp_min(1).to(dtype).log()
 
 
 def _ratio_weights(pairs: PairBatch, anchors, partners, columns, log_share: Tensor, same: Tensor) -> Tensor:

@@ -39,12 +39,7 @@ class NegativeBank(nn.Module):
 
     def check(self, ids: Tensor) -> None:
         """Raises IndexError: an id outside of the bank."""
-        outside = (ids < 0) | (ids >= self.ids.values.shape[1])
-        if outside.any():
-            raise IndexError(
-                f"sample id {ids[outside][0].item()} is outside of the negative bank of {self.ids.values.shape[1]} "
-                "samples; num_samples must cover the whole data set"
-            )
+        self.ids.check(ids, "negative bank")
 
     def stage(self, ids: Tensor, state: Tensor, columns: tuple[Tensor, Tensor]) -> None:
         """Remember what `commit` will write. Replaces what was staged before.

@@ -47,12 +47,7 @@ class RateTable(Table):
         Raises:
             IndexError: an id outside of the table.
         """
-        outside = (ids < 0) | (ids >= self.values.shape[1])
-        if outside.any():
-            raise IndexError(
-                f"sample id {ids[outside][0].item()} is outside of the rate table of {self.values.shape[1]} samples; "
-                "num_samples must cover the whole data set"
-            )
+        self.check(ids, "rate table")
         old = self.read(ids).to(log_estimate.dtype)
         keep = math.log1p(-gamma) if gamma < 1 else -math.inf
         blended = torch.logaddexp(old + keep, log_estimate + math.log(gamma))

@@ -75,6 +75,15 @@ class Table(nn.Module):
     def _apply(self, fn, recurse=True):
         return super()._apply(fn, recurse) if self.placement.kind == "device" else self
 
+    def check(self, ids: Tensor, name: str) -> None:
+        """Raises IndexError: an id outside of the table, which the message calls `name`."""
+        outside = (ids < 0) | (ids >= self.values.shape[1])
+        if outside.any():
+            raise IndexError(
+                f"sample id {ids[outside][0].item()} is outside of the {name} of {self.values.shape[1]} samples; "
+                "num_samples must cover the whole data set"
+            )
+
     def read(self, ids: Tensor) -> Tensor:
         """Rows of both directions, (2, B, ...), on the device of `ids` (B,)."""
         return self.values[:, ids.to(self.values.device)].to(ids.device)
