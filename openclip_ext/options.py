@@ -56,6 +56,24 @@ def parse_assignments(assignments: Iterable[str], flag: str) -> dict[str, str]:
     return values
 
 
+def parse_terms(assignments: Iterable[str]) -> dict[str, dict[str, str]]:
+    """`NAME=WEIGHT[,KEY=VALUE…]` strings to {name: {"weight": …, key: value}}.
+
+    Raises:
+        UserError: no weight, or a term given twice.
+    """
+    terms: dict[str, dict[str, str]] = {}
+    for assignment in assignments:
+        head, *options = assignment.split(",")
+        name, _, weight = head.partition("=")
+        if not name or not weight:
+            raise UserError(f"--loss-term {assignment}: expected NAME=WEIGHT, such as --loss-term {name}=0.5")
+        if name in terms:
+            raise UserError(f"--loss-term {assignment}: {name} is given twice; keep one")
+        terms[name] = {"weight": weight} | parse_assignments(options, f"--loss-term {name}")
+    return terms
+
+
 def build_options(options_type: type, values: Mapping[str, Any], owner: str, flag: str = "option") -> Any:
     """An instance of `options_type` from strings or typed values.
 

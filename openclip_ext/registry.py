@@ -5,12 +5,15 @@ names a `LossSpec`. Nothing is imported until a spec is asked for.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openclip_ext.errors import UserError
-from openclip_ext.options import NoOptions
+from openclip_ext.options import NoOptions, parse_assignments, parse_terms
+
+if TYPE_CHECKING:
+    from openclip_ext.losses import ObjectivePlan
 
 LOSSES = "open_clip.losses"
 TERMS = "open_clip.loss_terms"
@@ -64,6 +67,23 @@ class LossSpec:
         if unknown:
             raise ValueError(f"loss {self.name!r} needs {sorted(unknown)}; what can be provided: {sorted(NEEDS)}")
         return needs
+
+    def plan(self, arguments: Iterable[str] = (), terms: Iterable[str] = ()) -> "ObjectivePlan":
+        """This loss with its options and terms, as a training loop's flags give them; checked, not yet built.
+
+        All that another loop than ours has to know: look the name up in the entry points, call this, provide what
+        `plan.needs` names, and train `plan.build(num_samples, rank, world_size)`.
+
+        Args:
+            arguments: `KEY=VALUE`, one per `--loss-arg`.
+            terms: `NAME=WEIGHT[,KEY=VALUE…]`, one per `--loss-term`.
+
+        Raises:
+            UserError: unknown name or option, or a value that is not accepted.
+        """
+        from openclip_ext.losses import ObjectivePlan
+
+        return ObjectivePlan(self.name, parse_assignments(arguments, "--loss-arg"), parse_terms(terms))
 
 
 def registered_names(group: str = LOSSES) -> list[str]:

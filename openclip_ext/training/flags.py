@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from openclip_ext import _host
 from openclip_ext.errors import UserError
-from openclip_ext.options import parse_assignments
+from openclip_ext.options import parse_assignments, parse_terms
 
 #: OpenCLIP flags that this loop does not take, and what to do instead.
 REFUSED = {
@@ -171,21 +171,3 @@ def _require_views_agree(args: argparse.Namespace) -> None:
             f"--precision {args.precision}: an average of weights in half precision stands still; use amp_bf16 with "
             "--momentum-encoder"
         )
-
-
-def parse_terms(assignments: Sequence[str]) -> dict[str, dict[str, str]]:
-    """`NAME=WEIGHT[,KEY=VALUE…]` strings to {name: {"weight": …, key: value}}.
-
-    Raises:
-        UserError: no weight, or a term given twice.
-    """
-    terms: dict[str, dict[str, str]] = {}
-    for assignment in assignments:
-        head, *options = assignment.split(",")
-        name, _, weight = head.partition("=")
-        if not name or not weight:
-            raise UserError(f"--loss-term {assignment}: expected NAME=WEIGHT, such as --loss-term {name}=0.5")
-        if name in terms:
-            raise UserError(f"--loss-term {assignment}: {name} is given twice; keep one")
-        terms[name] = {"weight": weight} | parse_assignments(options, f"--loss-term {name}")
-    return terms

@@ -1,0 +1,77 @@
+"""`openclip-ext shards pack`, `index` and `check`."""
+
+import argparse
+import json
+import os
+
+from openclip_ext.errors import UserError
+
+HELP = "pack, index and check WebDataset shards"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    _add_pack(actions)
+    index = actions.add_parser("index", help="write sizes.json for a folder of shards")
+    index.add_argument("folder")
+    index.set_defaults(action=_index)
+    check = actions.add_parser("check", help="count samples and faults; exit code 1 if there are any")
+    check.add_argument("shards", help="a folder, a pattern with braces or stars, or several joined by ::")
+    check.add_argument("--json", action="store_true", help="print one JSON object per shard")
+    check.set_defaults(action=_check)
+
+
+def _add_pack(actions) -> None:
+    pack = actions.add_parser("pack", help="make shards of a CSV or a folder of images")
+    pack.add_argument("source", help="a CSV or TSV with a header row, or a folder of images")
+    pack.add_argument("out", help="the folder to write shards and sizes.json to")
+    pack.add_argument("--csv-img-key", default="filepath", help="column of image paths (default: %(default)s)")
+    pack.add_argument("--csv-caption-key", default="title", help="column of captions (default: %(default)s)")
+    pack.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
+    pack.add_argument(
+        "--template", default="a photo of a {}",
+        help="caption of an image without a .txt beside it; {} is its folder's name (default: %(default)s)",
+    )  # fmt: skip
+    pack.add_argument("--samples-per-shard", type=int, default=1000, help="default: %(default)s")
+    pack.add_argument("--shuffle", action="store_true", help="mix the pairs over the shards; recommended for training")
+    pack.add_argument("--seed", type=int, default=0, help="of the mixing")
+    pack.set_defaults(action=_pack)
+
+
+def run(args: argparse.Namespace) -> int:
+    return args.action(args)
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from openclip_ext.data import pack
+
+    if args.samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard {args.samples_per_shard}: must be at least 1")
+    if os.path.isdir(args.source):
+        pairs = pack.pairs_from_folder(args.source, args.template)
+    else:
+        pairs = pack.pairs_from_csv(args.source, args.csv_img_key, args.csv_caption_key, args.csv_separator)
+    seed = args.seed if args.shuffle else None
+    sizes = pack.pack(pairs, args.out, samples_per_shard=args.samples_per_shard, shuffle_seed=seed)
+    print(f"{args.out}: {len(sizes)} shards, {sum(sizes.values())} samples, sizes.json")
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    from openclip_ext.data.pack import index
+
+    sizes = index(args.folder)
+    print(f"{args.folder}/sizes.json: {len(sizes)} shards, {sum(sizes.values())} samples")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from openclip_ext.data.check import check_shards, format_table
+    from openclip_ext.data.listing import list_shards
+
+    reports = check_shards(list_shards(args.shards, flag="shards check"))
+    if args.json:
+        print("\n".join(json.dumps(report.as_dict()) for report in reports))
+    else:
+        print(format_table(reports))
+    return int(any(report.faults for report in reports))
