@@ -25,6 +25,7 @@ from openclip_ext._host.v3 import (
     start_remote_sync,
     zero_shot_weights,
 )
+from openclip_ext._host.v3_export import model_card, save_pretrained
 from openclip_ext._host.v3_trunks import find_trunks, watched
 
 __all__ = [
@@ -44,7 +45,9 @@ __all__ = [
     "imagenet_names",
     "input_dtype",
     "load_model_weights",
+    "model_card",
     "register_model_config",
+    "save_pretrained",
     "siglip_loss",
     "start_remote_sync",
     "watched",

@@ -19,7 +19,7 @@ from openclip_ext.evaluation.report_tables import tables
 from openclip_ext.evaluation.run_files import Row, RunFiles, is_run, read_run
 
 #: What is shown where `--metric` says nothing else: patterns of names, in this order.
-HEADLINES = ("*-top1", "*R@1", "*acc1", "clip_val_loss")
+HEADLINES = ("*top1", "*R@1", "*acc1", "clip_val_loss")
 CURVE_POINTS = 500  # of a training curve in the report; a longer one is averaged within windows
 
 #: Parameters that do not change what a run learns or how it is scored: runs that differ only in these are one row.

@@ -34,7 +34,7 @@ def _scores(groups: list[dict], metrics: list[str]) -> str:
         cells = [_cell(metric, group["scores"].get(metric), "std") for metric in metrics]
         rows.append([group["label"], str(len(group["runs"])), _epochs(group["runs"]), *cells])
     text = "Scores at the end: mean ± standard deviation over runs that differ in their seed.\n\n"
-    text += _table(["", "runs", "epoch", *(title(metric) for metric in metrics)], rows)
+    text += markdown_table(["", "runs", "epoch", *(title(metric) for metric in metrics)], rows)
     if len({run["epochs"] for group in groups for run in group["runs"]}) > 1:
         text += "\nThe runs were not all evaluated after the same number of epochs.\n"
     return text
@@ -54,14 +54,14 @@ def _differences(groups: list[dict], metrics: list[str]) -> str:
         rows.append([group["label"], "seeds" if kinds == {True} else "means", *cells])
     return (
         f"Difference to {first['label']}: mean ± half the 95 % interval; of seeds in pairs, or else of means. * marks "
-        "intervals without zero.\n\n" + _table(["", "of", *(title(metric) for metric in metrics)], rows)
+        "intervals without zero.\n\n" + markdown_table(["", "of", *(title(metric) for metric in metrics)], rows)
     )
 
 
 def _settings(groups: list[dict]) -> str:
     names = list(dict.fromkeys(name for group in groups for name in group["settings"]))
     rows = [[group["label"], *(group["settings"].get(name, "–") for name in names)] for group in groups]
-    return "What the runs differ in.\n\n" + _table(["", *names], rows)
+    return "What the runs differ in.\n\n" + markdown_table(["", *names], rows)
 
 
 def _cell(metric: str, cell: dict | None, spread: str, sign: str = "") -> str:
@@ -75,7 +75,8 @@ def _cell(metric: str, cell: dict | None, spread: str, sign: str = "") -> str:
     return f"{text} ± {factor * cell[spread]:{digits}}{mark}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns are aligned in its text too, the first to the left and all others to the right."""
     clean = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, *rows]]
     widths = [max(3, *(len(row[column]) for row in clean)) for column in range(len(head))]
     lines = ["| " + " | ".join(_pad(row, widths)) + " |" for row in clean]

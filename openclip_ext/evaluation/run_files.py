@@ -32,12 +32,14 @@ class RunFiles:
         params: flags and versions as `params.txt` has them, values as Python prints them; empty without that file.
         training: rows with `step` (from 0), losses, `lr` and whatever else was reported, by step.
         validation: rows with `epoch` (completed ones) and metrics, by epoch.
+        evaluations: reports of `openclip-ext eval` that were written into the folder, by the time of their creation.
     """
 
     folder: Path
     params: dict[str, str]
     training: list[Row]
     validation: list[Row]
+    evaluations: list[dict]
 
     @property
     def name(self) -> str:
@@ -45,9 +47,26 @@ class RunFiles:
 
     @property
     def scores(self) -> Row:
-        """The metrics of the last evaluation."""
-        last = self.validation[-1] if self.validation else {}
-        return {name: value for name, value in last.items() if name not in ("epoch", "num_samples")}
+        """The metrics of the last evaluation during training, and as `task/score` those of `evaluations`."""
+        scores = metrics(self.validation[-1]) if self.validation else {}
+        for report in self.evaluations:
+            scores |= task_scores(report)
+        return scores
+
+
+def metrics(row: Row) -> Row:
+    """A row of `validation` without what is no metric."""
+    return {name: value for name, value in row.items() if name not in ("epoch", "num_samples")}
+
+
+def task_scores(report: dict) -> Row:
+    """The scores in a report of `openclip-ext eval` as `task/score`."""
+    return {
+        f"{task}/{name}": value
+        for task, result in report["tasks"].items()
+        for name, value in result["scores"].items()
+        if isinstance(value, int | float)
+    }
 
 
 def is_run(folder: Path) -> bool:
@@ -67,12 +86,12 @@ def read_run(path: str) -> RunFiles:
     if not is_run(folder):
         raise UserError(f"{path}: not the folder of a run (none of {PARAMS}, {TRAINING}, {VALIDATION} is in it)")
     folder = folder.resolve()
-    params = _read_params(folder / PARAMS)
+    params = read_params(folder / PARAMS)
     training = _read_rows(folder / TRAINING, "step") or _stock_training(folder / STOCK_LOG, params)
-    return RunFiles(folder, params, training, _read_rows(folder / VALIDATION, "epoch"))
+    return RunFiles(folder, params, training, _read_rows(folder / VALIDATION, "epoch"), _evaluations(folder))
 
 
-def _read_params(path: Path) -> dict[str, str]:
+def read_params(path: Path) -> dict[str, str]:
     """`name: value` lines; a line that is none continues the value before it, as in a separator that breaks lines."""
     params: dict[str, str] = {}
     last = None
@@ -102,6 +121,19 @@ def _read_rows(path: Path, key: str) -> list[Row]:
             if value is None or isinstance(value, int | float)
         }
     return [rows[position] for position in sorted(rows)]
+
+
+def _evaluations(folder: Path) -> list[dict]:
+    """The JSON files in the folder that `openclip-ext eval` has written; others are somebody else's."""
+    reports = []
+    for path in folder.glob("*.json"):
+        try:
+            report = json.loads(_text(path))
+        except ValueError as error:
+            raise UserError(f"{path}: is no JSON ({error}); repair or remove it") from error
+        if isinstance(report, dict) and {"created", "checkpoint", "tasks"} <= report.keys():
+            reports.append(report)
+    return sorted(reports, key=lambda report: report["created"])
 
 
 def _stock_training(path: Path, params: dict[str, str]) -> list[Row]:
