@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from openclip_ext import __version__
-from openclip_ext.commands import demo, export, losses, report, shards, structure
+from openclip_ext.commands import demo, eval, export, losses, report, shards, structure
 from openclip_ext.errors import RankError, UserError
 
 DESCRIPTION = "Contrastive objectives for OpenCLIP that work at small batch, by name, without a fork."
 COMMANDS = {
     "losses": losses,
     "demo": demo,
+    "eval": eval,
     "structure": structure,
     "report": report,
     "export": export,
