@@ -18,6 +18,7 @@ from torch import Tensor
 from openclip_ext import _host
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.encoder import Encoder
+from openclip_ext.evaluation.run_files import PARAMS, read_params
 from openclip_ext.training.checkpoint import latest_checkpoint, load_checkpoint
 from openclip_ext.training.flags import build_parser
 
@@ -42,6 +43,7 @@ class LoadedModel(Encoder):
         path: the file the weights are from; None: OpenCLIP found them by a tag or on the hub.
         sha256: of that file as `sha256sum` prints it; of the weights (`weights_sha256`) where there is no `path`.
         precision: OpenCLIP's name of what is computed in.
+        flags: those of `RUN_FLAGS` that the model was made with.
         loss_state: what the file holds of the loss that it was trained with.
     """
 
@@ -50,6 +52,7 @@ class LoadedModel(Encoder):
     path: str | None
     sha256: str
     precision: str
+    flags: dict[str, Any]
     loss_state: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
 
 
@@ -61,6 +64,7 @@ def load_model(
     device: str = "auto",
     precision: str | None = None,
     cache_dir: str | None = None,
+    run: str | None = None,
     flag: str = "--pretrained",
 ) -> LoadedModel:
     """Load weights into their architecture, in evaluation mode.
@@ -73,6 +77,7 @@ def load_model(
         device: `auto`: a GPU if there is one; else PyTorch's name for it.
         precision: OpenCLIP's `--precision`; None: `amp` on a GPU, else `fp32`.
         cache_dir: where OpenCLIP keeps what it downloads.
+        run: folder of the run that knows the architecture; None: the one that the file lies in.
         flag: how `source` was named, for messages.
 
     Raises:
@@ -81,7 +86,7 @@ def load_model(
     """
     place = choose_device(device)
     precision = _precision(precision, place)
-    origin = _origin(source, name, model_config, flag)
+    origin = _origin(source, name, model_config, run, flag)
     content = read_checkpoint(origin.path, flag) if origin.path else {}
     weights = _require_weights(content, origin.path, flag) if origin.path else {}
     flags = build_parser().parse_args([])
@@ -99,8 +104,12 @@ def load_model(
             model, _, transform, tokenizer = _host.create_model(
                 flags, place, logit_bias=logit_bias, require_weights=True
             )
-    except UserError as error:  # it knows the weights by the flag of training
-        raise UserError(str(error).replace("--pretrained", flag)) from error
+        if (
+            weights and origin.pretrained and origin.name.startswith(SCHEMES)
+        ):  # OpenCLIP has taken the weights the name brings
+            _host.load_model_weights(model, weights, origin.pretrained, origin.name)
+    except UserError as error:  # it knows the weights by flags of training
+        raise UserError(str(error).replace("--pretrained", flag).replace("--resume", flag)) from error
     model.eval().requires_grad_(False)
     loss_state = content.get("loss")
     return LoadedModel(
@@ -115,6 +124,7 @@ def load_model(
         path=origin.path,
         sha256=file_sha256(origin.path) if origin.path else weights_sha256(model),
         precision=precision,
+        flags=origin.run_flags,
         loss_state=loss_state if isinstance(loss_state, dict) else {},
     )
 
@@ -147,7 +157,7 @@ class _Origin:
     run_flags: dict[str, Any]
 
 
-def _origin(source: str | None, name: str | None, model_config: str | None, flag: str) -> _Origin:
+def _origin(source: str | None, name: str | None, model_config: str | None, run: str | None, flag: str) -> _Origin:
     if source and source.startswith(SCHEMES):
         source, name = None, source
     if source is None:
@@ -156,24 +166,21 @@ def _origin(source: str | None, name: str | None, model_config: str | None, flag
         return _Origin(name, None, _host.local_weights(name), {})
     is_file = os.path.exists(source) or source.endswith(FILE_EXTENSIONS) or os.sep in source
     path = checkpoint_file(source, flag) if is_file else None
-    run = _run_flags(path) if path else {}
-    if name not in (None, run.get("model")):
-        run = {}  # its other flags were for another model
-    name = name or run.get("model")
+    run = run or (os.path.dirname(os.path.dirname(os.path.abspath(path))) if path else None)
+    flags = _run_flags(run) if run else {}
+    if name not in (None, flags.get("model")):
+        flags = {}  # its other flags were for another model
+    name = name or flags.get("model")
     if name is None:
         raise UserError(f"{flag} {source}: give the architecture with --model, such as --model ViT-B-32")
-    if config := model_config or run.get("model_config"):
+    if config := model_config or flags.get("model_config"):
         _host.register_model_config(config)
-    return _Origin(name, path or source, path, {key: run[key] for key in RUN_FLAGS if key in run})
+    return _Origin(name, path or source, path, {key: flags[key] for key in RUN_FLAGS if key in flags})
 
 
-def _run_flags(path: str) -> dict[str, Any]:
-    """What `params.txt` says of the run whose checkpoint `path` is; nothing where it is no run's."""
-    file = Path(path).absolute().parent.parent / "params.txt"
-    if not file.is_file():
-        return {}
-    pairs = (line.rstrip("\n").partition(": ") for line in file.read_text().splitlines())
-    return {name: _literal(value) for name, _, value in pairs}
+def _run_flags(folder: str) -> dict[str, Any]:
+    """What `params.txt` says of the run whose folder it is; nothing where it is no run's."""
+    return {name: _literal(value) for name, value in read_params(Path(folder) / PARAMS).items()}
 
 
 def _literal(text: str) -> Any:
