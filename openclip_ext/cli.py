@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from openclip_ext import __version__
-from openclip_ext.commands import demo, eval, export, losses, report, shards, structure
+from openclip_ext.commands import demo, eval, export, interpolate, losses, report, shards, structure
 from openclip_ext.errors import RankError, UserError
 
 DESCRIPTION = "Contrastive objectives for OpenCLIP that work at small batch, by name, without a fork."
@@ -14,6 +14,7 @@ COMMANDS = {
     "losses": losses,
     "demo": demo,
     "eval": eval,
+    "interpolate": interpolate,
     "structure": structure,
     "report": report,
     "export": export,

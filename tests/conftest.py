@@ -1,5 +1,6 @@
 import json
 
+import open_clip
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -84,3 +85,16 @@ def train_flags(shards, model_config, tmp_path):
         return ["train", *kept, *given]
 
     return flags
+
+
+@pytest.fixture
+def by_hand(model_config, tmp_path):
+    """The folder of a run whose weights nobody has trained, which takes less time."""
+    checkpoints = tmp_path / "logs" / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    open_clip.add_model_config(model_config)
+    state = open_clip.create_model("tiny-test").state_dict()
+    torch.save({"epoch": 1, "name": "run", "state_dict": state}, checkpoints / "epoch_1.pt")
+    params = f"model: tiny-test\nmodel_config: {model_config}\nopenclip-ext: 0\n"
+    (checkpoints.parent / "params.txt").write_text(params)
+    return checkpoints.parent

@@ -31,19 +31,6 @@ def trained(train_flags, tmp_path):
     return run
 
 
-@pytest.fixture
-def by_hand(model_config, tmp_path):
-    """The folder of a run whose weights nobody has trained, which takes less time."""
-    checkpoints = tmp_path / "logs" / "run" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    open_clip.add_model_config(model_config)
-    state = open_clip.create_model("tiny-test").state_dict()
-    torch.save({"epoch": 1, "name": "run", "state_dict": state}, checkpoints / "epoch_1.pt")
-    params = f"model: tiny-test\nmodel_config: {model_config}\nopenclip-ext: 0\n"
-    (checkpoints.parent / "params.txt").write_text(params)
-    return checkpoints.parent
-
-
 def encoded(name, pretrained=None, **options):
     """Features of a photograph and a caption, and the steps of the preprocessing."""
     model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained, **options)

@@ -189,7 +189,7 @@ def test_results_alone_are_enough(make_run, show, capsys):
         (lambda folder: shutil.rmtree(folder / "checkpoints"), ["{run}"], "has reported neither a step nor an"),
         (lambda folder: (folder / "params.txt").rename(folder / "other.txt"), ["{run}"], "not the folder of a run"),
         (None, ["{run}", "{run}"], "is named twice"),
-        (None, ["{run}", "--metric", "nope"], "--metric nope: no run has such a metric; they have: text_to_image_R@1"),
+        (None, ["{run}", "--metric", "nope"], "--metric nope: there is no such metric; there are: text_to_image_R@1"),
         (lambda folder: (folder / "metrics.jsonl").write_text("[1]\n"), ["{run}"], "line 1 is no JSON object"),
         (lambda folder: (folder / "params.txt").write_bytes(b"\xff\xfe"), ["{run}"], "cannot be read as text"),
         (lambda folder: (folder.parent.parent / "report").write_text(""), ["{run}"], "cannot be made a folder"),

@@ -104,9 +104,7 @@ def load_model(
             model, _, transform, tokenizer = _host.create_model(
                 flags, place, logit_bias=logit_bias, require_weights=True
             )
-        if (
-            weights and origin.pretrained and origin.name.startswith(SCHEMES)
-        ):  # OpenCLIP has taken the weights the name brings
+        if weights and origin.pretrained and origin.name.startswith(SCHEMES):  # it took the name's own
             _host.load_model_weights(model, weights, origin.pretrained, origin.name)
     except UserError as error:  # it knows the weights by flags of training
         raise UserError(str(error).replace("--pretrained", flag).replace("--resume", flag)) from error

@@ -181,7 +181,7 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
     return {
         "created": datetime.datetime.now().isoformat(timespec="seconds"),
         "versions": {"openclip-ext": version("openclip-ext")},
-        "metrics": _shown(list(names), patterns),
+        "metrics": shown_metrics(list(names), patterns),
         "groups": [
             {
                 "label": group.label,
@@ -195,12 +195,17 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
     }
 
 
-def _shown(names: list[str], patterns: Sequence[str] | None) -> list[str]:
+def shown_metrics(names: list[str], patterns: Sequence[str] | None) -> list[str]:
+    """The names that the patterns fit, in their order; of `HEADLINES` where there are none, or else the first four.
+
+    Raises:
+        UserError: a pattern fits nothing.
+    """
     shown: list[str] = []
     for pattern in patterns or HEADLINES:
         found = fnmatch.filter(names, pattern)
         if patterns and not found:
-            raise UserError(f"--metric {pattern}: no run has such a metric; they have: {', '.join(names) or 'none'}")
+            raise UserError(f"--metric {pattern}: there is no such metric; there are: {', '.join(names) or 'none'}")
         shown += [name for name in found if name not in shown]
     return shown or names[:4]
 

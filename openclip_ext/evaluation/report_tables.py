@@ -64,15 +64,19 @@ def _settings(groups: list[dict]) -> str:
     return "What the runs differ in.\n\n" + markdown_table(["", *names], rows)
 
 
-def _cell(metric: str, cell: dict | None, spread: str, sign: str = "") -> str:
-    if cell is None:
+def cell(metric: str, value: float, sign: str = "") -> str:
+    """The value as tables show it, without its unit."""
+    return f"{100 * value:{sign}.1f}" if percent(metric) else f"{value:{sign}.3f}"
+
+
+def _cell(metric: str, summary: dict | None, spread: str, sign: str = "") -> str:
+    if summary is None:
         return "–"
-    factor, digits = (100, ".1f") if percent(metric) else (1, ".3f")
-    text = f"{factor * cell['mean']:{sign}{digits}}"
-    if cell[spread] is None:
+    text = cell(metric, summary["mean"], sign)
+    if summary[spread] is None:
         return text
-    mark = " *" if spread == "interval" and abs(cell["mean"]) > cell["interval"] else ""
-    return f"{text} ± {factor * cell[spread]:{digits}}{mark}"
+    mark = " *" if spread == "interval" and abs(summary["mean"]) > summary["interval"] else ""
+    return f"{text} ± {cell(metric, summary[spread])}{mark}"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

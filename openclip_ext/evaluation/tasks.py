@@ -45,17 +45,18 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--workers", type=int, default=4, help="processes that load data (default: %(default)s)")
 
 
-def tasks_from(args: argparse.Namespace) -> list[Task]:
+def tasks_from(args: argparse.Namespace, *, required: bool = True) -> list[Task]:
     """What the flags of `add_task_arguments` ask for, in the order of the families.
 
     Raises:
-        UserError: nothing is asked for, two tasks would have one name, or a path does not fit.
+        UserError: nothing is asked for and something is `required`, two tasks would have one name, or a path does
+            not fit.
     """
     for name, least in (("batch_size", 1), ("workers", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     tasks = [task for family in FAMILIES for task in family.tasks(args)]
-    if not tasks:
+    if required and not tasks:
         raise UserError("nothing to evaluate: name data with --imagenet-val, --zero-shot, or another; see --help")
     names = [task.name for task in tasks]
     if twice := [task for task in tasks if names.count(task.name) > 1]:
