@@ -14,6 +14,7 @@ from openclip_ext.evaluation.run_files import Row, RunFiles, metrics, read_run, 
 from openclip_ext.model_card import model_card
 
 AVERAGE = "state_dict_ema"  # where a checkpoint keeps the average of its weights over the steps
+EMA = "ema-"  # how the names of its metrics start
 
 
 def run_export(args: argparse.Namespace) -> Path:
@@ -51,7 +52,7 @@ def run_export(args: argparse.Namespace) -> Path:
 def _card(args: argparse.Namespace, model: LoadedModel, run: RunFiles | None, name: str, repo: str) -> str:
     kind = "average over the steps" if args.weights == "ema" else "as trained"
     weights = f"{Path(model.path).name}, {kind}"
-    scores = _scores(run, model) if run and args.weights == "model" else {}
+    scores = _scores(run, model, args.weights == "ema") if run else {}
     return model_card(model, run, name=name, repo=repo, scores=scores, weights=weights)
 
 
@@ -102,15 +103,16 @@ def _load_average(model: LoadedModel, flag: str) -> None:
     _host.load_model_weights(model.model, average, model.path, model.name)
 
 
-def _scores(run: RunFiles, model: LoadedModel) -> Row:
-    """What was measured of this checkpoint, during training and by `openclip-ext eval`."""
+def _scores(run: RunFiles, model: LoadedModel, average: bool) -> Row:
+    """What was measured of this checkpoint, or of its average of weights: in training and by `openclip-ext eval`."""
     epoch = re.fullmatch(r"epoch_(\d+)", Path(model.path).stem)
     last = run.validation[-1]["epoch"] if run.validation else None
-    wanted = int(epoch[1]) if epoch else last
-    scores: Row = {}
-    for row in run.validation:
-        if row["epoch"] == wanted and Path(model.path).parent.parent.resolve() == run.folder:
-            scores |= metrics(row)
+    own = Path(model.path).resolve().parent.parent == run.folder
+    rows = [row for row in run.validation if own and row["epoch"] == (int(epoch[1]) if epoch else last)]
+    measured = {name: value for row in rows for name, value in metrics(row).items()}
+    if average:
+        return {name.removeprefix(EMA): value for name, value in measured.items() if name.startswith(EMA)}
+    scores = {name: value for name, value in measured.items() if not name.startswith(EMA)}
     for report in run.evaluations:
         if report["checkpoint"].get("sha256") == model.sha256:
             scores |= task_scores(report)

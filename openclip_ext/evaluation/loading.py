@@ -90,12 +90,8 @@ def load_model(
     content = read_checkpoint(origin.path, flag) if origin.path else {}
     weights = _require_weights(content, origin.path, flag) if origin.path else {}
     flags = build_parser().parse_args([])
-    vars(flags).update(origin.run_flags)
-    flags.model, flags.pretrained, flags.precision, flags.cache_dir = (
-        origin.name,
-        origin.pretrained,
-        precision,
-        cache_dir,
+    vars(flags).update(
+        origin.run_flags, model=origin.name, pretrained=origin.pretrained, precision=precision, cache_dir=cache_dir
     )
     # The bias of a model trained as SigLIP is in no model config: its weights alone tell.
     logit_bias = any(str(key).endswith("logit_bias") for key in weights)
