@@ -107,11 +107,15 @@ def test_the_average_of_weights_and_an_earlier_epoch_can_be_had(by_hand, tmp_pat
     average = {f"module.{name}": value + 1 for name, value in content["state_dict"].items()}
     torch.save(content | {"state_dict_ema": average}, path)
     torch.save(content | {"epoch": 2}, path.with_name("epoch_2.pt"))
+    rows = [{"epoch": 1, "R@1": 0.123, "ema-R@1": 0.456, "num_samples": 7}, {"epoch": 2, "R@1": 0.789}]
+    path.with_name("results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "exported"
-    flags = ["--to", "open_clip", "--epoch", "1", "--weights", "ema", "--out", str(out)]
+    flags = ["--to", "hf", "--epoch", "1", "--weights", "ema", "--out", str(out)]
     assert main(["export", str(by_hand), *flags]) == 0
     weights = load_file(out / "open_clip_model.safetensors")
     assert all(torch.equal(value, average[f"module.{name}"]) for name, value in weights.items())
+    card = (out / "README.md").read_text()
+    assert "0.456" in card and "0.123" not in card and "0.789" not in card
 
 
 def test_a_checkpoint_from_elsewhere_takes_the_runs_architecture(by_hand, tmp_path):

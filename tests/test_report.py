@@ -165,6 +165,22 @@ def test_trained_runs_are_compared_drawn_and_told_apart(train_flags, val_shards,
         assert picture.width > 1000 and picture.height > 900
 
 
+def test_what_eval_wrote_into_the_folder_is_shown_and_goes_on_the_model_card(digit_run, digit_folders, show, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(digit_run, run)
+    (run / "notes.json").write_text('{"mine": 1}')
+    flags = ["--zero-shot", str(digit_folders), "--device", "cpu", "--workers", "0", "--out", str(run / "eval.json")]
+    assert main(["eval", "--pretrained", str(run), *flags]) == 0
+    (result,) = json.loads((run / "eval.json").read_text())["tasks"].items()
+    code, report = show(run)
+    assert code == 0
+    name = f"{result[0]}/top1"
+    assert report["metrics"] == [name]
+    assert report["groups"][0]["scores"][name]["mean"] == result[1]["scores"]["top1"] > 0.15
+    assert main(["export", str(run), "--to", "hf"]) == 0
+    assert f"{name} " in (run / "export" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("count", [1, 20])
 def test_one_run_and_twenty_can_be_drawn(make_run, show, count):
     for index in range(count):

@@ -27,8 +27,8 @@ _BOOKKEEPING = frozenset(
     {"seed", "name", "name_given", "precision_given", "logs", "log_local", "log_level", "log_path", "tensorboard_path",
      "checkpoint_path", "resume", "report_to", "wandb", "wandb_notes", "wandb_project_name", "tensorboard", "debug",
      "save_logs", "save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase",
-     "log_every_n_steps", "remote_sync", "remote_sync_frequency", "remote_sync_protocol", "cache_dir",
-     "loss_options", "loss_terms"}
+     "log_every_n_steps", "remote_sync", "remote_sync_frequency", "remote_sync_protocol", "cache_dir", "rank",
+     "local_rank", "loss_options", "loss_terms"}
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ class Group:
 
     Attributes:
         label: what tells it from the others, short.
-        settings: parameters in which the groups differ.
+        settings: parameters in which the groups that have them differ.
         runs: at least one.
     """
 
@@ -128,7 +128,7 @@ def group(runs: Sequence[RunFiles]) -> list[Group]:
         members.setdefault(key, []).append(run)
     settings = [_settings(runs[0]) for runs in members.values()]
     names = sorted({name for row in settings for name in row})
-    differing = [name for name in names if len({row.get(name) for row in settings if row}) > 1]
+    differing = [name for name in names if len({row[name] for row in settings if name in row}) > 1]
     labels = _labels(list(members.values()))
     return [
         Group(label, {name: row[name] for name in differing if name in row}, runs)

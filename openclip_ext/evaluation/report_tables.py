@@ -60,8 +60,11 @@ def _differences(groups: list[dict], metrics: list[str]) -> str:
 
 def _settings(groups: list[dict]) -> str:
     names = list(dict.fromkeys(name for group in groups for name in group["settings"]))
-    rows = [[group["label"], *(group["settings"].get(name, "–") for name in names)] for group in groups]
-    return "What the runs differ in.\n\n" + markdown_table(["", *names], rows)
+    head = ["", *(group["label"] for group in groups)]
+    rows = [[name, *(group["settings"].get(name, "–") for group in groups)] for name in names]
+    if len(names) < len(groups):  # whichever way is narrower
+        head, *rows = zip(head, *rows, strict=True)
+    return "What the runs differ in.\n\n" + markdown_table(head, rows)
 
 
 def cell(metric: str, value: float, sign: str = "") -> str:
