@@ -75,18 +75,18 @@ def run_report(args: argparse.Namespace) -> dict:
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be made a folder ({error.strerror}); give another") from error
     write_report(report, out)
-    print(tables(report))
-    print(", ".join(str(out / f"report.{kind}") for kind in ("md", "json", "png")))
     return report
 
 
 def write_report(report: dict, out: Path) -> None:
-    """Write a report as Markdown, JSON and PNG."""
+    """Write a report as Markdown, JSON and PNG into a folder, and print its tables."""
     from openclip_ext.evaluation.report_picture import draw_report
 
     draw_report(report, str(out / "report.png"))
     (out / "report.md").write_text(f"# Runs compared\n\n{tables(report)}\n![curves and scores](report.png)\n")
     (out / "report.json").write_text(json.dumps(_without_nan(report), indent=1))
+    print(tables(report))
+    print(", ".join(str(out / f"report.{kind}") for kind in ("md", "json", "png")))
 
 
 def _folders(paths: Sequence[str]) -> list[str]:
