@@ -177,6 +177,12 @@ def test_what_eval_wrote_into_the_folder_is_shown_and_goes_on_the_model_card(dig
     name = f"{result[0]}/top1"
     assert report["metrics"] == [name]
     assert report["groups"][0]["scores"][name]["mean"] == result[1]["scores"]["top1"] > 0.15
+    before = tmp_path / "before.json"  # of a model that no run has trained
+    (run / "eval.json").rename(before)
+    code, report = show(before, run)
+    assert code == 0 and [row["label"] for row in report["groups"]] == ["before", "run"]
+    assert report["groups"][0]["scores"][name]["mean"] == result[1]["scores"]["top1"]
+    before.rename(run / "eval.json")
     assert main(["export", str(run), "--to", "hf"]) == 0
     assert f"{name} " in (run / "export" / "README.md").read_text()
 
@@ -204,6 +210,8 @@ def test_results_alone_are_enough(make_run, show, capsys):
         (None, ["nowhere"], "nowhere: no such folder"),
         (lambda folder: shutil.rmtree(folder / "checkpoints"), ["{run}"], "has reported neither a step nor an"),
         (lambda folder: (folder / "params.txt").rename(folder / "other.txt"), ["{run}"], "not the folder of a run"),
+        (None, ["{run}/params.txt"], "is no JSON"),
+        (lambda folder: (folder / "x.json").write_text("[]"), ["{run}/x.json"], "not a report of openclip-ext eval"),
         (None, ["{run}", "{run}"], "is named twice"),
         (None, ["{run}", "--metric", "nope"], "--metric nope: there is no such metric; there are: text_to_image_R@1"),
         (lambda folder: (folder / "metrics.jsonl").write_text("[1]\n"), ["{run}"], "line 1 is no JSON object"),

@@ -8,8 +8,8 @@ HELP = "show runs beside each other: curves, scores over seeds, differences to t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN",
-        help="folder of a run, logs/NAME, stock OpenCLIP's too, or a folder of such; the others are compared with the "
-        "first, and runs that differ only in --seed are one row",
+        help="folder of a run, logs/NAME, stock OpenCLIP's too, or a folder of such, or a JSON of openclip-ext eval; "
+        "the others are compared with the first, and runs that differ only in --seed are one row",
     )  # fmt: skip
     parser.add_argument(
         "--metric", action="append", metavar="NAME",

@@ -28,7 +28,7 @@ class RunFiles:
     """A run's folder, read.
 
     Attributes:
-        folder: where it is.
+        folder: where it is; or the file, of a report of `openclip-ext eval` that stands for a run without a folder.
         params: flags and versions as `params.txt` has them, values as Python prints them; empty without that file.
         training: rows with `step` (from 0), losses, `lr` and whatever else was reported, by step.
         validation: rows with `epoch` (completed ones) and metrics, by epoch.
@@ -43,7 +43,7 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.folder.stem if self.folder.is_file() else self.folder.name
 
     @property
     def scores(self) -> Row:
@@ -77,10 +77,17 @@ def is_run(folder: Path) -> bool:
 def read_run(path: str) -> RunFiles:
     """Read a run's folder. A run that was resumed wrote some steps and epochs twice: the last ones count.
 
+    A report of `openclip-ext eval` is read as a run that has nothing else.
+
     Raises:
         UserError: no such folder, not a run's, or a damaged file in it.
     """
     folder = Path(path)
+    if folder.is_file():
+        report = _evaluation(folder)
+        if report is None:
+            raise UserError(f"{path}: not a report of openclip-ext eval; give one, or the folder of a run, logs/NAME")
+        return RunFiles(folder.resolve(), {}, [], [], [report])
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder; give the folder of a run, logs/NAME")
     if not is_run(folder):
@@ -124,16 +131,19 @@ def _read_rows(path: Path, key: str) -> list[Row]:
 
 
 def _evaluations(folder: Path) -> list[dict]:
-    """The JSON files in the folder that `openclip-ext eval` has written; others are somebody else's."""
-    reports = []
-    for path in folder.glob("*.json"):
-        try:
-            report = json.loads(_text(path))
-        except ValueError as error:
-            raise UserError(f"{path}: is no JSON ({error}); repair or remove it") from error
-        if isinstance(report, dict) and {"created", "checkpoint", "tasks"} <= report.keys():
-            reports.append(report)
+    """The JSON files in the folder that `openclip-ext eval` has written, the oldest first."""
+    reports = [report for path in folder.glob("*.json") if (report := _evaluation(path))]
     return sorted(reports, key=lambda report: report["created"])
+
+
+def _evaluation(path: Path) -> dict | None:
+    """A report of `openclip-ext eval`; None: the file is something else."""
+    try:
+        report = json.loads(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error}); repair or remove it") from error
+    found = isinstance(report, dict) and {"created", "checkpoint", "tasks"} <= report.keys()
+    return report if found else None
 
 
 def _stock_training(path: Path, params: dict[str, str]) -> list[Row]:
