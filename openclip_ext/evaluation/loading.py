@@ -89,21 +89,7 @@ def load_model(
     origin = _origin(source, name, model_config, run, flag)
     content = read_checkpoint(origin.path, flag) if origin.path else {}
     weights = _require_weights(content, origin.path, flag) if origin.path else {}
-    flags = build_parser().parse_args([])
-    vars(flags).update(
-        origin.run_flags, model=origin.name, pretrained=origin.pretrained, precision=precision, cache_dir=cache_dir
-    )
-    # The bias of a model trained as SigLIP is in no model config: its weights alone tell.
-    logit_bias = any(str(key).endswith("logit_bias") for key in weights)
-    try:
-        with _quiet():
-            model, _, transform, tokenizer = _host.create_model(
-                flags, place, logit_bias=logit_bias, require_weights=True
-            )
-        if weights and origin.pretrained and origin.name.startswith(SCHEMES):  # it took the name's own
-            _host.load_model_weights(model, weights, origin.pretrained, origin.name)
-    except UserError as error:  # it knows the weights by flags of training
-        raise UserError(str(error).replace("--pretrained", flag).replace("--resume", flag)) from error
+    model, transform, tokenizer = _create(origin, weights, place, precision, cache_dir, flag)
     model.eval().requires_grad_(False)
     loss_state = content.get("loss")
     return LoadedModel(
@@ -121,6 +107,24 @@ def load_model(
         flags=origin.run_flags,
         loss_state=loss_state if isinstance(loss_state, dict) else {},
     )
+
+
+def _create(origin: "_Origin", weights: dict, device: torch.device, precision: str, cache_dir: str | None, flag: str):
+    """(model, evaluation transform, tokenizer). `weights`: what the file of `origin` holds, empty without a file."""
+    flags = build_parser().parse_args([])
+    vars(flags).update(
+        origin.run_flags, model=origin.name, pretrained=origin.pretrained, precision=precision, cache_dir=cache_dir
+    )
+    # The bias of a model trained as SigLIP is in no model config: its weights alone tell.
+    bias = any(str(key).endswith("logit_bias") for key in weights)
+    try:
+        with _quiet():
+            model, _, transform, tokenizer = _host.create_model(flags, device, logit_bias=bias, require_weights=True)
+        if weights and origin.pretrained and origin.name.startswith(SCHEMES):  # it took those that the name brings
+            _host.load_model_weights(model, weights, origin.pretrained, origin.name)
+    except UserError as error:  # it knows the weights by flags of training
+        raise UserError(str(error).replace("--pretrained", flag).replace("--resume", flag)) from error
+    return model, transform, tokenizer
 
 
 @contextlib.contextmanager
