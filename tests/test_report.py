@@ -196,6 +196,19 @@ def test_one_run_and_twenty_can_be_drawn(make_run, show, count):
     assert [row["label"] for row in report["groups"]] == [*(f"run-{index}" for index in range(count)), "z"]
 
 
+def test_a_run_that_diverged_hides_nothing(make_run, show, tmp_path, capsys):
+    for seed, (fine, broken) in enumerate([(0.1, 0.2), (0.2, None), (0.3, 0.4)]):
+        make_run(f"a-{seed}", recall=(fine,), seed=seed, lr=1)
+        make_run(f"b-{seed}", recall=(broken,), losses=(3, None, None), seed=seed + 5, lr=2)
+    code, report = show(tmp_path / "logs")
+    assert code == 0
+    assert report["groups"][1]["scores"]["text_to_image_R@1"]["mean"] is None
+    assert report["groups"][1]["differences"]["text_to_image_R@1"]["interval"] is None
+    assert "nan ± nan" in capsys.readouterr().out
+    make_run("a-0b", recall=(None,), seed=9, lr=3)
+    assert show(tmp_path / "logs" / "a-0b", tmp_path / "logs" / "b-1")[0] == 0  # no number at all
+
+
 def test_results_alone_are_enough(make_run, show, capsys):
     folder = make_run("old", recall=(0.123,))
     code, report = show(folder, "--metric", "*R@1")

@@ -25,8 +25,8 @@ def half_width_of_difference(values: Sequence[float], others: Sequence[float]) -
         return None
     shares = [float(np.var(sample, ddof=1)) / len(sample) for sample in (values, others)]
     variance = sum(shares)
-    if variance == 0:
-        return 0.0
+    if not variance > 0:  # no spread; or no number, as of a run that diverged
+        return variance
     degrees = variance**2 / sum(s**2 / (len(x) - 1) for s, x in zip(shares, (values, others), strict=True))
     return float(_t95(int(degrees + 1e-9)) * variance**0.5)
 

@@ -116,18 +116,21 @@ def _smooth(values: np.ndarray, limit: int) -> np.ndarray:
 
 def _draw_scores(axes: Axes, groups: list[dict], name: str, first: bool) -> None:
     factor = 100 if percent(name) else 1
-    everything = [factor * run["scores"][name] for group in groups for run in group["runs"] if name in run["scores"]]
-    for index, group in enumerate(groups):
+    points = [
+        [factor * value for run in group["runs"] if np.isfinite(value := run["scores"].get(name, np.nan))]
+        for group in groups
+    ]
+    for index, (group, values) in enumerate(zip(groups, points, strict=True)):
         color = _style(index)["color"]
-        values = [factor * run["scores"][name] for run in group["runs"] if name in run["scores"]]
         axes.scatter(values, [index] * len(values), s=18, color=color, alpha=0.5, linewidths=0)
         cell = group["scores"].get(name)
-        if cell:
+        if cell and np.isfinite(cell["mean"]):
             error = None if cell["interval"] is None else factor * cell["interval"]
             axes.errorbar(factor * cell["mean"], index, xerr=error, fmt="|", color=color, markersize=11, capsize=3,
                           markeredgewidth=2)  # fmt: skip
-    margin = MARGIN * (np.ptp(everything) or 0.1 * abs(everything[0]) or 1.0)
-    axes.set_xlim(min(everything) - margin, max(everything) + margin)
+    if everything := [value for values in points for value in values]:
+        margin = MARGIN * (np.ptp(everything) or 0.1 * abs(everything[0]) or 1.0)
+        axes.set_xlim(min(everything) - margin, max(everything) + margin)
     axes.set(title=title(name), xlabel="at the end")
     axes.set_yticks(range(len(groups)), [_wrap(group["label"]) if first else "" for group in groups], fontsize="small")
     axes.set_ylim(len(groups) - 0.4, -0.6)
