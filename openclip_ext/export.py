@@ -25,6 +25,8 @@ def run_export(args: argparse.Namespace) -> Path:
     """
     if args.repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
         raise UserError(f"--repo {args.repo}: a repository of the hub is ORGANIZATION/NAME")
+    if args.repo and args.to != "hf":
+        raise UserError(f"--repo {args.repo}: is for the hub; add --to hf, or drop it")
     source = Path(args.source)
     run = read_run(args.source) if source.is_dir() else None
     path, flag = _checkpoint(args)
@@ -37,10 +39,9 @@ def run_export(args: argparse.Namespace) -> Path:
         )  # fmt: skip
         if args.weights == "ema":
             _load_average(model, flag)
-        repo = args.repo if args.to == "hf" else None
-        _host.save_pretrained(model.model, model.tokenizer, model.name, model.flags, folder, repo=repo)
+        _host.save_pretrained(model.model, model.tokenizer, model.name, model.flags, folder, repo=args.repo)
+        repo = args.repo or f"ORGANIZATION/{name}"
         if args.to == "hf":
-            repo = repo or f"ORGANIZATION/{name}"
             (folder / "README.md").write_text(_card(args, model, run, name, repo))
     print(f"{out}: load it with --model local-dir:{out}")
     if args.to == "hf":

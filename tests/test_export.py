@@ -162,6 +162,7 @@ def test_the_training_command_gives_the_same_parameters(train_flags, val_shards)
         (["{run}", "--to", "hf", "--checkpoint", "x.pt"], "--checkpoint x.pt: no such file"),
         (["{run}", "--to", "hf", "--weights", "ema"], "has no average of weights"),
         (["{run}", "--to", "hf", "--repo", "me"], "--repo me: "),
+        (["{run}", "--to", "open_clip", "--repo", "me/x"], "--repo me/x: is for the hub"),
         (["{run}", "--to", "hf", "--out", "{run}"], "exists already"),
         (["{run}/params.txt", "--to", "hf", "--model", "tiny-test"], "not a checkpoint"),
         (["{run}/checkpoints/epoch_1.pt", "--to", "hf", "--model", "RN50"], "RN50"),

@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from openclip_ext.evaluation.report_tables import percent, title
 
@@ -39,7 +40,7 @@ def draw_report(report: dict, path: str) -> None:
     for row, (draw, names) in enumerate(rows):
         for column, name in enumerate(names):
             draw(figure.add_subplot(grid[row, column]), groups, name, column == 0)
-    handles = [matplotlib.lines.Line2D([], [], **_style(index), linewidth=2) for index in range(len(groups))]
+    handles = [Line2D([], [], **_style(index), linewidth=2) for index in range(len(groups))]
     labels = [_wrap(group["label"]) for group in groups]
     figure.legend(handles, labels, loc="outside right upper", fontsize="small", frameon=False)
     figure.supxlabel(CAPTION, fontsize="small")
