@@ -6,6 +6,8 @@ Nothing here imports torch before it is needed.
 
 from openclip_ext._host.v3 import (
     BLOCKS,
+    CLASSES_PER_BATCH,
+    autocast,
     build_parser,
     checkpoint_from_model,
     clip_loss,
@@ -18,17 +20,22 @@ from openclip_ext._host.v3 import (
     fill_optimizer_defaults,
     freeze_text,
     imagenet_names,
+    imagenet_templates,
     input_dtype,
     load_model_weights,
+    local_weights,
     register_model_config,
     siglip_loss,
     start_remote_sync,
     zero_shot_weights,
 )
+from openclip_ext._host.v3_export import model_card, save_pretrained
 from openclip_ext._host.v3_trunks import find_trunks, watched
 
 __all__ = [
     "BLOCKS",
+    "CLASSES_PER_BATCH",
+    "autocast",
     "build_parser",
     "checkpoint_from_model",
     "clip_loss",
@@ -42,9 +49,13 @@ __all__ = [
     "find_trunks",
     "freeze_text",
     "imagenet_names",
+    "imagenet_templates",
     "input_dtype",
     "load_model_weights",
+    "local_weights",
+    "model_card",
     "register_model_config",
+    "save_pretrained",
     "siglip_loss",
     "start_remote_sync",
     "watched",
