@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from openclip_ext import _host
 from openclip_ext.data import digits
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
@@ -21,8 +20,9 @@ from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.intervals import half_width
+from openclip_ext.evaluation.loading import load_model
 from openclip_ext.evaluation.retrieval import retrieval_metrics
-from openclip_ext.evaluation.zero_shot import zero_shot_accuracy
+from openclip_ext.evaluation.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.training.flags import parse_args, parse_terms
 from openclip_ext.training.run import train
@@ -142,22 +142,16 @@ def _flags(out, shards, model_config, loss, seed, epochs, batch_size) -> list[st
 def _score(out: str, shards: str, loss: str, seed: int, epochs: int) -> dict:
     """Scores of a run's last checkpoint on the test split, and its validation curve."""
     folder = os.path.join(out, "logs", f"{loss}-{seed}", "checkpoints")
-    args = parse_args(["--model", MODEL, "--pretrained", os.path.join(folder, f"epoch_{epochs}.pt"), "--val-data", "-"])
-    logit_bias = "logit_bias" in _plan(loss).needs
-    model, _, preprocess, tokenizer = _host.create_model(args, torch.device("cpu"), logit_bias=logit_bias)
-    model.eval()
+    model = load_model(os.path.join(folder, f"epoch_{epochs}.pt"), name=MODEL, device="cpu")
     listing = list_shards(os.path.join(shards, "test"))
-    config = StreamConfig(source=listing, batch_size=256, image_transform=preprocess, tokenizer=tokenizer)
+    config = StreamConfig(source=listing, batch_size=256, image_transform=model.transform, tokenizer=model.tokenizer)
     batches = list(eval_loader(config, workers=0))
-    with torch.no_grad():
-        images = torch.cat([model.encode_image(batch["image"], normalize=True) for batch in batches])
-        texts = torch.cat([model.encode_text(batch["text"], normalize=True) for batch in batches])
+    images = torch.cat([model.encode_images(batch["image"]) for batch in batches])
+    texts = torch.cat([model.encode_texts(batch["text"]) for batch in batches])
     labels = torch.tensor([label for _, _, label in digits.digit_splits()["test"]])
     pictures = torch.cat([batch["image"] for batch in batches])
-    accuracy = zero_shot_accuracy(
-        model, tokenizer, [(pictures, labels)], digits.CLASS_NAMES, digits.TEMPLATES,
-        device=torch.device("cpu"), autocast=contextlib.nullcontext, progress=False,
-    )  # fmt: skip
+    classifier = zero_shot_classifier(model, digits.CLASS_NAMES, digits.TEMPLATES, progress=False)
+    accuracy = zero_shot_scores(zero_shot_counts(model, classifier, [(pictures, labels)], progress=False))
     with open(os.path.join(folder, "results.jsonl")) as file:
         curve = [json.loads(line)[CURVE] for line in file]
     return {"zero_shot_top1": accuracy["top1"], **retrieval_metrics(images, texts), "validation_curve": curve}

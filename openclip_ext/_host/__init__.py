@@ -6,6 +6,7 @@ Nothing here imports torch before it is needed.
 
 from openclip_ext._host.v3 import (
     BLOCKS,
+    autocast,
     build_parser,
     checkpoint_from_model,
     clip_loss,
@@ -20,6 +21,7 @@ from openclip_ext._host.v3 import (
     imagenet_names,
     input_dtype,
     load_model_weights,
+    local_weights,
     register_model_config,
     siglip_loss,
     start_remote_sync,
@@ -29,6 +31,7 @@ from openclip_ext._host.v3_trunks import find_trunks, watched
 
 __all__ = [
     "BLOCKS",
+    "autocast",
     "build_parser",
     "checkpoint_from_model",
     "clip_loss",
@@ -44,6 +47,7 @@ __all__ = [
     "imagenet_names",
     "input_dtype",
     "load_model_weights",
+    "local_weights",
     "register_model_config",
     "siglip_loss",
     "start_remote_sync",

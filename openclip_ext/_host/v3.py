@@ -123,6 +123,13 @@ def input_dtype(precision: str):
     return get_input_dtype(precision)
 
 
+def autocast(precision: str, device):
+    """A function that returns the context to run a model in under `--precision`."""
+    from open_clip_train.precision import get_autocast
+
+    return get_autocast(precision, device_type=device.type)
+
+
 def example_inputs(model, dtype):
     """One black picture and one empty caption as the model takes them. `dtype`: of images; None: float32."""
     import torch
@@ -158,17 +165,20 @@ def register_model_config(path: str) -> str:
     return name
 
 
-def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
+def create_model(args: argparse.Namespace, device, *, logit_bias: bool, require_weights: bool = False):
     """(model, train transform, evaluation transform, tokenizer) as `--model`, `--pretrained` and their kin say.
 
     Args:
         args: OpenCLIP's flags.
         device: where to put it.
         logit_bias: give the model a bias, and start scale and bias as SigLIP does.
+        require_weights: never leave the model at its initialization, which OpenCLIP does where a download fails.
 
     Raises:
         UserError: unknown model, weights that cannot be had, or that belong to another architecture.
     """
+    import pickle
+
     import open_clip
 
     # Values from OpenCLIP's main: log 10 and -10 are SigLIP's.
@@ -193,12 +203,15 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
             pretrained_image=args.pretrained_image,
             output_dict=True,
             cache_dir=args.cache_dir,
+            require_pretrained=require_weights,
             **extra,
         )
         tokenizer = open_clip.get_tokenizer(
             args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
         )
-    except (RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError) as error:
+    except (
+        RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError, pickle.UnpicklingError
+    ) as error:  # fmt: skip
         raise UserError(_model_error(args, error)) from error
     if args.lock_image:
         model.lock_image_tower(
@@ -209,6 +222,22 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model, preprocess_train, preprocess_val, tokenizer
+
+
+def local_weights(name: str) -> str | None:
+    """The file that OpenCLIP takes the weights of `--model local-dir:FOLDER` from; None: there is none.
+
+    Raises:
+        UserError: no such folder.
+    """
+    from open_clip.factory import _find_checkpoint_in_dir
+
+    prefix, _, folder = name.partition(":")
+    if prefix != "local-dir":
+        return None
+    if not Path(folder).is_dir():
+        raise UserError(f"--model {name}: no such folder; give one that holds open_clip_config.json and weights")
+    return _find_checkpoint_in_dir(Path(folder))
 
 
 def _lock_text(args: argparse.Namespace, model) -> None:
@@ -236,6 +265,12 @@ def _model_error(args: argparse.Namespace, error: Exception) -> str:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, AttributeError):
         return f"--pretrained {args.pretrained}: its weights do not fit; if they have a logit bias, add --siglip"
+    if "known tag" in str(error):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(args.model)) or "none"
+        return f"--pretrained {args.pretrained}: neither a file nor a tag of --model {args.model}, which has: {tags}"
+    if "download" in str(error).lower():
+        named = f"--model {args.model}" if args.pretrained is None else f"--pretrained {args.pretrained}"
+        return f"{named}: cannot be downloaded; check the network, or give a file ({first_line[:160]})"
     if "state_dict" in str(error) or isinstance(error, AssertionError):
         return f"--pretrained {args.pretrained}: its weights do not fit --model {args.model} ({first_line})"
     return f"--model {args.model} --pretrained {args.pretrained or 'none'}: {first_line}"

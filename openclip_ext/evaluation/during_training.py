@@ -11,9 +11,10 @@ from tqdm import tqdm
 from openclip_ext import _host
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.class_folders import ProbeData, encoded
+from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.probes import knn_accuracy, linear_probe_accuracy
 from openclip_ext.evaluation.retrieval import retrieval_metrics
-from openclip_ext.evaluation.zero_shot import zero_shot_accuracy
+from openclip_ext.evaluation.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
 
 
 @dataclasses.dataclass
@@ -62,17 +63,22 @@ class Evaluator:
         model.eval()
         metrics: dict[str, float] = {}
         if self._due(bool(self.imagenet), self.zeroshot_frequency, epoch, last):
-            names, templates = _host.imagenet_names()
-            for prefix, batches in self.imagenet.items():
-                scores = zero_shot_accuracy(
-                    model, self.tokenizer, batches, names, templates,
-                    device=self.device, autocast=self.autocast, dtype=self.dtype, progress=self.progress,
-                )  # fmt: skip
-                metrics |= {f"{prefix}-top1": scores["top1"], f"{prefix}-top5": scores["top5"]}
+            metrics |= self._imagenet_metrics(model)
         if self._due(self.pairs is not None, self.val_frequency, epoch, last):
             metrics |= self._pair_metrics(model)
         if self._due(self.probe is not None, self.val_frequency, epoch, last):
             metrics |= self._probe_metrics(model)
+        return metrics
+
+    def _imagenet_metrics(self, model) -> dict[str, float]:
+        """`…-top1` and `…-top5` of each set."""
+        encoder = Encoder(model=model, tokenizer=self.tokenizer, transform=None, device=self.device,
+                          autocast=self.autocast, dtype=self.dtype)  # fmt: skip
+        classifier = zero_shot_classifier(encoder, *_host.imagenet_names(), progress=self.progress)
+        metrics = {}
+        for prefix, batches in self.imagenet.items():
+            scores = zero_shot_scores(zero_shot_counts(encoder, classifier, batches, progress=self.progress))
+            metrics |= {f"{prefix}-top1": scores["top1"], f"{prefix}-top5": scores["top5"]}
         return metrics
 
     def _probe_metrics(self, model) -> dict[str, float]:

@@ -112,7 +112,7 @@ def _read(path: str, described: str) -> dict[str, Tensor]:
     """Raises ValueError: the file holds something else than it should."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no dict
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if metadata.get("identity") != described:
         raise ValueError("of another model or data set")
     if metadata.get("sha256") != _tensors_sha256(tensors):
@@ -140,7 +140,7 @@ def _tensors_sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def _settings(module: torch.nn.Module) -> dict[str, str]:
-    """A module's kind, and its numbers, names and switches, such as a number of heads, which its weights do not tell."""
+    """A module's kind, and its numbers, names and switches: weights do not tell how many heads attention has."""
     plain = {key: value for key, value in vars(module).items() if isinstance(value, str | int | float | tuple)}
     return {"kind": type(module).__name__} | {key: _plain(value) for key, value in plain.items()}
 

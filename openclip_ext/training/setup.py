@@ -26,7 +26,8 @@ from openclip_ext.data.table import Table, csv_table, synthetic_table
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.class_folders import probe_data
 from openclip_ext.evaluation.during_training import Evaluator
-from openclip_ext.evaluation.zero_shot import imagenet_loader
+from openclip_ext.evaluation.imagenet import imagenet_folder
+from openclip_ext.evaluation.labelled import LabelledBatches
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.training import sharding
 
@@ -311,9 +312,8 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
         ("--imagenet-v2", args.imagenet_v2, "imagenetv2-zeroshot-val"),
     ):
         if path:
-            imagenet[prefix] = imagenet_loader(
-                path, transform, flag=flag, batch_size=args.batch_size, workers=args.workers
-            )
+            pictures = imagenet_folder(path, flag).pictures
+            imagenet[prefix] = LabelledBatches(pictures, transform, batch_size=args.batch_size, workers=args.workers)
     probe = None
     if args.probe_train:
         probe = probe_data(

@@ -1,0 +1,136 @@
+"""Pictures with a class each: from one folder per class, and from shards."""
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from openclip_ext.data import tar
+from openclip_ext.errors import UserError
+
+CLASS_EXTENSION = "cls"  # a sample's class index in a shard, as text
+
+
+class LabelledFiles(Dataset):
+    """(picture, class index) of image files; pictures as `transform` makes them."""
+
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+        self.samples, self.transform = samples, None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int] | UserError:
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as picture:
+                return self.transform(picture.convert("RGB")), label
+        except tar.IMAGE_ERRORS as error:
+            return UserError(f"{path}: cannot be opened as a picture ({error})")
+
+
+class LabelledShards(IterableDataset):
+    """(picture, class index) of shards with an image and a `cls` file per sample, in order with up to one worker."""
+
+    def __init__(self, urls: Sequence[str], num_classes: int) -> None:
+        self.urls, self.num_classes, self.transform = urls, num_classes, None
+
+    def __iter__(self) -> Iterator[tuple[Any, int] | UserError]:
+        info = get_worker_info()
+        skips = tar.Skips()
+        for url in self.urls[info.id :: info.num_workers] if info else self.urls:
+            for sample in tar.read_shard(url, skips.record):
+                yield self._row(sample, skips)
+            if skips:
+                yield UserError(f"{url}: {next(iter(skips))[0]}; make it again")
+
+    def _row(self, sample: dict, skips: tar.Skips) -> tuple[Any, int] | UserError:
+        where = f"{sample['__url__']}: sample {sample['__key__']}"
+        text = sample.get(CLASS_EXTENSION, b"").decode("ascii", "replace").strip()
+        if not (text.isdigit() and int(text) < self.num_classes):
+            found = repr(text[:20]) if CLASS_EXTENSION in sample else "none"
+            return UserError(
+                f"{where} needs a .cls file with a class from 0 to {self.num_classes - 1}, and has {found}"
+            )
+        picture = tar.decode_image(sample, skips.record)
+        if picture is None:
+            return UserError(f"{where}: {next(iter(skips))[0]}")
+        return self.transform(picture), int(text)
+
+
+class LabelledBatches:
+    """Batches of (images (B, 3, H, W), class indices (B,)), the last one partial.
+
+    Of several ranks each takes every so many whole batches: these are the same batches as one rank's, so features of
+    a picture do not depend on the number of ranks. Shards are for one rank.
+
+    Args:
+        dataset: one of the above, or torchvision's; it is left as it is.
+        transform: picture to tensor.
+        batch_size: pictures in a batch.
+        workers: processes that load data; 0: this one.
+        rank, world_size: this process, of how many.
+
+    Raises:
+        UserError: while iterating: a picture that cannot be opened, or a class that is none.
+    """
+
+    def __init__(
+        self, dataset: Dataset, transform, *, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        dataset = copy.copy(dataset)
+        dataset.transform = transform
+        self.num_batches = None
+        if isinstance(dataset, IterableDataset):
+            options = {"batch_size": batch_size}
+            workers = min(workers, len(dataset.urls))
+        else:
+            count = len(dataset)
+            starts = range(0, count, batch_size)[rank::world_size]
+            options = {"batch_sampler": [range(start, min(start + batch_size, count)) for start in starts]}
+            self.num_batches = len(starts)
+        self._loader = DataLoader(dataset, num_workers=workers, collate_fn=_collate, **options)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def _collate(rows: list) -> Any:
+    """A batch; or the error of one of its rows, which would lose its one line if it were raised by a worker."""
+    return next((row for row in rows if isinstance(row, UserError)), None) or default_collate(rows)
+
+
+def class_folders(folder: str, flag: str) -> tuple[list[str], list[tuple[str, int]]]:
+    """Names of the folders in `folder`, and (file, position of its folder) of all pictures in them.
+
+    In the order in which torchvision's `ImageFolder` numbers them; folders whose names are all numbers in theirs.
+
+    Raises:
+        UserError: no such folder, no folder in it, or one without a picture.
+    """
+    from torchvision.datasets import ImageFolder
+
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag} {folder}: no such folder")
+    try:
+        found = ImageFolder(folder)
+    except FileNotFoundError as error:
+        reason = str(error).splitlines()[0]
+        if empty := re.match(r"Found no valid file for the classes (.*?)\. Supported", reason):
+            raise UserError(f"{flag} {folder}: no picture in class folder {empty[1].split(', ')[0]}") from error
+        raise UserError(f"{flag} {folder}: holds no class folders; give a folder with one folder per class") from error
+    names = found.classes
+    if not all(name.isdecimal() for name in names):
+        return names, found.samples
+    order = sorted(range(len(names)), key=lambda position: int(names[position]))
+    position_of = {old: new for new, old in enumerate(order)}
+    samples = sorted((path, position_of[label]) for path, label in found.samples)
+    return [names[old] for old in order], sorted(samples, key=lambda sample: sample[1])
