@@ -20,7 +20,7 @@ from torch import Tensor
 
 from openclip_ext.data.listing import is_local
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.loading import LoadedModel
+from openclip_ext.evaluation.loading import LoadedModel, weights_sha256
 
 FORMAT = 1  # to be raised when features are computed in another way
 EXAMPLE = "Two dogs, 12 cats & a café: “ünïcode”!"  # tokenizers that differ differ here
@@ -32,8 +32,10 @@ class FeatureCache:
 
     folder: str | None
 
-    def get(self, identity: dict[str, Any] | None, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors that `compute` returned, or would return, for `identity`.
+    def get(
+        self, identity: dict[str, Any] | None, compute: Callable[[], dict[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], bool]:
+        """The tensors that `compute` returned, or would return, for `identity`, and whether they were on disk.
 
         A file that cannot be read, or holds anything else, is said and computed anew. Files are written whole or not at
         all; where that fails, it is said.
@@ -43,12 +45,12 @@ class FeatureCache:
             compute: makes the tensors, on the CPU.
         """
         if self.folder is None or identity is None:
-            return compute()
+            return compute(), False
         described = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
         path = os.path.join(self.folder, f"{hashlib.sha256(described.encode()).hexdigest()}.safetensors")
         if os.path.exists(path):
             try:
-                return _read(path, described)
+                return _read(path, described), True
             except (SafetensorError, OSError, ValueError) as error:
                 _say(f"{path}: damaged ({error}); its features are computed anew")
         tensors = compute()
@@ -56,7 +58,7 @@ class FeatureCache:
             _write(path, described, tensors)
         except (SafetensorError, OSError) as error:
             _say(f"{path}: cannot be written ({error}); these features are not kept")
-        return tensors
+        return tensors, False
 
 
 def default_folder() -> str:
@@ -88,7 +90,7 @@ def model_identity(model: LoadedModel) -> dict[str, Any]:
     architecture = [(name, _settings(module)) for name, module in model.model.named_modules()]
     return {
         "model": model.name,
-        "weights": model.sha256,
+        "weights": weights_sha256(model.model),  # not of the file: whoever changes weights in memory is to be noticed
         "architecture": _sha256(architecture),
         "precision": model.precision,
         "device": model.device.type,
@@ -106,6 +108,16 @@ def files_identity(paths: Iterable[str]) -> str | None:
         status = os.stat(path)
         described.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
     return _sha256(described)
+
+
+def require_finite(features: dict[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:
+    """The features. Raises UserError: one is not finite."""
+    if not all(tensor.isfinite().all() for tensor in features.values()):
+        raise UserError(
+            f"--pretrained {model.source}: its features are not finite in {model.precision}; try --precision fp32, or "
+            "take a checkpoint from before it diverged"
+        )
+    return features
 
 
 def _read(path: str, described: str) -> dict[str, Tensor]:

@@ -17,8 +17,7 @@ TEMPERATURE = 0.07
 #: Inverse strengths of the L2 penalty among which a linear probe chooses; the middle one where it cannot.
 GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
 MAX_ITERATIONS = 1000
-#: Training images per class of few-shot probes, and at most so many more to choose the penalty on.
-SHOTS = (1, 2, 4, 8, 16)
+#: Per class, at most so many further training images choose the penalty of a few-shot probe.
 MOST_TO_CHOOSE_ON = 4
 
 
@@ -111,8 +110,8 @@ def few_shot_accuracies(
     labels: np.ndarray,
     selection: tuple[np.ndarray, np.ndarray] | None = None,
     *,
-    shots: Sequence[int] = SHOTS,
-    seeds: int = 5,
+    shots: Sequence[int],
+    seeds: int,
     progress: bool = True,
 ) -> dict[int, list[float]]:
     """Accuracy of `linear_probe` fitted to k training features per class, by k, one per seed.
