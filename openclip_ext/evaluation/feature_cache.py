@@ -68,7 +68,7 @@ def default_folder() -> str:
 
 
 def open_cache(folder: str | None, disabled: bool = False) -> FeatureCache:
-    """`--cache` and `--no-cache`; the folder is made.
+    """`--feature-cache` and `--no-feature-cache`; the folder is made.
 
     Raises:
         UserError: it cannot be made.
@@ -80,7 +80,7 @@ def open_cache(folder: str | None, disabled: bool = False) -> FeatureCache:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--cache {folder}: cannot be made a folder ({error.strerror}); give another, or --no-cache"
+            f"--feature-cache {folder}: cannot be made a folder ({error.strerror}); give another, or --no-feature-cache"
         ) from error
     return FeatureCache(folder)
 
