@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from openclip_ext.cli import main
 from openclip_ext.data import digits
 from openclip_ext.data.pack import pack
 from openclip_ext.testing import RankPool
@@ -84,3 +85,29 @@ def train_flags(shards, model_config, tmp_path):
         return ["train", *kept, *given]
 
     return flags
+
+
+@pytest.fixture(scope="session")
+def digit_run(tmp_path_factory, shards, model_config):
+    """The folder of a run that has learnt to tell digits apart a little."""
+    logs = tmp_path_factory.mktemp("digit_run")
+    flags = "--batch-size 32 --epochs 12 --workers 0 --device cpu --precision fp32 --lr 5e-3 --warmup 5 --name run"
+    assert main(["train", "--model", "tiny-test", "--model-config", model_config, "--train-data", shards,
+                 "--logs", str(logs), "--save-frequency", "0", *flags.split()]) == 0  # fmt: skip
+    return logs / "run"
+
+
+@pytest.fixture(scope="session")
+def digit_folders(tmp_path_factory):
+    """A folder per digit with 8 of the test pictures each, and how to say them."""
+    root = tmp_path_factory.mktemp("digits")
+    for number, (image, _, label) in enumerate(digits.digit_splits()["test"]):
+        folder = root / str(label)
+        folder.mkdir(exist_ok=True)
+        if len(list(folder.iterdir())) < 8:
+            (folder / f"{number:04}.png").write_bytes(image)
+    (root / "classnames.txt").write_text("\n".join(digits.CLASS_NAMES) + "\n")
+    (root / "zeroshot_classification_templates.txt").write_text(
+        "".join(f"{template.replace('{}', '{c}')}\n" for template in digits.TEMPLATES)
+    )
+    return root

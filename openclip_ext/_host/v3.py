@@ -270,7 +270,7 @@ def _model_error(args: argparse.Namespace, error: Exception) -> str:
         return f"--pretrained {args.pretrained}: neither a file nor a tag of --model {args.model}, which has: {tags}"
     if "download" in str(error).lower():
         named = f"--model {args.model}" if args.pretrained is None else f"--pretrained {args.pretrained}"
-        return f"{named}: cannot be downloaded; check the network, or give a file ({first_line[:160]})"
+        return f"{named}: cannot be downloaded; check the network, or give a file ({first_line.partition('. ')[0]})"
     if "state_dict" in str(error) or isinstance(error, AssertionError):
         return f"--pretrained {args.pretrained}: its weights do not fit --model {args.model} ({first_line})"
     return f"--model {args.model} --pretrained {args.pretrained or 'none'}: {first_line}"
@@ -361,9 +361,16 @@ def create_schedule(args: argparse.Namespace, optimizer, steps_per_epoch: int) -
 
 def imagenet_names() -> tuple[list[str], list]:
     """ImageNet's 1,000 class names and OpenAI's 80 templates, as OpenCLIP evaluates with."""
-    from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+    from open_clip import IMAGENET_CLASSNAMES
 
-    return IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+    return IMAGENET_CLASSNAMES, imagenet_templates("openai")
+
+
+def imagenet_templates(name: str) -> list:
+    """OpenCLIP's templates: `openai`, 80, or `simple`, 7."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+    return {"openai": OPENAI_IMAGENET_TEMPLATES, "simple": SIMPLE_IMAGENET_TEMPLATES}[name]
 
 
 def zero_shot_weights(model, tokenizer, class_names, templates, device, *, progress: bool):

@@ -1,33 +1,16 @@
 """Folders of ImageNet's classes: ImageNet itself, and the sets that hold its classes or a part of them."""
 
-import dataclasses
 import functools
-from collections.abc import Sequence
 
 from openclip_ext import _host
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.labelled import LabelledFiles, class_folders
+from openclip_ext.evaluation.labelled import LabelledFiles, LabelledSet, class_folders
 
 NUM_CLASSES = 1000
 
 
-@dataclasses.dataclass(frozen=True)
-class ImagenetFolder:
-    """Pictures of ImageNet's classes and the classes to choose from.
-
-    Attributes:
-        pictures: with positions in `class_names`.
-        class_names: OpenCLIP's.
-        num_present: how many of them the folder holds.
-    """
-
-    pictures: LabelledFiles
-    class_names: Sequence[str]
-    num_present: int
-
-
-def imagenet_folder(folder: str, flag: str, classes: str | None = None) -> ImagenetFolder:
-    """Read class folders named by wnid, or by class index as ImageNet-V2's are.
+def imagenet_folder(folder: str, flag: str, classes: str | None = None) -> LabelledSet:
+    """Pictures in class folders named by wnid, or by class index as ImageNet-V2's are; OpenCLIP's names and templates.
 
     Args:
         folder: one folder per class.
@@ -45,13 +28,17 @@ def imagenet_folder(folder: str, flag: str, classes: str | None = None) -> Image
             f"{flag} {folder}: holds {len(names)} class folders and ImageNet has {NUM_CLASSES}; give the folder that "
             "holds the wnid folders"
         )
-    class_names, _ = _host.imagenet_names()
+    class_names, templates = _host.imagenet_names()
     present = sorted(index_of.values())
     chosen = present if classes == "present" else range(NUM_CLASSES)
     position_of = {index: position for position, index in enumerate(chosen)}
     positions = [position_of[index_of[name]] for name in names]
     pictures = LabelledFiles([(path, positions[label]) for path, label in samples])
-    return ImagenetFolder(pictures, [class_names[index] for index in chosen], len(names))
+    note = ""
+    if len(names) < NUM_CLASSES:
+        them = "those" if classes == "present" else f"all {NUM_CLASSES:,}"
+        note = f"images of {len(names)} of ImageNet's classes, each taken for one of {them} (--classes {classes})"
+    return LabelledSet(pictures, [class_names[index] for index in chosen], templates, note)
 
 
 def _class_index(name: str, folder: str, flag: str) -> int:

@@ -1,9 +1,9 @@
 """Pictures with a class each: from one folder per class, and from shards."""
 
-import copy
+import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from PIL import Image
@@ -16,31 +16,49 @@ from openclip_ext.errors import UserError
 CLASS_EXTENSION = "cls"  # a sample's class index in a shard, as text
 
 
+@dataclasses.dataclass(frozen=True)
+class LabelledSet:
+    """Pictures with classes, and how to say a class in words.
+
+    Attributes:
+        pictures: dataset of (picture, class index) for `LabelledBatches`.
+        class_names: by class index.
+        templates: format strings, or functions of a class name.
+        note: what one has to know to compare scores on it; may be empty.
+    """
+
+    pictures: Dataset
+    class_names: Sequence[str]
+    templates: Sequence[str | Callable[[str], str]]
+    note: str = ""
+
+
 class LabelledFiles(Dataset):
-    """(picture, class index) of image files; pictures as `transform` makes them."""
+    """(picture, class index) of image files, or the error of one that cannot be opened."""
 
     def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
-        self.samples, self.transform = samples, None
+        self.samples = samples
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Any, int] | UserError:
+    def __getitem__(self, index: int) -> tuple[Image.Image, int] | UserError:
         path, label = self.samples[index]
         try:
             with Image.open(path) as picture:
-                return self.transform(picture.convert("RGB")), label
+                return picture.convert("RGB"), label
         except tar.IMAGE_ERRORS as error:
             return UserError(f"{path}: cannot be opened as a picture ({error})")
 
 
 class LabelledShards(IterableDataset):
-    """(picture, class index) of shards with an image and a `cls` file per sample, in order with up to one worker."""
+    """(picture, class index) of samples with an image and a `cls` file, or the error of one; several workers take
+    turns."""
 
     def __init__(self, urls: Sequence[str], num_classes: int) -> None:
-        self.urls, self.num_classes, self.transform = urls, num_classes, None
+        self.urls, self.num_classes = urls, num_classes
 
-    def __iter__(self) -> Iterator[tuple[Any, int] | UserError]:
+    def __iter__(self) -> Iterator[tuple[Image.Image, int] | UserError]:
         info = get_worker_info()
         skips = tar.Skips()
         for url in self.urls[info.id :: info.num_workers] if info else self.urls:
@@ -49,7 +67,7 @@ class LabelledShards(IterableDataset):
             if skips:
                 yield UserError(f"{url}: {next(iter(skips))[0]}; make it again")
 
-    def _row(self, sample: dict, skips: tar.Skips) -> tuple[Any, int] | UserError:
+    def _row(self, sample: dict, skips: tar.Skips) -> tuple[Image.Image, int] | UserError:
         where = f"{sample['__url__']}: sample {sample['__key__']}"
         text = sample.get(CLASS_EXTENSION, b"").decode("ascii", "replace").strip()
         if not (text.isdigit() and int(text) < self.num_classes):
@@ -60,7 +78,27 @@ class LabelledShards(IterableDataset):
         picture = tar.decode_image(sample, skips.record)
         if picture is None:
             return UserError(f"{where}: {next(iter(skips))[0]}")
-        return self.transform(picture), int(text)
+        return picture, int(text)
+
+
+class _Transformed(Dataset):
+    def __init__(self, dataset: Dataset, transform: Callable[[Any], Tensor]) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | UserError:
+        return _transformed(self.dataset[index], self.transform)
+
+
+class _TransformedStream(IterableDataset):
+    def __init__(self, dataset: IterableDataset, transform: Callable[[Any], Tensor]) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | UserError]:
+        return (_transformed(row, self.transform) for row in self.dataset)
+
+
+def _transformed(row: Any, transform: Callable[[Any], Tensor]) -> tuple[Tensor, int] | UserError:
+    return row if isinstance(row, UserError) else (transform(row[0]), row[1])
 
 
 class LabelledBatches:
@@ -70,7 +108,7 @@ class LabelledBatches:
     a picture do not depend on the number of ranks. Shards are for one rank.
 
     Args:
-        dataset: one of the above, or torchvision's; it is left as it is.
+        dataset: of (picture, class index).
         transform: picture to tensor.
         batch_size: pictures in a batch.
         workers: processes that load data; 0: this one.
@@ -81,20 +119,26 @@ class LabelledBatches:
     """
 
     def __init__(
-        self, dataset: Dataset, transform, *, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
+        self,
+        dataset: Dataset,
+        transform: Callable[[Any], Tensor],
+        *,
+        batch_size: int,
+        workers: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        dataset = copy.copy(dataset)
-        dataset.transform = transform
         self.num_batches = None
-        if isinstance(dataset, IterableDataset):
-            options = {"batch_size": batch_size}
+        if isinstance(dataset, LabelledShards):
+            source, options = _TransformedStream(dataset, transform), {"batch_size": batch_size}
             workers = min(workers, len(dataset.urls))
         else:
+            source = _Transformed(dataset, transform)
             count = len(dataset)
             starts = range(0, count, batch_size)[rank::world_size]
             options = {"batch_sampler": [range(start, min(start + batch_size, count)) for start in starts]}
             self.num_batches = len(starts)
-        self._loader = DataLoader(dataset, num_workers=workers, collate_fn=_collate, **options)
+        self._loader = DataLoader(source, num_workers=workers, collate_fn=_collate, **options)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._loader:
