@@ -118,7 +118,7 @@ def test_all_captions_of_an_image_count_wherever_they_are(evaluate, photos, weig
 
 
 def test_several_sets_in_one_call_and_captions_as_they_are(evaluate, photos, capsys):
-    code, tasks = evaluate("--retrieval", photos / "joined.tar", photos / "photos.csv")
+    code, tasks = evaluate("--retrieval", photos / "joined.tar", "--retrieval", photos / "photos.csv")
     assert code == 0 and [task["num_texts"] for task in tasks.values()] == [8, sum(map(len, CAPTIONS.values()))]
     printed = capsys.readouterr().out
     assert "retrieval-joined" in printed and "text_to_image_R@10" in printed
@@ -154,7 +154,7 @@ def test_a_wrong_input_is_one_line(evaluate, photos, tmp_path, capsys, weights):
     refused("--caption-key captions: is for shards", "--retrieval", photos / "photos.csv", "--caption-key", "captions")
     refused("--caption-separator: must not be empty", "--retrieval", photos / "joined.tar", "--caption-separator", "")
     refused("sample astronaut: missing caption", "--retrieval", photos / "listed.tar")
-    refused("both would be called", "--retrieval", photos / "joined.tar", photos / "joined.tar")
+    refused("both would be called", *2 * ("--retrieval", photos / "joined.tar"))
     (tmp_path / "file").touch()
     refused("cannot be made a folder", "--retrieval", photos / "joined.tar", "--feature-cache", tmp_path / "file")
 

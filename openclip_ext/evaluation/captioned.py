@@ -20,36 +20,30 @@ from openclip_ext.evaluation.encoder import Encoder
 
 
 class CaptionedFiles(Dataset):
-    """(picture, captions) of image files.
-
-    Attributes:
-        files: all that is read.
-        transform: to be set: what makes the picture a tensor.
-    """
+    """(picture, captions) of image files, or the error of one that cannot be opened; `files` is all that is read."""
 
     def __init__(self, path: str, rows: Sequence[tuple[str, list[str]]]) -> None:
-        self.rows, self.transform = rows, None
-        self.files = [path, *(image for image, _ in rows)]
+        self.rows, self.files = rows, [path, *(image for image, _ in rows)]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, list[str]] | UserError:
+    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]] | UserError:
         path, captions = self.rows[index]
         try:
             with Image.open(path) as picture:
-                return self.transform(picture.convert("RGB")), captions
+                return picture.convert("RGB"), captions
         except tar.IMAGE_ERRORS as error:
             return UserError(f"{path}: cannot be opened as a picture ({error})")
 
 
 class CaptionedShards(IterableDataset):
-    """(picture, captions) of a shard's samples, in order with up to one worker. Attributes as of `CaptionedFiles`."""
+    """(picture, captions) of samples, or the error of one; several workers take turns. `files` is all that is read."""
 
     def __init__(self, urls: Sequence[str], captions: CaptionFormat) -> None:
-        self.files, self.captions, self.transform = urls, captions, None
+        self.files, self.captions = urls, captions
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[str]] | UserError]:
+    def __iter__(self) -> Iterator[tuple[Image.Image, list[str]] | UserError]:
         info = get_worker_info()
         for url in self.files[info.id :: info.num_workers] if info else self.files:
             skips = tar.Skips()
@@ -58,14 +52,14 @@ class CaptionedShards(IterableDataset):
             if skips:
                 yield UserError(f"{url}: {next(iter(skips))[0]}; make it again")
 
-    def _row(self, sample: dict, skips: tar.Skips) -> tuple[Tensor, list[str]] | UserError:
+    def _row(self, sample: dict, skips: tar.Skips) -> tuple[Image.Image, list[str]] | UserError:
         captions = self.captions.of_sample(sample, skips.record)
         picture = tar.decode_image(sample, skips.record)
         captions = [caption for caption in captions or () if caption.strip()]
         if picture is None or not captions:
             fault = next(iter(skips), ("empty caption",))[0]
             return UserError(f"{sample['__url__']}: sample {sample['__key__']}: {fault}; mend or remove it")
-        return self.transform(picture), captions
+        return picture, captions
 
 
 def captioned_csv(
@@ -104,10 +98,9 @@ def pair_features(
     Raises:
         UserError: a picture or caption that cannot be read, or there is none at all.
     """
-    dataset.transform = encoder.transform
     count = len(dataset) if isinstance(dataset, CaptionedFiles) else None
     workers = workers if count else min(workers, len(dataset.files))
-    collate = functools.partial(_collate, encoder.tokenizer)
+    collate = functools.partial(_collate, encoder.transform, encoder.tokenizer)
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     images, texts, owners, done = [], [], [], 0
     with tqdm(total=count, desc=desc, unit="image", disable=not progress, leave=False) as bar:
@@ -125,10 +118,14 @@ def pair_features(
     return {"image": torch.cat(images), "text": torch.cat(texts), "image_of_text": torch.cat(owners)}
 
 
-def _collate(tokenizer, rows: list) -> Any:
+def _collate(transform, tokenizer, rows: list) -> Any:
     """(pictures, token ids of all captions, their pictures' places), or the error of one of the rows."""
     if error := next((row for row in rows if isinstance(row, UserError)), None):
         return error
     pictures, captions = zip(*rows, strict=True)
     owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(texts) for texts in captions]))
-    return torch.stack(pictures), tokenizer([text for texts in captions for text in texts]), owner
+    return (
+        torch.stack([transform(picture) for picture in pictures]),
+        tokenizer([text for texts in captions for text in texts]),
+        owner,
+    )

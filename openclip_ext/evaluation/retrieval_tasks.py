@@ -17,8 +17,9 @@ FLAG = "--retrieval"
 
 def add_arguments(group) -> None:
     group.add_argument(
-        FLAG, nargs="+", default=[], metavar="SHARDS_OR_CSV",
-        help="images with one or more captions each: a folder or pattern of shards, or a CSV with a row per caption",
+        FLAG, action="append", default=[], metavar="SHARDS_OR_CSV",
+        help="images with one or more captions each: a folder or pattern of shards, or a CSV with a row "
+        "per caption; repeatable",
     )  # fmt: skip
     group.add_argument("--caption-separator", metavar="TEXT", help="splits a caption into several, all of which count")
     group.add_argument("--caption-key", metavar="KEY", help="where a sample's JSON holds its captions; as in training")
