@@ -42,11 +42,12 @@ def only_file(folder):
     return path
 
 
-def test_the_second_time_they_come_from_disk(tmp_path):
+def test_the_second_time_they_come_from_disk(tmp_path, capsys):
     cache, compute = FeatureCache(str(tmp_path)), Computed()
     for expected in (False, True, True):
         tensors, cached = cache.get({"a": 1}, compute)
         assert equal(tensors, TENSORS) and cached == expected
+        assert (f"features taken from {only_file(tmp_path)}" in capsys.readouterr().err) == expected
     assert compute.times == 1
     assert cache.get({"a": 2}, Computed({"image": torch.zeros(1)}))[0]["image"].tolist() == [0]
     assert equal(cache.get({"a": 1}, compute)[0], TENSORS) and compute.times == 1

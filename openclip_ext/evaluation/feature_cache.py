@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -37,8 +38,8 @@ class FeatureCache:
     ) -> tuple[dict[str, Tensor], bool]:
         """The tensors that `compute` returned, or would return, for `identity`, and whether they were on disk.
 
-        A file that cannot be read, or holds anything else, is said and computed anew. Files are written whole or not at
-        all; where that fails, it is said.
+        A file that is taken is named. One that cannot be read, or holds anything else, is said and computed anew. Files
+        are written whole or not at all; where that fails, it is said.
 
         Args:
             identity: all that the tensors depend on, as JSON takes it; None: not known, so nothing is kept.
@@ -50,9 +51,12 @@ class FeatureCache:
         path = os.path.join(self.folder, f"{hashlib.sha256(described.encode()).hexdigest()}.safetensors")
         if os.path.exists(path):
             try:
-                return _read(path, described), True
+                tensors = _read(path, described)
             except (SafetensorError, OSError, ValueError) as error:
                 _say(f"{path}: damaged ({error}); its features are computed anew")
+            else:
+                _say(f"features taken from {path}")
+                return tensors, True
         tensors = compute()
         try:
             _write(path, described, tensors)
@@ -134,7 +138,7 @@ def _read(path: str, described: str) -> dict[str, Tensor]:
 
 def _write(path: str, described: str, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    partial = f"{path}.{os.getpid()}.partial"
+    partial = f"{path}.{uuid.uuid4().hex}.partial"  # several machines may share the folder
     try:
         save_file(tensors, partial, metadata={"identity": described, "sha256": _tensors_sha256(tensors)})
         os.replace(partial, path)

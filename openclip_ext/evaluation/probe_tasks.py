@@ -151,7 +151,7 @@ class LinearProbeTask(ProbeTask):
 
         data = _arrays(self.features.of(model))
         features, labels = data["val"]
-        found, strength = linear_probe(*data["train"], features, data.get("select"))
+        found, strength = linear_probe(*data["train"], features, data.get("select"), progress=True)
         return self._report(class_scores(found, labels), C=strength)
 
 

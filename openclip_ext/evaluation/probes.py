@@ -70,6 +70,8 @@ def linear_probe(
     train_labels: np.ndarray,
     features: np.ndarray,
     selection: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    progress: bool = False,
 ) -> tuple[np.ndarray, float]:
     """(Q,) classes by logistic regression, and the inverse strength C of its penalty.
 
@@ -83,6 +85,7 @@ def linear_probe(
         train_labels: (M,) class indices, of two classes at least.
         features: (Q, D).
         selection: features and labels to choose C on; None: a tenth of the training features.
+        progress: show a progress bar.
     """
     fitted_on = train_features, train_labels
     if selection is None:
@@ -91,7 +94,8 @@ def linear_probe(
         selection = train_features[held_out], train_labels[held_out]
     strength = GRID[len(GRID) // 2]
     if len(selection[1]):
-        strength = max(GRID, key=lambda candidate: _fit(candidate, *fitted_on).score(*selection))
+        bar = tqdm(GRID, desc="linear probe", unit="fit", disable=not progress, leave=False)
+        strength = max(bar, key=lambda candidate: _fit(candidate, *fitted_on).score(*selection))
     return _fit(strength, train_features, train_labels).predict(features), strength
 
 
