@@ -44,7 +44,7 @@ def refused(evaluate, capsys):
     def run(*flags):
         capsys.readouterr()
         assert evaluate(*flags) == (2, None)
-        (line,) = capsys.readouterr().err.strip().splitlines()
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("openclip-ext:")]
         return line
 
     return run
@@ -72,7 +72,7 @@ def shard(path, samples):
 def by_hand(run, folder, names, templates):
     """OpenCLIP's classifier on the pictures of class folders 0 to 9: (logits, labels)."""
     model, _, transform = open_clip.create_model_and_transforms(
-        "tiny-test", pretrained=str(run / "checkpoints" / "epoch_12.pt")
+        "tiny-test", pretrained=str(run / "checkpoints" / "epoch_6.pt")
     )
     model.eval()
     files = sorted(folder.glob("*/*.png"))
@@ -85,7 +85,7 @@ def by_hand(run, folder, names, templates):
 
 def test_one_report_says_what_was_measured_of_what(evaluate, digit_run, digit_folders, capsys):
     code, report = evaluate("--zero-shot", digit_folders)
-    file = digit_run / "checkpoints" / "epoch_12.pt"
+    file = digit_run / "checkpoints" / "epoch_6.pt"
     assert code == 0
     assert report.keys() == {"created", "versions", "model", "checkpoint", "precision", "device", "tasks"}
     assert report["versions"]["open_clip_torch"] == open_clip.__version__
@@ -134,7 +134,7 @@ def wds(folder, digit_folders):
     return folder
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_shards_score_as_their_folder(evaluate, digit_folders, tmp_path, workers):
     folder = wds(tmp_path / "wds", digit_folders)
     code, report = evaluate("--zero-shot", digit_folders, "--zero-shot", folder, "--workers", workers)
@@ -143,6 +143,7 @@ def test_shards_score_as_their_folder(evaluate, digit_folders, tmp_path, workers
     assert second["scores"] == first["scores"]
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # its own
 def test_clip_benchmark_has_the_same_numbers(evaluate, digit_run, digit_folders, tmp_path, monkeypatch):
     builder = pytest.importorskip("clip_benchmark.datasets.builder")
     from clip_benchmark.metrics import zeroshot_classification
@@ -284,7 +285,7 @@ def test_cifar_is_read_from_torchvisions_files(evaluate, digit_run, tmp_path, mo
 
 @pytest.fixture
 def weights(digit_run):
-    return torch.load(digit_run / "checkpoints" / "epoch_12.pt")["state_dict"]
+    return torch.load(digit_run / "checkpoints" / "epoch_6.pt")["state_dict"]
 
 
 def test_every_kind_of_checkpoint_gives_the_same_scores(evaluate, digit_run, digit_folders, weights, tmp_path):
@@ -304,7 +305,7 @@ def test_every_kind_of_checkpoint_gives_the_same_scores(evaluate, digit_run, dig
         ([*named, tmp_path / "w.bin"], tmp_path / "w.bin"),
         ([*named, tmp_path / "w.pt"], tmp_path / "w.pt"),
         (["--pretrained", f"local-dir:{local}"], local / "open_clip_model.safetensors"),
-        (["--pretrained", digit_run / "checkpoints" / "epoch_12.pt"], digit_run / "checkpoints" / "epoch_12.pt"),
+        (["--pretrained", digit_run / "checkpoints" / "epoch_6.pt"], digit_run / "checkpoints" / "epoch_6.pt"),
     ):
         code, report = evaluate(*flags, "--zero-shot", digit_folders)
         assert code == 0 and report["checkpoint"]["path"] == str(file)
@@ -365,7 +366,7 @@ def bad(tmp_path, monkeypatch, digit_folders, weights, pairs):
                          "broken": {**good, "png": b"rot"}, "textual": {"cls": b"1"}}.items():  # fmt: skip
         shard(tmp_path / name / "0.tar", [good, sample])
     shard(tmp_path / "cut" / "0.tar", [good] * 3)
-    (tmp_path / "cut/0.tar").write_bytes((tmp_path / "cut/0.tar").read_bytes()[:3000])
+    (tmp_path / "cut/0.tar").write_bytes((tmp_path / "cut/0.tar").read_bytes()[:5000])
     return tmp_path
 
 
@@ -386,7 +387,7 @@ NAMED = [*DIGITS, "--model", "tiny-test", "--pretrained"]
         ([*DIGITS, "--pretrained", "local-dir:nowhere"], "local-dir:nowhere: no such folder"),
         ([*DIGITS, "--pretrained", "local-dir:nothing"], "config file missing"),
         ([*DIGITS, "--pretrained", "local-dir:weightless"], "weights"),
-        ([*DIGITS, "--model", "RN50", "--pretrained", "w.pt"], "--pretrained w.pt: its weights do not fit --model RN50"),
+        ([*DIGITS, "--model", "RN50", "--pretrained", "w.pt"], "w.pt: its weights do not fit --model RN50"),
         ([*DIGITS, "--model", "tiny-tset", "--pretrained", "w.pt"], "--model tiny-tset: no such model"),
         ([*DIGITS, "--model", "ViT-B-32", "--pretrained", "laion"],
          "--pretrained laion: neither a file nor a tag of --model ViT-B-32, which has: openai"),
@@ -417,9 +418,9 @@ NAMED = [*DIGITS, "--model", "tiny-test", "--pretrained"]
         ([*DIGITS, "--zero-shot", "rot", "--class-names", "names"], "--class-names names: is for one --zero-shot"),
         (["--zero-shot", "above"], "--zero-shot above: shards hold class indices only"),
         (["--zero-shot", "above", "--class-names", "names"],
-         "above/0.tar: sample 0001 has '2' for a .cls file, and classes are 0 to 1"),
-        (["--zero-shot", "words", "--class-names", "names"], "sample 0001 has 'cat' for a .cls file"),
-        (["--zero-shot", "no_cls", "--class-names", "names"], "sample 0001 has none for a .cls file"),
+         "above/0.tar: sample 0001 needs a .cls file with a class from 0 to 1, and has '2'"),
+        (["--zero-shot", "words", "--class-names", "names"], "class from 0 to 1, and has 'cat'"),
+        (["--zero-shot", "no_cls", "--class-names", "names"], "class from 0 to 1, and has none"),
         (["--zero-shot", "broken", "--class-names", "names"], "broken/0.tar: sample 0001: corrupt image"),
         (["--zero-shot", "textual", "--class-names", "names"], "textual/0.tar: sample 0001: missing image"),
         (["--zero-shot", "cut", "--class-names", "names"], "cut/0.tar: truncated shard"),

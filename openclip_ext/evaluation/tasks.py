@@ -4,6 +4,7 @@ A task family is a module with `TITLE`, `add_arguments(group)` and `tasks(args) 
 """
 
 import argparse
+import os
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,7 +43,8 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         family.add_arguments(parser.add_argument_group(family.TITLE))
     group = parser.add_argument_group("loading")
     group.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
-    group.add_argument("--workers", type=int, default=4, help="processes that load data (default: %(default)s)")
+    cores = min(4, os.cpu_count() or 1)
+    group.add_argument("--workers", type=int, default=cores, help="processes that load data (default: %(default)s)")
     group.add_argument(
         "--feature-cache", metavar="FOLDER",
         help="where features for retrieval and probes are kept (default: openclip-ext/features in ~/.cache)",
