@@ -87,7 +87,7 @@ def _task(path: str, args: argparse.Namespace) -> RetrievalTask:
     reading = dataclasses.asdict(captions)
     if path.endswith((".csv", ".tsv")):
         if args.caption_key is not None:
-            raise UserError(f"--caption-key {args.caption_key}: is for shards, and {path} is a CSV; --csv-caption-key")
+            raise UserError(f"--caption-key {args.caption_key}: is for shards; a CSV takes --csv-caption-key")
         columns = {name: getattr(args, f"csv_{name}") for name in ("img_key", "caption_key", "separator")}
         pairs = captioned_csv(path, FLAG, *columns.values(), captions)
         reading["csv"] = columns
