@@ -6,6 +6,7 @@ Nothing here imports torch before it is needed.
 
 from openclip_ext._host.v3 import (
     BLOCKS,
+    CLASSES_PER_BATCH,
     autocast,
     build_parser,
     checkpoint_from_model,
@@ -32,6 +33,7 @@ from openclip_ext._host.v3_trunks import find_trunks, watched
 
 __all__ = [
     "BLOCKS",
+    "CLASSES_PER_BATCH",
     "autocast",
     "build_parser",
     "checkpoint_from_model",

@@ -17,6 +17,10 @@ BLOCKS = frozenset(
 )  # fmt: skip
 
 
+#: How many classes OpenCLIP's zero-shot evaluation encodes at once.
+CLASSES_PER_BATCH = 10
+
+
 class _ParserFound(Exception):
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self.parser = parser
@@ -378,5 +382,11 @@ def zero_shot_weights(model, tokenizer, class_names, templates, device, *, progr
     from open_clip import build_zero_shot_classifier
 
     return build_zero_shot_classifier(
-        model, tokenizer, class_names, templates, num_classes_per_batch=10, device=device, use_tqdm=progress
+        model,
+        tokenizer,
+        class_names,
+        templates,
+        num_classes_per_batch=CLASSES_PER_BATCH,
+        device=device,
+        use_tqdm=progress,
     )

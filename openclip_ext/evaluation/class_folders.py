@@ -1,7 +1,8 @@
 """Labelled images in one folder per class to fit probes on, and a frozen image tower's features of them."""
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.labelled import LabelledBatches, LabelledFiles, class_folders
+from openclip_ext.evaluation.ranks import ALONE, Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +64,30 @@ def probe_sets(train: str, val: str, select: str | None = None) -> ProbeSets:
     )
 
 
-def probe_data(train: str, val: str, transform, *, batch_size: int, workers: int) -> ProbeData:
-    """Batches of the folders of `--probe-train` and `--probe-val`. Raises UserError: see `probe_sets`."""
+def probe_data(train: str, val: str, transform, *, batch_size: int, workers: int, ranks: Ranks = ALONE) -> ProbeData:
+    """Batches of the folders of `--probe-train` and `--probe-val`, of which each of several ranks has a part.
+
+    Raises:
+        UserError: see `probe_sets`.
+    """
     sets = probe_sets(train, val)
-    loading = {"batch_size": batch_size, "workers": workers}
+    loading = {"batch_size": batch_size, "workers": workers, "ranks": ranks}
     return ProbeData(*(LabelledBatches(data, transform, **loading) for data in (sets.train, sets.val)))
 
 
+def encoded(model, batches: Iterable[tuple[Tensor, Tensor]], **how) -> tuple[Tensor, Tensor]:
+    """Image features (M, D), float32 and not normalised, and labels (M,), on the CPU; see `encoded_batches`."""
+    return in_turn([list(encoded_batches(model, batches, **how))])
+
+
+def in_turn(parts: list[list[tuple[Tensor, Tensor]]]) -> tuple[Tensor, ...]:
+    """Features and labels of batches that ranks took in turn; nothing of no rank."""
+    batches = [batch for turn in itertools.zip_longest(*parts) for batch in turn if batch is not None]
+    return tuple(torch.cat(column) for column in zip(*batches, strict=True))
+
+
 @torch.no_grad()
-def encoded(
+def encoded_batches(
     model,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
@@ -79,8 +96,8 @@ def encoded(
     dtype=None,
     desc: str = "probe",
     progress: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Image features (M, D), float32 and not normalised, and labels (M,), on the CPU.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """By batch: image features (B, D), float32 and not normalised, and labels (B,), on the CPU.
 
     Args:
         model: has `encode_image`; in evaluation mode.
@@ -91,10 +108,8 @@ def encoded(
         desc: what the progress bar is called.
         progress: show it.
     """
-    features, labels = [], []
     total = getattr(batches, "num_batches", None)
-    for images, indices in tqdm(batches, desc=desc, unit="batch", total=total, disable=not progress, leave=False):
+    for images, labels in tqdm(batches, desc=desc, unit="batch", total=total, disable=not progress, leave=False):
         with autocast():
-            features.append(model.encode_image(images.to(device=device, dtype=dtype)).float().cpu())
-        labels.append(indices)
-    return torch.cat(features), torch.cat(labels)
+            features = model.encode_image(images.to(device=device, dtype=dtype)).float().cpu()
+        yield features[labels >= 0], labels[labels >= 0]  # without what makes up for a batch that there is not

@@ -1,6 +1,7 @@
 """Pictures with a class each: from one folder per class, and from shards."""
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from openclip_ext.data import tar
-from openclip_ext.errors import UserError
+from openclip_ext.data.pipeline import shared_batches
+from openclip_ext.errors import RankError, UserError
+from openclip_ext.evaluation.ranks import ALONE, Ranks
 
 CLASS_EXTENSION = "cls"  # a sample's class index in a shard, as text
 
@@ -42,13 +45,13 @@ class LabelledFiles(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int] | UserError:
+    def __getitem__(self, index: int) -> tuple[Image.Image, int] | RankError:
         path, label = self.samples[index]
         try:
             with Image.open(path) as picture:
                 return picture.convert("RGB"), label
         except tar.IMAGE_ERRORS as error:
-            return UserError(f"{path}: cannot be opened as a picture ({error})")
+            return RankError(f"{path}: cannot be opened as a picture ({error})")
 
 
 class LabelledShards(IterableDataset):
@@ -58,26 +61,26 @@ class LabelledShards(IterableDataset):
     def __init__(self, urls: Sequence[str], num_classes: int) -> None:
         self.urls, self.num_classes = urls, num_classes
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int] | UserError]:
+    def __iter__(self) -> Iterator[tuple[Image.Image, int] | RankError]:
         info = get_worker_info()
         skips = tar.Skips()
         for url in self.urls[info.id :: info.num_workers] if info else self.urls:
             for sample in tar.read_shard(url, skips.record):
                 yield self._row(sample, skips)
             if skips:
-                yield UserError(f"{url}: {next(iter(skips))[0]}; make it again")
+                yield RankError(f"{url}: {next(iter(skips))[0]}; make it again")
 
-    def _row(self, sample: dict, skips: tar.Skips) -> tuple[Image.Image, int] | UserError:
+    def _row(self, sample: dict, skips: tar.Skips) -> tuple[Image.Image, int] | RankError:
         where = f"{sample['__url__']}: sample {sample['__key__']}"
         text = sample.get(CLASS_EXTENSION, b"").decode("ascii", "replace").strip()
         if not (text.isdigit() and int(text) < self.num_classes):
             found = repr(text[:20]) if CLASS_EXTENSION in sample else "none"
-            return UserError(
+            return RankError(
                 f"{where} needs a .cls file with a class from 0 to {self.num_classes - 1}, and has {found}"
             )
         picture = tar.decode_image(sample, skips.record)
         if picture is None:
-            return UserError(f"{where}: {next(iter(skips))[0]}")
+            return RankError(f"{where}: {next(iter(skips))[0]}")
         return picture, int(text)
 
 
@@ -85,7 +88,7 @@ class _Transformed(Dataset):
     def __init__(self, dataset: Dataset, transform: Callable[[Any], Tensor]) -> None:
         self.dataset, self.transform = dataset, transform
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | UserError:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | RankError:
         return _transformed(self.dataset[index], self.transform)
 
 
@@ -93,29 +96,30 @@ class _TransformedStream(IterableDataset):
     def __init__(self, dataset: IterableDataset, transform: Callable[[Any], Tensor]) -> None:
         self.dataset, self.transform = dataset, transform
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int] | UserError]:
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | RankError]:
         return (_transformed(row, self.transform) for row in self.dataset)
 
 
-def _transformed(row: Any, transform: Callable[[Any], Tensor]) -> tuple[Tensor, int] | UserError:
-    return row if isinstance(row, UserError) else (transform(row[0]), row[1])
+def _transformed(row: Any, transform: Callable[[Any], Tensor]) -> tuple[Tensor, int] | RankError:
+    return row if isinstance(row, RankError) else (transform(row[0]), row[1])
 
 
 class LabelledBatches:
     """Batches of (images (B, 3, H, W), class indices (B,)), the last one partial.
 
     Of several ranks each takes every so many whole batches: these are the same batches as one rank's, so features of
-    a picture do not depend on the number of ranks. Shards are for one rank.
+    a picture do not depend on the number of ranks. All take as many: one that lacks a batch at the end gets a black
+    picture of class -1 instead. Shards are for one rank.
 
     Args:
         dataset: of (picture, class index).
         transform: picture to tensor.
         batch_size: pictures in a batch.
         workers: processes that load data; 0: this one.
-        rank, world_size: this process, of how many.
+        ranks: this process, of how many.
 
     Raises:
-        UserError: while iterating: a picture that cannot be opened, or a class that is none.
+        RankError: while iterating: a picture that cannot be opened, or a class that is none.
     """
 
     def __init__(
@@ -125,8 +129,7 @@ class LabelledBatches:
         *,
         batch_size: int,
         workers: int,
-        rank: int = 0,
-        world_size: int = 1,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.num_batches = None
         if isinstance(dataset, LabelledShards):
@@ -135,21 +138,23 @@ class LabelledBatches:
         else:
             source = _Transformed(dataset, transform)
             count = len(dataset)
-            starts = range(0, count, batch_size)[rank::world_size]
-            options = {"batch_sampler": [range(start, min(start + batch_size, count)) for start in starts]}
-            self.num_batches = len(starts)
-        self._loader = DataLoader(source, num_workers=workers, collate_fn=_collate, **options)
+            options = {"batch_sampler": shared_batches(count, batch_size, ranks.rank, ranks.world_size)}
+            self.num_batches = len(options["batch_sampler"])
+        collate = functools.partial(_collate, transform)
+        self._loader = DataLoader(source, num_workers=workers, collate_fn=collate, **options)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._loader:
-            if isinstance(batch, UserError):
+            if isinstance(batch, RankError):
                 raise batch
             yield batch
 
 
-def _collate(rows: list) -> Any:
+def _collate(transform: Callable[[Any], Tensor], rows: list) -> Any:
     """A batch; or the error of one of its rows, which would lose its one line if it were raised by a worker."""
-    return next((row for row in rows if isinstance(row, UserError)), None) or default_collate(rows)
+    if not rows:
+        rows = [(transform(Image.new("RGB", (8, 8))), -1)]
+    return next((row for row in rows if isinstance(row, RankError)), None) or default_collate(rows)
 
 
 def class_folders(folder: str, flag: str) -> tuple[list[str], list[tuple[str, int]]]:

@@ -3,6 +3,7 @@
 C   classes       D   width of features
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from openclip_ext import _host
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.encoder import Encoder
+from openclip_ext.evaluation.ranks import ALONE, Ranks
 
 TOPS = (1, 3, 5)
 
@@ -22,20 +24,35 @@ def zero_shot_classifier(
     class_names: Sequence[str],
     templates: Sequence[str | Callable[[str], str]],
     *,
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> Tensor:
     """(D, C) unit columns: a class is the mean text feature over templates, as OpenCLIP computes it.
+
+    Of several ranks each encodes a share of the classes, as many times as any other, and all return the whole.
 
     Args:
         encoder: the model.
         class_names: one name per class.
         templates: format strings, or functions of a class name.
+        ranks: this process, of how many.
         progress: show a progress bar.
     """
+    size = _host.CLASSES_PER_BATCH  # the same batches on any number of ranks
+    batches = [class_names[start : start + size] for start in range(0, len(class_names), size)]
+    rounds = math.ceil(len(batches) / ranks.world_size)
+    own = [batches[number] if number < len(batches) else [""]
+           for number in range(ranks.rank, rounds * ranks.world_size, ranks.world_size)]  # fmt: skip
     with encoder.autocast():
-        return _host.zero_shot_weights(
-            encoder.model, encoder.tokenizer, class_names, templates, encoder.device, progress=progress
-        )
+        columns = _host.zero_shot_weights(
+            encoder.model, encoder.tokenizer, [name for batch in own for name in batch], templates, encoder.device,
+            progress=progress,
+        )  # fmt: skip
+    if ranks.world_size == 1:
+        return columns
+    parts = [part.split(size, dim=1) for part in ranks.on_all(columns.cpu())]
+    in_order = [part[number] for number in range(rounds) for part in parts]
+    return torch.cat(in_order[: len(batches)], dim=1).to(encoder.device)
 
 
 @torch.no_grad()
@@ -50,7 +67,8 @@ def zero_shot_counts(
 ) -> Tensor:
     """(C, 4) int64 on the CPU: by class, its images, and those of them that have it among their best 1, 3 and 5.
 
-    Counts of parts of a data set add up to those of the whole.
+    Counts of parts of a data set add up to those of the whole. Images of class -1, which make up for missing ones, do
+    not count.
 
     Args:
         encoder: the model.
@@ -67,7 +85,8 @@ def zero_shot_counts(
         features = encoder.encode_images(images)
         with encoder.autocast():
             logits = 100.0 * features @ classifier  # scaled as OpenCLIP's, so that rounding makes the same ties
-        best = logits.topk(min(max(TOPS), num_classes)).indices
+        best = logits.topk(min(max(TOPS), num_classes)).indices[labels >= 0]
+        labels = labels[labels >= 0]
         correct = best == labels[:, None]
         row = torch.stack([torch.ones_like(labels), *(correct[:, :top].any(1) for top in TOPS)], dim=1)
         counts.index_add_(0, labels, row.long())

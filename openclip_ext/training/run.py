@@ -212,8 +212,7 @@ class _Run:
         for epoch in range(start, self.args.epochs):
             self._epoch(epoch)
             done, last = epoch + 1, epoch + 1 == self.args.epochs
-            # With a sharded model all ranks compute the same: one alone would wait for the others' parameters.
-            if evaluator.due(done, last) and (self.main or self.accelerator.is_fsdp2):
+            if evaluator.due(done, last):
                 metrics = _evaluate(evaluator, self.trainer.paired, done, last, self.folder)
                 self._track("val", metrics, done * self.trainer.steps_per_epoch)
             if self.run_folder:
@@ -292,9 +291,7 @@ def _evaluate_only(args, accelerator, model, evaluator: Evaluator, checkpoint: C
     """Without training data: score the model, as OpenCLIP does."""
     if checkpoint:
         checkpoint.restore_model(model, args.model)
-    if not accelerator.is_main_process:
-        return {}
-    start_logging(None, console=True, debug=args.debug)
+    start_logging(None, console=accelerator.is_main_process, debug=args.debug)
     try:
         return _evaluate(evaluator, model, checkpoint.epoch if checkpoint else 0, True, None)
     finally:
