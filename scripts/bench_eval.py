@@ -41,7 +41,7 @@ def bench_retrieval(args: argparse.Namespace) -> dict:
     seconds = least_seconds(lambda: retrieval_metrics(image, text, image_of_text), args.repeats, args.device)
 
     def product():
-        for rows in image.split(512):
+        for rows in image.split(1024):
             rows @ text.T
 
     return {

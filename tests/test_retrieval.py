@@ -31,7 +31,7 @@ def slow_ahead(scores, is_own):
     return ahead + np.mean([min(own) for own in places])
 
 
-@pytest.mark.parametrize("blocks", [(7, 11), (512, 2048), (40, 1)])
+@pytest.mark.parametrize("blocks", [(7, 11), (1024, 4096), (40, 1)])
 @pytest.mark.parametrize("captions", [1, 5, "unequal"])
 def test_recall_is_that_of_sorted_lists(blocks, captions):
     generator = torch.Generator().manual_seed(0)
@@ -74,7 +74,7 @@ def test_pairs_are_the_case_of_one_text_per_image_and_openclips_where_no_scores_
     assert metrics == pytest.approx({key: float(value) for key, value in reference.items()})
 
 
-@pytest.mark.parametrize(("captions", "blocks"), [(1, (512, 2048)), (1, (10, 33)), (5, (512, 2048)), (5, (10, 33))])
+@pytest.mark.parametrize(("captions", "blocks"), [(1, (1024, 4096)), (1, (10, 33)), (5, (1024, 4096)), (5, (10, 33))])
 def test_a_collapsed_model_scores_as_chance(captions, blocks):
     """Its scores differ by rounding alone, which depends on where in a tile they are."""
     constant = oracles.unit(1, 509, dtype=torch.float32)

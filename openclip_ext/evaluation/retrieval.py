@@ -19,8 +19,8 @@ def retrieval_metrics(
     text_features: Tensor,
     image_of_text: Tensor | None = None,
     *,
-    image_block: int = 512,
-    text_block: int = 2048,
+    image_block: int = 1024,
+    text_block: int = 4096,
 ) -> dict[str, float]:
     """Rank of each query's own partner among all candidates, both ways.
 
