@@ -11,7 +11,7 @@ from openclip_ext.training.flags import REFUSED, build_parser
 def test_help_does_not_wait_for_torch():
     code = "import sys; from openclip_ext.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n" \
            "assert 'torch' not in sys.modules, 'torch was imported'"  # fmt: skip
-    for command in (["--help"], ["train", "--help"], ["shards", "pack", "--help"]):
+    for command in (["--help"], ["train", "--help"], ["shards", "pack", "--help"], ["eval", "--help"]):
         subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True)
 
 

@@ -1,6 +1,7 @@
 """`openclip-ext eval`: zero-shot classification against OpenCLIP's and clip_benchmark's own code, and wrong inputs."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -276,6 +277,10 @@ def test_cifar_is_read_from_torchvisions_files(evaluate, digit_run, tmp_path, mo
         assert code == 0 and (entry["num_samples"], entry["num_classes"], entry["num_templates"]) == (
             40, num_classes, 18
         )  # fmt: skip
+    if importlib.util.find_spec("clip_benchmark"):  # which has the same templates, and for CIFAR-10 the same names
+        _, same = evaluate("--clip-benchmark", f"cifar{num_classes}={tmp_path / 'data'}")
+        same = same["tasks"][f"cifar{num_classes}"]
+        assert same["num_templates"] == 18 and (num_classes > 10 or same["scores"] == entry["scores"])
     (folder / "test").write_bytes(b"rot")
     assert main(["eval", "--pretrained", str(digit_run), f"--cifar{num_classes}", str(folder)]) == 2
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
@@ -141,7 +142,9 @@ class LabelledBatches:
             options = {"batch_sampler": shared_batches(count, batch_size, ranks.rank, ranks.world_size)}
             self.num_batches = len(options["batch_sampler"])
         collate = functools.partial(_collate, transform)
-        self._loader = DataLoader(source, num_workers=workers, collate_fn=collate, **options)
+        self._loader = DataLoader(
+            source, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), **options
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._loader:

@@ -108,6 +108,7 @@ def clip_benchmark_set(name: str, folder: str, flag: str) -> LabelledSet:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UserError(f"{flag} {name}={folder}: clip_benchmark cannot open it ({reason})") from error
     names, templates = getattr(dataset, "classes", None), getattr(dataset, "templates", None)
-    if not names or not isinstance(templates, list) or isinstance(dataset, IterableDataset):
+    stream = isinstance(dataset, IterableDataset)
+    if not names or not isinstance(templates, list) or stream or name.endswith("multilabel"):
         raise UserError(f"{flag} {name}: is no set of clip_benchmark with pictures of one class each; use another")
     return LabelledSet(dataset, names, filled(templates))

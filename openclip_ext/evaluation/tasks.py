@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation import zero_shot_tasks
+from openclip_ext.evaluation import probe_tasks, retrieval_tasks, zero_shot_tasks
 
 if TYPE_CHECKING:
     from openclip_ext.evaluation.loading import LoadedModel
 
-FAMILIES = (zero_shot_tasks,)
+FAMILIES = (zero_shot_tasks, retrieval_tasks, probe_tasks)
 
 
 class Task(Protocol):
@@ -45,6 +45,11 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     cores = min(4, os.cpu_count() or 1)
     group.add_argument("--workers", type=int, default=cores, help="processes that load data (default: %(default)s)")
+    group.add_argument(
+        "--feature-cache", metavar="FOLDER",
+        help="where features for retrieval and probes are kept (default: openclip-ext/features in ~/.cache)",
+    )  # fmt: skip
+    group.add_argument("--no-feature-cache", action="store_true", help="neither keep them nor take kept ones")
 
 
 def tasks_from(args: argparse.Namespace, *, required: bool = True) -> list[Task]:

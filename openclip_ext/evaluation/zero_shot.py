@@ -85,11 +85,10 @@ def zero_shot_counts(
         features = encoder.encode_images(images)
         with encoder.autocast():
             logits = 100.0 * features @ classifier  # scaled as OpenCLIP's, so that rounding makes the same ties
-        best = logits.topk(min(max(TOPS), num_classes)).indices[labels >= 0]
-        labels = labels[labels >= 0]
-        correct = best == labels[:, None]
+        correct = logits.topk(min(max(TOPS), num_classes)).indices == labels[:, None]
         row = torch.stack([torch.ones_like(labels), *(correct[:, :top].any(1) for top in TOPS)], dim=1)
-        counts.index_add_(0, labels, row.long())
+        # Without a mask, for whose size a GPU would have to be waited for.
+        counts.index_add_(0, labels.clamp(min=0), row.long() * (labels >= 0)[:, None])
     return counts.cpu()
 
 
