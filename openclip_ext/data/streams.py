@@ -15,7 +15,7 @@ from webdataset.filters import _shuffle
 
 from openclip_ext.data import tar
 from openclip_ext.data.listing import ShardListing
-from openclip_ext.data.rows import RowFormat, random_state_kept
+from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
 from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
 
@@ -203,5 +203,5 @@ def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Im
 
 def _with_id(config: StreamConfig, pair: tuple[Image.Image, list[str]], epoch: int, sample_id: int) -> dict:
     """A training row: a function of seed, epoch and sample, on whichever worker and rank it is made."""
-    row = config.training_row(*pair, seed=hash((config.seed, epoch, sample_id)))
+    row = config.training_row(*pair, seed=row_seed(config.seed, epoch, sample_id))
     return row | {"sample_id": sample_id} if config.sample_id else row
