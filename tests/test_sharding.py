@@ -13,8 +13,9 @@ from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data.pack import pack
 from openclip_ext.training import sharding
+from stock import without_ours
 from test_launch import TERMS, launch
-from test_stock_parity import moving, stock_losses, without_ours
+from test_stock_parity import moving, stock_losses
 
 LEARNED = """
 import dataclasses, torch, openclip_ext
