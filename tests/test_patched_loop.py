@@ -294,3 +294,11 @@ def test_a_wrong_flag_is_one_line_before_anything_is_written(patched, train_flag
     error = capsys.readouterr().err
     assert WRONG[flags] in error and len(error.splitlines()) == 1
     assert not (tmp_path / "logs").exists()
+
+
+def test_the_end_of_a_shard_in_newer_webdataset_is_no_file(patched):
+    from open_clip_train.data import group_by_keys_nothrow
+
+    files = [{"fname": f"{key}.txt", "data": b"", "__url__": "shard"} for key in "ab"]
+    samples = list(group_by_keys_nothrow([files[0], {}, files[1], {}]))
+    assert [sample["__key__"] for sample in samples] == ["a", "b"]
