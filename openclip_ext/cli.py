@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from openclip_ext import __version__
-from openclip_ext.commands import demo, eval, export, interpolate, losses, report, shards, structure
+from openclip_ext.commands import demo, eval, export, interpolate, losses, patch, report, shards, structure
 from openclip_ext.errors import RankError, UserError
 
 DESCRIPTION = "Contrastive objectives for OpenCLIP that work at small batch, by name, without a fork."
@@ -19,6 +19,7 @@ COMMANDS = {
     "report": report,
     "export": export,
     "shards": shards,
+    "patch": patch,
 }
 
 

@@ -5,15 +5,15 @@ names a `LossSpec`. Nothing is imported until a spec is asked for.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from openclip_ext.errors import UserError
-from openclip_ext.options import NoOptions, parse_assignments, parse_terms
+from openclip_ext.options import NoOptions
 
 if TYPE_CHECKING:
-    from openclip_ext.losses import ObjectivePlan
+    from openclip_ext.hosting import Hosting
 
 LOSSES = "open_clip.losses"
 TERMS = "open_clip.loss_terms"
@@ -68,22 +68,21 @@ class LossSpec:
             raise ValueError(f"loss {self.name!r} needs {sorted(unknown)}; what can be provided: {sorted(NEEDS)}")
         return needs
 
-    def plan(self, arguments: Iterable[str] = (), terms: Iterable[str] = ()) -> "ObjectivePlan":
-        """This loss with its options and terms, as a training loop's flags give them; checked, not yet built.
+    def host(self, args: Any) -> "Hosting":
+        """This loss with its options and terms in another training loop than ours, checked, not yet built.
 
-        All that another loop than ours has to know: look the name up in the entry points, call this, provide what
-        `plan.needs` names, and train `plan.build(num_samples, rank, world_size)`.
+        All that such a loop has to know: look `--loss` up in the entry points, call this, and do what `Hosting` says.
 
         Args:
-            arguments: `KEY=VALUE`, one per `--loss-arg`.
-            terms: `NAME=WEIGHT[,KEY=VALUE…]`, one per `--loss-term`.
+            args: the loop's parsed flags: OpenCLIP's, and `loss`, `loss_arg` (a list of `KEY=VALUE`) and `loss_term`
+                (a list of `NAME=WEIGHT[,KEY=VALUE…]`).
 
         Raises:
-            UserError: unknown name or option, or a value that is not accepted.
+            UserError: unknown name or option, a value that is not accepted, or flags that do not go together.
         """
-        from openclip_ext.losses import ObjectivePlan
+        from openclip_ext.hosting import Hosting
 
-        return ObjectivePlan(self.name, parse_assignments(arguments, "--loss-arg"), parse_terms(terms))
+        return Hosting(args)
 
 
 def registered_names(group: str = LOSSES) -> list[str]:

@@ -13,8 +13,9 @@ from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data.pack import pack
 from openclip_ext.training import sharding
+from stock import without_ours
 from test_launch import TERMS, launch
-from test_stock_parity import moving, stock_losses, without_ours
+from test_stock_parity import moving, stock_losses
 
 LEARNED = """
 import dataclasses, torch, openclip_ext
@@ -109,7 +110,7 @@ def test_runs_sharded_and_not_go_on_from_each_other(monkeypatch, train_flags, tm
     middle = "sharded/checkpoints/epoch_4.pt"
     sharded("sharded_again", 6, 16, middle)
     assert main(flags("whole_again", 6, 32, middle)) == 0
-    stock = stock_losses(monkeypatch, without_ours(flags("stock", 6, 32, middle)), str(tmp_path / "two"))
+    stock = stock_losses(monkeypatch, without_ours(flags("stock", 6, 32, middle)))
 
     reference = column(logs / "reference", "contrastive_loss")
     assert column(logs / "sharded", "contrastive_loss") == pytest.approx(reference[2:4], rel=1e-5)

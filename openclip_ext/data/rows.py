@@ -62,6 +62,11 @@ class RowFormat:
         return batch
 
 
+def row_seed(seed: int, epoch: int, sample_id: int) -> int:
+    """The seed of a sample's row in an epoch of a run, on whichever worker and rank it is made."""
+    return hash((seed, epoch, sample_id))
+
+
 def _seed_all(seed: int) -> None:
     """The generators that image transforms draw from. Not `torch.manual_seed`, which would reset CUDA's too."""
     random.seed(seed)

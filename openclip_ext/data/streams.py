@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import multiprocessing
 import random
-import zlib
 from collections.abc import Iterator
 from itertools import count, islice
 
@@ -15,7 +14,7 @@ from webdataset.filters import _shuffle
 
 from openclip_ext.data import tar
 from openclip_ext.data.listing import ShardListing
-from openclip_ext.data.rows import RowFormat, random_state_kept
+from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
 from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
 
@@ -114,15 +113,13 @@ class TrainStream(IterableDataset):
                 yield sample | {"sample_id": int.from_bytes(digest, "big") >> 1}
             return
         size = self.config.source.size_of.get(url)
-        start = self.config.source.offsets[url] if size is not None else zlib.crc32(url.encode()) << 31
+        ids = self.config.source.ids_of(url)
         ordinal = -1
         for sample in tar.read_shard(url, record):
             ordinal = sample["__ordinal__"]
             if size is not None and ordinal >= size:
                 record(tar.MORE_SAMPLES, url)
-            # Beyond the recorded size ids repeat within the shard: they must not run into the next one's.
-            position = ordinal if size is None else ordinal % max(size, 1)
-            yield sample | {"sample_id": start + position}
+            yield sample | {"sample_id": ids[ordinal % len(ids)]}
         if size is not None and ordinal + 1 < size:
             record(tar.FEWER_SAMPLES, url)
 
@@ -227,5 +224,5 @@ def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Im
 
 def _with_id(config: StreamConfig, pair: tuple[Image.Image, list[str]], epoch: int, sample_id: int) -> dict:
     """A training row: a function of seed, epoch and sample, on whichever worker and rank it is made."""
-    row = config.training_row(*pair, seed=hash((config.seed, epoch, sample_id)))
+    row = config.training_row(*pair, seed=row_seed(config.seed, epoch, sample_id))
     return row | {"sample_id": sample_id} if config.sample_id else row

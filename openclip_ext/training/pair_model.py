@@ -1,5 +1,7 @@
 """The model as terms need it: with features of second views, and with the pooled outputs of its towers."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -37,32 +39,48 @@ class PairModel(Wrapper):
         super().__init__(model)
         self.trunk_features = trunk_features
         # Not as attributes of modules: their parts belong to the model already.
-        self._trunks = _host.find_trunks(model) if trunk_features else {}
+        self._trunks = _host.find_trunks(model) if trunk_features else None
         self.projected = [name for name in ("image", "text") if trunk_features and name not in self._trunks]
 
     def forward(
         self, image: Tensor, text: Tensor, image_aug: Tensor | None = None, text_aug: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """What the model returns for the first views, plus, where asked for, `<modality>_trunk_features`, and the
-        features of second views under the same names with `_aug`.
+        """See `run_on_views`."""
+        return run_on_views(self.model, self._trunks, image, text, image_aug, text_aug)
 
-        One forward pass per tower: second views are concatenated to the first.
-        """
-        inputs = {"image": image, "text": text}
-        second = {name: x for name, x in (("image", image_aug), ("text", text_aug)) if x is not None}
-        inputs |= {name: torch.cat([inputs[name], x]) for name, x in second.items()}
-        with _host.watched(self._trunks) as seen:
-            out = dict(self.model(inputs["image"], inputs["text"]))
-        if self.trunk_features:
-            for name, trunk in self._trunks.items():
-                out[f"{name}_trunk_features"] = trunk.pool(seen[name], inputs[name])
-            for name in self.projected:
-                out[f"{name}_trunk_features"] = out[f"{name}_features"]
-        for name in second:
-            for key in (f"{name}_features", f"{name}_trunk_features"):
-                if key in out:
-                    out[key], out[f"{key}_aug"] = out[key].chunk(2)
-        return out
+
+def run_on_views(
+    model: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    trunks: dict | None,
+    image: Tensor,
+    text: Tensor,
+    image_aug: Tensor | None = None,
+    text_aug: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """What the model returns for the first views, plus the features of second views under the same names with `_aug`.
+
+    One forward pass per tower: second views are concatenated to the first.
+
+    Args:
+        model: of images and texts; OpenCLIP's, or a wrapper that runs it.
+        trunks: of the model, by `_host.find_trunks`: their pooled outputs are returned as `<modality>_trunk_features`,
+            and projected features stand in for those of a tower that is not among them. None: none wanted.
+        image, text: first views.
+        image_aug, text_aug: second views, as many; None: none wanted.
+    """
+    inputs = {"image": image, "text": text}
+    second = {name: x for name, x in (("image", image_aug), ("text", text_aug)) if x is not None}
+    inputs |= {name: torch.cat([inputs[name], x]) for name, x in second.items()}
+    with _host.watched(trunks or {}) as seen:
+        out = dict(model(inputs["image"], inputs["text"]))
+    for name in inputs if trunks is not None else ():
+        features = trunks[name].pool(seen[name], inputs[name]) if name in trunks else out[f"{name}_features"]
+        out[f"{name}_trunk_features"] = features
+    for name in second:
+        for key in (f"{name}_features", f"{name}_trunk_features"):
+            if key in out:
+                out[key], out[f"{key}_aug"] = out[key].chunk(2)
+    return out
 
 
 @torch.no_grad()

@@ -1,0 +1,162 @@
+"""Losses in a training loop that is not ours, such as OpenCLIP's own once it is patched (`patches/`).
+
+What such a loop does, `args` being its flags and `spec` what the entry point of `--loss` in `open_clip.losses` names:
+
+    hosted = spec.host(args)                                    # ValueError: one line about a flag
+    loss = hosted.build(model, rank=…, world_size=…)            # before DDP and the optimizer see the model
+    optimizer.add_param_group({"params": loss.parameters(), "weight_decay": 0.0})    # if it has any
+    make_row = hosted.row_maker(image_transform, tokenizer)     # where hosted.needs has sample ids or second views
+    …
+    loss.begin_step(step=…, total_steps=…)                      # once per optimizer step, from here on
+    out = hosted.run(model, image, text, …)                     # in place of model(image, text)
+    outputs = loss(**out, sample_ids=…, output_dict=True)       # backward: the sum of what ends in `_loss`
+    loss.commit()                                               # where the optimizer's step was taken
+
+Gradients of the loss's parameters are to be averaged over ranks, and its `state_dict` kept in checkpoints, under the
+keys that `openclip_ext.training.checkpoint` names.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+
+from openclip_ext import _host
+from openclip_ext.data.listing import ShardListing
+from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
+from openclip_ext.data.table import Table
+from openclip_ext.errors import UserError
+from openclip_ext.losses.objective import Objective
+from openclip_ext.options import parse_assignments, parse_terms
+from openclip_ext.training.pair_model import feature_widths, pair_model, run_on_views
+from openclip_ext.training.setup import plan_objective, training_data
+
+_OF_A_ROW = frozenset({"sample_ids", "image_aug", "text_aug"})
+RowMaker = Callable[[Image.Image, str, int, int], dict[str, Tensor]]
+
+
+class Hosting:
+    """A loss and its terms as another loop's flags name them.
+
+    Args:
+        args: see `openclip_ext.registry.LossSpec.host`.
+
+    Attributes:
+        needs: what the loop has to provide, some of `openclip_ext.registry.NEEDS`: `sample_ids`, `image_aug` and
+            `text_aug` (rows have them), `logit_bias` (a model that has one), `teacher_features` (what the teacher
+            returns, each name preceded by `dist_`). `run` provides the others.
+        sample_ids: by the names of the shards the range of their samples' ids, in order; what a shard has beyond them
+            repeats them. None where neither ids nor second views are needed.
+
+    Raises:
+        UserError: unknown name or option, a value that is not accepted, or flags that do not go together.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        flags = vars(args) | {
+            "loss_options": parse_assignments(args.loss_arg, "--loss-arg"),
+            "loss_terms": parse_terms(args.loss_term),
+            "pairs": "captions",
+            "sample_id": "index",
+            "caption_key": None,
+        }
+        flags = argparse.Namespace(**flags)
+        self._plan = plan_objective(flags)
+        self._seed = args.seed
+        self._trunks: dict | None = None
+        self.needs = self._plan.needs
+        _require_agreement(args, self.needs)
+        self._data = training_data(flags, self._plan)
+        self.sample_ids = _ids_by_shard(self._data.source, args) if self.needs & _OF_A_ROW else None
+
+    def row_maker(self, image_transform: Callable[[Image.Image], Tensor], tokenizer: Callable) -> RowMaker:
+        """A function `make(picture, caption, sample_id, epoch)` of the data pipeline.
+
+        It returns the sample's `image` (3, H, W) and `text` (L,), and what is needed of `sample_ids` (a number),
+        `image_aug` and `text_aug`. Views are those of `openclip-ext train`, a function of seed, epoch and sample id.
+        """
+        rows = RowFormat(
+            image_transform=image_transform,
+            tokenizer=tokenizer,
+            image_aug_transform=image_transform if "image_aug" in self.needs else None,
+            text_aug="text_aug" in self.needs,
+        )
+
+        def make(picture: Image.Image, caption: str, sample_id: int, epoch: int) -> dict[str, Tensor]:
+            # Without workers this runs in the training process, whose random state must not depend on it.
+            with contextlib.nullcontext() if get_worker_info() else random_state_kept():
+                row = rows.training_row(picture, [caption], row_seed(self._seed, epoch, sample_id))
+            if "sample_ids" in self.needs:
+                row["sample_ids"] = sample_id
+            return {name: value[0] for name, value in rows.batch([row]).items()}
+
+        return make
+
+    def build(
+        self,
+        model: nn.Module,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        image_dtype: torch.dtype | None = None,
+    ) -> Objective:
+        """The loss, on the device, with heads of the model's widths.
+
+        Args:
+            model: OpenCLIP's, not wrapped yet. A logit bias that the loss does not use is frozen.
+            rank: of this process.
+            world_size: number of processes.
+            device: where losses are computed.
+            image_dtype: of images as the model takes them; None: float32.
+
+        Every rank must call this with the same random state: heads are drawn from it.
+        """
+        if "logit_bias" not in self.needs and getattr(model, "logit_bias", None) is not None:
+            model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
+        if "trunk_features" in self.needs:
+            self._trunks = _host.find_trunks(model)
+        loss = self._plan.build(self._data.size, rank, world_size).to(device)
+        if loss.wants_widths:
+            loss.set_widths(**feature_widths(pair_model(model, self.needs), image_dtype))
+        return loss.to(device)
+
+    def run(
+        self,
+        model: Callable[[Tensor, Tensor], dict[str, Tensor]],
+        image: Tensor,
+        text: Tensor,
+        image_aug: Tensor | None = None,
+        text_aug: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What the loss takes of the model: its output, with trunk features and those of second views where needed.
+
+        `model` runs what `build` was given, wrapped or not. See `openclip_ext.training.pair_model.run_on_views`.
+        """
+        return run_on_views(model, self._trunks, image, text, image_aug, text_aug)
+
+
+def _ids_by_shard(source: ShardListing | Table, args: argparse.Namespace) -> dict[str, range]:
+    if not isinstance(source, ShardListing):
+        raise UserError(
+            f"--loss {args.loss}: it or a term of it needs sample ids or second views, which OpenCLIP's loop has for "
+            "WebDataset shards only; pack some with openclip-ext shards pack, or use openclip-ext train"
+        )
+    return {url: source.ids_of(url) for url in source.urls}
+
+
+def _require_agreement(args: argparse.Namespace, needs: frozenset[str]) -> None:
+    """Raises UserError: flags of OpenCLIP's own loop that do not go with the loss."""
+    if args.siglip and args.loss != "siglip":
+        raise UserError(f"--siglip --loss {args.loss}: these exclude each other; drop one")
+    if getattr(args, "horovod", False):
+        raise UserError(f"--horovod --loss {args.loss}: does not average the loss's gradients; use torchrun")
+    for name in ("torchcompile", "torchscript"):
+        if "trunk_features" in needs and getattr(args, name, False):
+            raise UserError(
+                f"--{name}: hides the towers' inner outputs, which --loss {args.loss} or a term of it needs; drop it"
+            )
