@@ -2,28 +2,21 @@
 
 import argparse
 import os
-import random
 import shutil
 from importlib.metadata import version
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from openclip_ext import _host
-from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.listing import ShardListing
-from openclip_ext.data.pipeline import TrainLoader, train_loader
-from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.during_training import Evaluator
-from openclip_ext.training import setup, sharding
+from openclip_ext.training import setup
+from openclip_ext.training.build import build_trainer, seed_all
 from openclip_ext.training.checkpoint import LATEST, Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
-from openclip_ext.training.pair_model import feature_widths, pair_model
-from openclip_ext.training.views import SymmetricObjective, ViewsModel
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
@@ -41,14 +34,14 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     checkpoint = _checkpoint(args, folder, accelerator)
     if args.check_shards and data and isinstance(data.source, ShardListing):
         setup.require_sizes(data.source, accelerator.is_main_process)
-    _seed(args.seed)
+    seed_all(args.seed)
     model, train_transform, eval_transform, tokenizer = _host.create_model(
         args, accelerator.device, logit_bias="logit_bias" in plan.needs
     )
     evaluator = setup.make_evaluator(args, accelerator, tokenizer, eval_transform)
     if data is None:
         return _evaluate_only(args, accelerator, model, evaluator, checkpoint)
-    trainer, remarks = _trainer(args, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
+    trainer, remarks = build_trainer(args, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
     start = checkpoint.epoch if checkpoint else 0
     if checkpoint:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
@@ -57,92 +50,6 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     with _Run(args, trainer, folder) as run:
         run.say_start(data, checkpoint, remarks)
         return run.epochs(start, evaluator)
-
-
-def _trainer(
-    args, accelerator: Accelerator, plan, data: setup.TrainingData, model, transform, tokenizer, checkpoint
-) -> tuple[Trainer, list[str]]:
-    """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
-    if "logit_bias" not in plan.needs and getattr(model, "logit_bias", None) is not None:
-        model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
-    if args.use_bn_sync and accelerator.num_processes > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if checkpoint:  # before the model may be copied or sharded
-        checkpoint.restore_model(model, args.model)
-    views = ViewsModel(model, args.momentum_encoder) if args.pairs == "views" else None
-    paired, keys = views or pair_model(model, plan.needs), views and views.keys
-    loss = _objective(args, accelerator, plan, data, paired)
-    _seed(args.seed + accelerator.process_index)
-    loader = _loader(args, accelerator, plan, data, transform, tokenizer)
-    steps_per_epoch = loader.num_batches // args.accum_freq
-    optimizer = _host.create_optimizer(args, model)
-    prepared_model, prepared_optimizer = sharding.prepare(accelerator, paired, optimizer, list(loss.parameters()))
-    remarks = [
-        f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
-        for modality in getattr(paired, "projected", [])
-    ]
-    if checkpoint:
-        restored = checkpoint.restore(optimizer=optimizer, scaler=accelerator.scaler, loss=loss, keys=keys)
-        remarks += [f"--resume {args.resume}: {remark}" for remark in restored]
-    return Trainer(
-        accelerator=accelerator,
-        module=model,
-        paired=paired,
-        model=torch.compile(prepared_model) if args.torchcompile else prepared_model,
-        loss=loss,
-        optimizer=prepared_optimizer,
-        schedule=None if args.skip_scheduler else _host.create_schedule(args, optimizer, steps_per_epoch),
-        loader=loader,
-        input_dtype=_host.input_dtype(args.precision),
-        accum_freq=args.accum_freq,
-        grad_clip_norm=args.grad_clip_norm,
-        total_steps=steps_per_epoch * args.epochs,
-        seed=args.seed,
-        teacher=_host.create_teacher(args, accelerator.device) if args.distill_model else None,
-        hash_ids=HashIds(data.num_ids) if data.sample_id == "hash" else None,
-        keys=keys,
-    ), remarks
-
-
-def _objective(args, accelerator: Accelerator, plan, data: setup.TrainingData, paired):
-    """The loss on the device, with room for the data's ids and for the widths of the model `paired`."""
-
-    def build():
-        return plan.build(data.size, accelerator.process_index, accelerator.num_processes)
-
-    loss, widths = build(), None
-    if args.momentum_encoder is not None or loss.wants_widths:
-        widths = feature_widths(paired, _host.input_dtype(args.precision))
-    if args.momentum_encoder is not None:
-        loss = SymmetricObjective(loss, build(), widths["embed"])
-    if data.num_ids != data.size:
-        loss.set_num_ids(data.num_ids)
-    loss.to(accelerator.device)
-    if loss.wants_widths:
-        loss.set_widths(**widths)
-    return loss.to(accelerator.device)
-
-
-def _loader(args, accelerator: Accelerator, plan, data: setup.TrainingData, transform, tokenizer) -> TrainLoader:
-    """Batches of this rank. Raises UserError: an epoch has fewer than an optimizer step takes."""
-    config = StreamConfig(
-        source=data.source,
-        batch_size=args.batch_size,
-        sample_id=data.sample_id,
-        resampled=args.dataset_resampled,
-        seed=args.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        **setup.row_format(args, plan, transform, tokenizer),
-    )
-    pin_memory = accelerator.device.type == "cuda"
-    loader = train_loader(config, num_samples=data.num_samples, workers=args.workers, pin_memory=pin_memory)
-    if loader.num_batches < args.accum_freq:
-        raise UserError(
-            f"--accum-freq {args.accum_freq}: an epoch has only {loader.num_batches} batches of "
-            f"{args.batch_size} x {accelerator.num_processes}; use a smaller --accum-freq or --batch-size"
-        )
-    return loader
 
 
 class _Run:
@@ -338,9 +245,3 @@ def _save(args, trainer: Trainer, folder: str, epoch: int, last: bool) -> None:
     previous = os.path.join(checkpoints, f"epoch_{epoch - 1}.pt")
     if main and args.delete_previous_checkpoint and targets and os.path.exists(previous):
         os.remove(previous)
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
