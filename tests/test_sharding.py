@@ -65,7 +65,7 @@ def column(run, key):
     ("loss", "extra"),
     [
         ("gamma_decomp", ["--loss-arg", "draws=2", *TERMS.split()]),
-        ("learned", ["--accum-freq", "2", "--grad-clip-norm", "0.5"]),
+        ("learned", ["--accum-freq", "2", "--grad-clip-norm", "0.5", "--layer-decay", "0.5", "--text-lr", "2e-3"]),
     ],
 )
 def test_a_sharded_run_equals_one_that_is_not(train_flags, tmp_path, val_shards, learned_loss, loss, extra):

@@ -25,6 +25,7 @@ from openclip_ext._host.v3 import (
     start_remote_sync,
     zero_shot_weights,
 )
+from openclip_ext._host.v3_layers import tower_layers, tower_parameters
 from openclip_ext._host.v3_trunks import find_trunks, watched
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "register_model_config",
     "siglip_loss",
     "start_remote_sync",
+    "tower_layers",
+    "tower_parameters",
     "watched",
     "zero_shot_weights",
 ]

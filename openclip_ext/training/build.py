@@ -1,6 +1,7 @@
 """From a model, a loss and data to a `Trainer` that can take its first step."""
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from openclip_ext.data.pipeline import TrainLoader, train_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.training import setup, sharding
+from openclip_ext.training.learning_rates import describe, scale_learning_rates, scaled
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.pair_model import feature_widths, pair_model
 from openclip_ext.training.views import SymmetricObjective, ViewsModel
@@ -34,6 +36,7 @@ def build_trainer(
     loader = _loader(args, accelerator, plan, data, transform, tokenizer)
     steps_per_epoch = loader.num_batches // args.accum_freq
     optimizer = _host.create_optimizer(args, model)
+    scale_learning_rates(args, model, optimizer)
     prepared_model, prepared_optimizer = sharding.prepare(accelerator, paired, optimizer, list(loss.parameters()))
     remarks = [
         f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
@@ -49,7 +52,7 @@ def build_trainer(
         model=torch.compile(prepared_model) if args.torchcompile else prepared_model,
         loss=loss,
         optimizer=prepared_optimizer,
-        schedule=None if args.skip_scheduler else _host.create_schedule(args, optimizer, steps_per_epoch),
+        schedule=_schedule(args, optimizer, steps_per_epoch),
         loader=loader,
         input_dtype=_host.input_dtype(args.precision),
         accum_freq=args.accum_freq,
@@ -60,6 +63,13 @@ def build_trainer(
         hash_ids=HashIds(data.num_ids) if data.sample_id == "hash" else None,
         keys=keys,
     ), remarks
+
+
+def _schedule(args, optimizer, steps_per_epoch: int) -> Callable[[int], float] | None:
+    if args.skip_scheduler:
+        return None
+    schedule = _host.create_schedule(args, optimizer, steps_per_epoch)
+    return scaled(schedule, optimizer) if describe(optimizer) else schedule
 
 
 def _objective(args, accelerator: Accelerator, plan, data: setup.TrainingData, paired):

@@ -81,12 +81,15 @@ class Checkpoint:
             state["param_groups"].append(optimizer.state_dict()["param_groups"][-1])
             remarks.append("the loss's parameters have no optimizer state in it")
         for group, current in zip(state["param_groups"], optimizer.param_groups, strict=False):
-            if "fused" in current:  # which kernel runs is this run's choice
-                group["fused"] = current["fused"]
+            # Which kernel runs, and how rates differ, is this run's choice.
+            group |= {key: current[key] for key in ("fused", "lr_scale") if key in current}
         try:
             optimizer.load_state_dict(sharding.sharded(state, optimizer))
         except ValueError as error:
-            raise UserError(f"--resume {self.path}: its optimizer state does not fit --opt ({error})") from error
+            raise UserError(
+                f"--resume {self.path}: its optimizer state does not fit --opt, or flags that lock or group parameters "
+                f"({error}); use those it was trained with, or start from its weights with --pretrained {self.path}"
+            ) from error
         if scaler is not None and "scaler" in self.content:
             scaler.load_state_dict(self.content["scaler"])
         return remarks

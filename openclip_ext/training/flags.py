@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON, known by its file name."
     )
     _add_image_flags(ours)
+    _add_tuning_flags(parser.add_argument_group("added by openclip-ext for fine-tuning"))
     return parser
 
 
@@ -108,6 +109,23 @@ def _add_image_flags(ours) -> None:
             help=f"Images in one folder per class that nearest neighbours and a linear probe on the image tower are "
             f"{purpose}, every --val-frequency epochs.",
         )
+
+
+def _add_tuning_flags(tuning) -> None:
+    tuning.add_argument(
+        "--layer-decay",
+        type=float,
+        metavar="X",
+        help="Multiply the learning rate by X for each layer further from a tower's head, such as 0.75; both towers.",
+    )
+    for tower, alias in (("image", "visual"), ("text", None)):
+        for what, meaning in (
+            ("lr", f"Learning rate of the {tower} tower, on the schedule of --lr, where it is to differ."),
+            ("layer-decay", f"--layer-decay of the {tower} tower, where it is to differ."),
+        ):
+            names = [f"--{name}-{what}" for name in (tower, alias) if name]
+            dest = names[0].removeprefix("--").replace("-", "_")
+            tuning.add_argument(*names, dest=dest, type=float, metavar="X", help=meaning)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -149,6 +167,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     _host.fill_optimizer_defaults(args)
     if args.lr is None:
         raise UserError("--lr: give a learning rate with a timm optimizer")
+    _require_tuning_makes_sense(args)
     return args
 
 
@@ -171,3 +190,17 @@ def _require_views_agree(args: argparse.Namespace) -> None:
             f"--precision {args.precision}: an average of weights in half precision stands still; use amp_bf16 with "
             "--momentum-encoder"
         )
+
+
+def _require_tuning_makes_sense(args: argparse.Namespace) -> None:
+    """Raises UserError: a value of a fine-tuning flag that means nothing."""
+    for name in ("layer_decay", "image_layer_decay", "text_layer_decay"):
+        decay = getattr(args, name)
+        if decay is not None and not 0 < decay <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {decay}: must be in (0, 1], such as 0.75")
+    for tower in ("image", "text"):
+        rate = getattr(args, f"{tower}_lr")
+        if rate is not None and rate <= 0:
+            raise UserError(f"--{tower}-lr {rate}: must be above 0; to keep the tower as it is use --lock-{tower}")
+        if rate is not None and args.lr <= 0:
+            raise UserError(f"--{tower}-lr {rate}: follows the schedule of --lr, which is {args.lr}; give one above 0")

@@ -92,10 +92,15 @@ class Trainer:
             outputs = self._backward(list(itertools.islice(batches, self.accum_freq)))
             self._update(outputs)
             outputs["logit_scale"] = self.module.logit_scale.detach().exp()
-            log.step(index, step, outputs, lr=self.optimizer.param_groups[0]["lr"], skipped_steps=self.skipped_steps)
+            log.step(index, step, outputs, lr=self._learning_rate(), skipped_steps=self.skipped_steps)
         for _ in batches:  # what does not fill a step, so that workers end their epoch
             pass
         return skipped
+
+    def _learning_rate(self) -> float:
+        """The schedule's, whatever the first group makes of it."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
 
     def _batches(self, skipped: list) -> Iterator[dict]:
         """Batches on the device.

@@ -15,6 +15,7 @@ from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.training import setup
 from openclip_ext.training.build import build_trainer, seed_all
 from openclip_ext.training.checkpoint import LATEST, Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from openclip_ext.training.learning_rates import describe
 from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
 
@@ -98,6 +99,8 @@ class _Run:
         device = self.accelerator.device.type
         logger.info("%s, %.1f M parameters; %d process(es) on %s, precision %s",
                     args.model, millions, processes, device, args.precision)  # fmt: skip
+        if levels := describe(trainer.optimizer):
+            logger.info(levels)
         if self.accelerator.is_fsdp2:
             logger.info("parameters, gradients and the optimizer's state are sharded (FSDP)")
         logger.info("loss %s over %d samples; %d steps of %d pairs per epoch, %d epochs",
