@@ -126,6 +126,11 @@ def _add_tuning_flags(tuning) -> None:
             names = [f"--{name}-{what}" for name in (tower, alias) if name]
             dest = names[0].removeprefix("--").replace("-", "_")
             tuning.add_argument(*names, dest=dest, type=float, metavar="X", help=meaning)
+    tuning.add_argument(
+        "--warm-start-pass",
+        action="store_true",
+        help="Before the first step, run over an epoch of the data without gradient and fill the memory of the loss.",
+    )
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

@@ -83,7 +83,7 @@ class Trainer:
         self.loss.train()
         self.loader.set_epoch(epoch)
         skipped: list[tuple[str, str, int]] = []
-        batches = self._batches(skipped)
+        batches = self.batches(skipped)
         for index in range(self.steps_per_epoch):
             step = epoch * self.steps_per_epoch + index
             if self.schedule is not None:
@@ -102,7 +102,7 @@ class Trainer:
         group = self.optimizer.param_groups[0]
         return group["lr"] / group.get("lr_scale", 1.0)
 
-    def _batches(self, skipped: list) -> Iterator[dict]:
+    def batches(self, skipped: list) -> Iterator[dict]:
         """Batches on the device.
 
         Ranks agree on the first one of each data worker, so that none waits for another that has no data.
@@ -133,7 +133,7 @@ class Trainer:
 
     def _backward_whole(self, batches: list[dict]) -> dict[str, Tensor]:
         (batch,) = batches
-        outputs = self._loss(self.model(**_views(batch)), self._constants(batch))
+        outputs = self._loss(self.model(**model_inputs(batch)), self.constants(batch))
         self.accelerator.backward(total_loss(outputs))
         return outputs
 
@@ -148,11 +148,11 @@ class Trainer:
         for batch in batches:
             random_states.append(_random_state(self.accelerator.device))
             with torch.no_grad():
-                parts.append(self.model(**_views(batch)))
-        leaves = {key: value.detach().clone() for key, value in _concatenated(parts).items()}
+                parts.append(self.model(**model_inputs(batch)))
+        leaves = {key: value.detach().clone() for key, value in concatenated(parts).items()}
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
-        outputs = self._loss(leaves, _concatenated([self._constants(batch) for batch in batches]))
+        outputs = self._loss(leaves, concatenated([self.constants(batch) for batch in batches]))
         self.accelerator.backward(total_loss(outputs))
         sizes = [len(batch["image"]) for batch in batches]
         gradients = {key: leaf.grad.split(sizes) for key, leaf in leaves.items() if leaf.grad is not None and leaf.ndim}
@@ -161,14 +161,14 @@ class Trainer:
             # Gradients of a sharded model are averaged with every part: to wait with them takes room for all of them.
             average = last or self.accelerator.is_fsdp2
             with contextlib.nullcontext() if average else self.accelerator.no_sync(self.model), _replayed(state):
-                again = self.model(**_views(batch))
+                again = self.model(**model_inputs(batch))
                 pairs = [(again[key], gradient[number]) for key, gradient in gradients.items()]
                 if last:  # scalars belong to no part
                     pairs += [(again[key], x.grad) for key, x in leaves.items() if x.grad is not None and not x.ndim]
                 torch.autograd.backward(*zip(*pairs, strict=True))
         return outputs
 
-    def _constants(self, batch: dict) -> dict[str, Tensor]:
+    def constants(self, batch: dict) -> dict[str, Tensor]:
         """What the loss is given that has no gradient."""
         constants = {"sample_ids": batch["sample_id"]} if "sample_id" in batch else {}
         if self.teacher is not None:
@@ -229,12 +229,12 @@ class Trainer:
         return [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
 
 
-def _views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model takes of a batch."""
     return {key: batch[key] for key in ("image", "text", "image_aug", "text_aug") if key in batch}
 
 
-def _concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Per-sample tensors of several batches as one; of scalars, which are equal, the last."""
     keys = [key for key, value in parts[0].items() if value is not None]
     return {key: torch.cat([part[key] for part in parts]) if parts[0][key].ndim else parts[-1][key] for key in keys}

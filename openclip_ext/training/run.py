@@ -18,6 +18,7 @@ from openclip_ext.training.checkpoint import LATEST, Checkpoint, latest_checkpoi
 from openclip_ext.training.learning_rates import describe
 from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
+from openclip_ext.training.warm_start import warm_start_pass
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
@@ -44,12 +45,15 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         return _evaluate_only(args, accelerator, model, evaluator, checkpoint)
     trainer, remarks = build_trainer(args, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
     start = checkpoint.epoch if checkpoint else 0
+    new_memory = not (checkpoint and checkpoint.content.get("loss"))
     if checkpoint:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
     elif args.resume:
         remarks.append(f"--resume {args.resume}: no checkpoint of this run yet: it starts from the beginning")
     with _Run(args, trainer, folder) as run:
         run.say_start(data, checkpoint, remarks)
+        if args.warm_start_pass and new_memory and start < args.epochs:
+            run.warm_start()
         return run.epochs(start, evaluator)
 
 
@@ -114,6 +118,17 @@ class _Run:
     def _pairs_per_step(self) -> int:
         return self.args.batch_size * self.args.accum_freq * self.accelerator.num_processes
 
+    def warm_start(self) -> None:
+        """`--warm-start-pass`; a loss that keeps nothing between steps is left as it is."""
+        if not self.trainer.loss.wants_warm_start:
+            logger.warning("--warm-start-pass: loss %s keeps no memory of samples: there is nothing to fill",
+                           self.args.loss)  # fmt: skip
+            return
+        self._report_skips(warm_start_pass(self.trainer, epoch=self.args.epochs), "warm start")
+
+    def _report_skips(self, skipped: list[tuple[str, str, int]], when: str) -> None:
+        report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, when)
+
     def epochs(self, start: int, evaluator: Evaluator) -> dict[str, float]:
         """Train from epoch `start` to the last; the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
@@ -144,7 +159,7 @@ class _Run:
             skipped = self.trainer.train_epoch(epoch, log)
         finally:
             log.close()
-        report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, f"epoch {epoch + 1}")
+        self._report_skips(skipped, f"epoch {epoch + 1}")
         if self.trainer.hash_ids and self.trainer.hash_ids.collisions:
             logger.warning("%d visits so far to sample ids that another sample holds; raise --sample-id-table",
                            self.trainer.hash_ids.collisions)  # fmt: skip
