@@ -73,9 +73,9 @@ def stock_losses(monkeypatch, flags, shards):
     return seen
 
 
-def moving(checkpoint):
+def moving(checkpoint, part="state_dict"):
     """Weights whose gradient is not zero up to rounding, as that of the keys' bias is: there Adam amplifies noise."""
-    return {key: value for key, value in checkpoint["state_dict"].items() if "in_proj_bias" not in key}
+    return {key: value for key, value in checkpoint[part].items() if "in_proj_bias" not in key}
 
 
 def without_ours(flags):

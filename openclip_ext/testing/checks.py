@@ -129,7 +129,7 @@ def toy_steps() -> list[tuple[Tensor, Tensor, Tensor]]:
 def evaluate_loss(
     loss: Callable[..., Any], model: nn.Module, image: Tensor, text: Tensor, ids: Tensor
 ) -> dict[str, Tensor]:
-    """The loss's outputs for a toy batch."""
+    """What the loss, or its `warm_start`, makes of a toy batch."""
     features = model(image, text)
     required = [features.pop(key) for key in ("image_features", "text_features", "logit_scale")]
     return loss(*required, **features, sample_ids=ids)

@@ -13,6 +13,7 @@ from openclip_ext.data.pipeline import TrainLoader, train_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.training import setup, sharding
+from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.learning_rates import describe, scale_learning_rates, scaled
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.pair_model import feature_widths, pair_model
@@ -42,8 +43,11 @@ def build_trainer(
         f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
         for modality in getattr(paired, "projected", [])
     ]
+    average = None if args.ema is None else WeightAverage(model, args.ema)
     if checkpoint:
-        restored = checkpoint.restore(optimizer=optimizer, scaler=accelerator.scaler, loss=loss, keys=keys)
+        restored = checkpoint.restore(
+            optimizer=optimizer, scaler=accelerator.scaler, loss=loss, keys=keys, average=average
+        )
         remarks += [f"--resume {args.resume}: {remark}" for remark in restored]
     return Trainer(
         accelerator=accelerator,
@@ -62,6 +66,7 @@ def build_trainer(
         teacher=_host.create_teacher(args, accelerator.device) if args.distill_model else None,
         hash_ids=HashIds(data.num_ids) if data.sample_id == "hash" else None,
         keys=keys,
+        average=average,
     ), remarks
 
 

@@ -10,18 +10,30 @@ import torch
 from openclip_ext import _host
 from openclip_ext.errors import UserError
 from openclip_ext.training import sharding
+from openclip_ext.training.average import WeightAverage
 
 LATEST = "epoch_latest.pt"
 
 
 def save_checkpoint(
-    path: str | None, *, epoch: int, name: str, model, optimizer, scaler, loss, distributed: bool, keys=None
+    path: str | None,
+    *,
+    epoch: int,
+    name: str,
+    model,
+    optimizer,
+    scaler,
+    loss,
+    distributed: bool,
+    keys=None,
+    average: WeightAverage | None = None,
 ) -> None:
     """Write a checkpoint that stock OpenCLIP loads, whole or not at all.
 
-    Keys as OpenCLIP writes them: `epoch, name, state_dict, optimizer`, `scaler` if there is one. Keys of ours, which
-    OpenCLIP ignores: `loss` (state of the loss), `loss_optimizer` (the optimizer's last group, if the loss has
-    parameters; in `optimizer` it would keep OpenCLIP from resuming), and `momentum_encoder` if there is one.
+    Keys as OpenCLIP writes them: `epoch, name, state_dict, optimizer`, `scaler` if there is one, and `state_dict_ema`
+    of an average, which its main branch reads. Keys of ours, which OpenCLIP ignores: `loss` (state of the loss),
+    `loss_optimizer` (the optimizer's last group, if the loss has parameters; in `optimizer` it would keep OpenCLIP from
+    resuming), and `momentum_encoder` if there is one.
 
     A sharded model is gathered, so all ranks call this; those that write nothing pass None for `path`.
     """
@@ -34,6 +46,10 @@ def save_checkpoint(
         "state_dict": sharding.whole(_host.checkpoint_from_model(model, distributed), keep),
         "optimizer": optimizer_state,
     }
+    if average is not None:
+        with average.applied():
+            state = sharding.whole(_host.checkpoint_from_model(model, distributed), keep)
+            content["state_dict_ema"] = {key: value.cpu().clone() for key, value in state.items()} if keep else None
     if path is None:
         return
     if scaler is not None:
@@ -60,7 +76,7 @@ class Checkpoint:
         """Load the weights into a model that is not sharded. Raises UserError: they are another architecture's."""
         _host.load_model_weights(model, self.content.get("state_dict", self.content), self.path, model_name)
 
-    def restore(self, *, optimizer, scaler, loss, keys=None) -> list[str]:
+    def restore(self, *, optimizer, scaler, loss, keys=None, average: WeightAverage | None = None) -> list[str]:
         """Load everything else the checkpoint holds.
 
         Returns:
@@ -71,7 +87,7 @@ class Checkpoint:
         """
         if "epoch" not in self.content:
             return ["the file holds weights only: optimizer and loss start anew"]
-        remarks = self._restore_loss(loss)
+        remarks = self._restore_loss(loss) + self._restore_average(average)
         if keys is not None and "momentum_encoder" in self.content:
             keys.load_state_dict(self.content["momentum_encoder"])
         elif keys is not None:
@@ -93,6 +109,15 @@ class Checkpoint:
         if scaler is not None and "scaler" in self.content:
             scaler.load_state_dict(self.content["scaler"])
         return remarks
+
+    def _restore_average(self, average: WeightAverage | None) -> list[str]:
+        state = self.content.get("state_dict_ema")
+        if average is None:
+            return ["its average of weights is left behind: give --ema to go on with it"] if state else []
+        if not state:
+            return ["it holds no average of weights: that starts as a copy of them"]
+        average.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+        return []
 
     def _restore_loss(self, loss) -> list[str]:
         expected, found = loss.state_dict(), self.content.get("loss", {})

@@ -127,6 +127,13 @@ def _add_tuning_flags(tuning) -> None:
             dest = names[0].removeprefix("--").replace("-", "_")
             tuning.add_argument(*names, dest=dest, type=float, metavar="X", help=meaning)
     tuning.add_argument(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="Keep an exponential average of the weights, such as 0.999; it is evaluated beside them, and kept in "
+        "checkpoints as state_dict_ema.",
+    )
+    tuning.add_argument(
         "--warm-start-pass",
         action="store_true",
         help="Before the first step, run over an epoch of the data without gradient and fill the memory of the loss.",
@@ -190,10 +197,14 @@ def _require_views_agree(args: argparse.Namespace) -> None:
         return
     if not 0 <= momentum < 1:
         raise UserError(f"--momentum-encoder {momentum}: must be in [0, 1), such as 0.99")
+    _require_averages_move(args, "--momentum-encoder")
+
+
+def _require_averages_move(args: argparse.Namespace, flag: str) -> None:
     if args.precision not in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
         raise UserError(
             f"--precision {args.precision}: an average of weights in half precision stands still; use amp_bf16 with "
-            "--momentum-encoder"
+            f"{flag}"
         )
 
 
@@ -209,3 +220,7 @@ def _require_tuning_makes_sense(args: argparse.Namespace) -> None:
             raise UserError(f"--{tower}-lr {rate}: must be above 0; to keep the tower as it is use --lock-{tower}")
         if rate is not None and args.lr <= 0:
             raise UserError(f"--{tower}-lr {rate}: follows the schedule of --lr, which is {args.lr}; give one above 0")
+    if args.ema is not None:
+        if not 0 <= args.ema < 1:
+            raise UserError(f"--ema {args.ema}: must be in [0, 1), such as 0.999")
+        _require_averages_move(args, "--ema")

@@ -19,6 +19,7 @@ from openclip_ext.data.pipeline import TrainLoader
 from openclip_ext.errors import RankError, UserError
 from openclip_ext.losses.objective import total_loss
 from openclip_ext.training import sharding
+from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.log import EpochLog
 from openclip_ext.training.views import MomentumEncoder
 
@@ -47,6 +48,7 @@ class Trainer:
         teacher: of distillation; None: there is none.
         hash_ids: maps hashes of keys to sample ids; None: batches hold ids.
         keys: an average of the model, which follows each step taken; None: there is none.
+        average: of the weights, likewise, for evaluation.
     """
 
     accelerator: Accelerator
@@ -65,6 +67,7 @@ class Trainer:
     teacher: nn.Module | None = None
     hash_ids: HashIds | None = None
     keys: MomentumEncoder | None = None
+    average: WeightAverage | None = None
     skipped_steps: int = 0
 
     @property
@@ -198,6 +201,8 @@ class Trainer:
                 self.keys.update()
             with torch.no_grad():
                 self.module.logit_scale.clamp_(0, math.log(100))  # as in OpenCLIP
+            if self.average is not None:
+                self.average.update()
             return
         self.skipped_steps += 1
         if self.skipped_steps == MAX_SKIPPED_STEPS:

@@ -13,6 +13,7 @@ from openclip_ext.data.listing import ShardListing
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.training import setup
+from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.build import build_trainer, seed_all
 from openclip_ext.training.checkpoint import LATEST, Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from openclip_ext.training.learning_rates import describe
@@ -139,7 +140,7 @@ class _Run:
             done, last = epoch + 1, epoch + 1 == self.args.epochs
             # With a sharded model all ranks compute the same: one alone would wait for the others' parameters.
             if evaluator.due(done, last) and (self.main or self.accelerator.is_fsdp2):
-                metrics = _evaluate(evaluator, self.trainer.paired, done, last, self.folder)
+                metrics = _evaluate(evaluator, self.trainer.paired, done, last, self.folder, self.trainer.average)
                 self._track("val", metrics, done * self.trainer.steps_per_epoch)
             if self.run_folder:
                 _save(self.args, self.trainer, self.run_folder, done, last)
@@ -226,9 +227,15 @@ def _evaluate_only(args, accelerator, model, evaluator: Evaluator, checkpoint: C
         stop_logging()
 
 
-def _evaluate(evaluator: Evaluator, model, epoch: int, last: bool, folder: str | None) -> dict[str, float]:
+def _evaluate(
+    evaluator: Evaluator, model, epoch: int, last: bool, folder: str | None, average: WeightAverage | None = None
+) -> dict[str, float]:
+    """Metrics of the model, and with `ema-` before their names those of the average of its weights."""
     metrics = evaluator.evaluate(model, epoch, last)
     report_skips(evaluator.skipped, "validation")
+    if average is not None:
+        with average.applied():
+            metrics |= {f"ema-{name}": value for name, value in evaluator.evaluate(model, epoch, last).items()}
     shown = {name: value for name, value in metrics.items() if name.endswith(("R@1", "-top1", "clip_val_loss"))}
     logger.info("after epoch %d: %s", epoch, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
     if folder:
@@ -258,6 +265,7 @@ def _save(args, trainer: Trainer, folder: str, epoch: int, last: bool) -> None:
             scaler=trainer.accelerator.scaler,
             loss=trainer.loss,
             keys=trainer.keys,
+            average=trainer.average,
             distributed=trainer.accelerator.num_processes > 1,
         )
     previous = os.path.join(checkpoints, f"epoch_{epoch - 1}.pt")
