@@ -64,7 +64,7 @@ def column(run, key):
 @pytest.mark.parametrize(
     ("loss", "extra"),
     [
-        ("gamma_decomp", ["--loss-arg", "draws=2", *TERMS.split()]),
+        ("gamma_decomp", ["--loss-arg", "draws=2", "--lora", "r=2", "--ema", "0.8", *TERMS.split()]),
         (
             "learned",
             [

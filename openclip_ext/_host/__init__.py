@@ -1,13 +1,13 @@
 """Every touch of OpenCLIP's internals: the modules `v3*` for its major version 3.
 
 The functions below are the whole interface; another major version is other modules that define them.
-Nothing here imports torch before it is needed.
+Nothing here imports torch before it is needed: `v3_attention`, which does, is imported by what needs it.
 """
 
 from openclip_ext._host.v3 import (
     BLOCKS,
     build_parser,
-    checkpoint_from_model,
+    checkpoint_from_state,
     clip_loss,
     create_model,
     create_optimizer,
@@ -25,13 +25,14 @@ from openclip_ext._host.v3 import (
     start_remote_sync,
     zero_shot_weights,
 )
-from openclip_ext._host.v3_layers import tower_layers, tower_parameters
+from openclip_ext._host.v3_layers import adaptable_layers, plain_name, tower_layers, tower_parameters
 from openclip_ext._host.v3_trunks import find_trunks, watched
 
 __all__ = [
     "BLOCKS",
+    "adaptable_layers",
     "build_parser",
-    "checkpoint_from_model",
+    "checkpoint_from_state",
     "clip_loss",
     "create_model",
     "create_optimizer",
@@ -45,6 +46,7 @@ __all__ = [
     "imagenet_names",
     "input_dtype",
     "load_model_weights",
+    "plain_name",
     "register_model_config",
     "siglip_loss",
     "start_remote_sync",

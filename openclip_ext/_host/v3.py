@@ -255,10 +255,10 @@ def load_model_weights(model, state_dict: dict, source: str, model_name: str) ->
         raise UserError(f"--resume {source}: not a checkpoint of --model {model_name} ({detail}…)") from error
 
 
-def checkpoint_from_model(model, distributed: bool) -> dict:
-    """The model's `state_dict` as OpenCLIP writes it: with DDP's prefix when trained on several ranks."""
+def checkpoint_from_state(state_dict: dict, distributed: bool) -> dict:
+    """A model's `state_dict` as OpenCLIP writes it: with DDP's prefix when trained on several ranks."""
     prefix = "module." if distributed else ""
-    return {prefix + key: value for key, value in model.state_dict().items()}
+    return {prefix + key: value for key, value in state_dict.items()}
 
 
 def create_optimizer(args: argparse.Namespace, model):

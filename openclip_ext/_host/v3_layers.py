@@ -1,4 +1,4 @@
-"""OpenCLIP 3.3: which parameters belong to which tower, and at which depth of it."""
+"""OpenCLIP 3.3: the layers of its towers: which belongs where, at which depth, and which can be adapted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tower_layers(model: nn.Module, tower: str) -> list[list[nn.Parameter]]:
         tower: `image` or `text`.
 
     Raises:
-        UserError: a kind of tower whose order of layers is not known.
+        UserError: a kind of tower whose layers are not known.
     """
     if tower == "image":
         blocks, norms, head = _image_layers(model.visual)
@@ -45,6 +45,38 @@ def tower_layers(model: nn.Module, tower: str) -> list[list[nn.Parameter]]:
     above = {id(parameter) for layer in layers for parameter in layer}
     below = [parameter for parameter in tower_parameters(model)[tower] if id(parameter) not in above]
     return [layer for layer in (below, *layers[:-1]) if layer] + layers[-1:]
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The Linear layers inside the blocks of both towers whose weights are trained, by name.
+
+    Attention of OpenCLIP's own blocks is replaced by `LinearAttention` first, which does the same. Embeddings, heads,
+    convolutions and CoCa's text decoder are left out, and so is the bare input projection of OpenCLIP's rarely used
+    `CustomResidualAttentionBlock`.
+    """
+    from torch.nn import Linear, MultiheadAttention
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+    from openclip_ext._host.v3_attention import LinearAttention
+
+    layers = [layer for tower in ("image", "text") for layer in tower_layers(model, tower)[:-1]]
+    trained = {id(parameter) for layer in layers for parameter in layer if parameter.requires_grad}
+    for module in list(model.modules()):
+        attention = getattr(module, "attn", None)
+        if isinstance(attention, MultiheadAttention) and id(attention.in_proj_weight) in trained:
+            module.attn = LinearAttention(attention)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        # The kind that is left out here is read past its `forward` by attention that was not replaced.
+        if isinstance(module, Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+        if id(module.weight) in trained
+    }
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name as it was before `adaptable_layers` replaced attention."""
+    return name.replace(".attn.in_proj.", ".attn.in_proj_")
 
 
 def _image_layers(tower: nn.Module) -> tuple[list[Part], list[Part], list[Part]]:
@@ -110,6 +142,6 @@ def _parameters(parts: Iterable[Part]) -> list[nn.Parameter]:
 
 def _unknown(tower: nn.Module) -> UserError:
     return UserError(
-        f"--layer-decay: the order of the layers of {type(tower).__name__} is not known; leave the decay of this tower "
-        "out, and give it a learning rate with --image-lr or --text-lr"
+        f"--layer-decay, --lora: the layers of {type(tower).__name__} are not known; leave the flag out, or give the "
+        "tower a learning rate with --image-lr or --text-lr"
     )

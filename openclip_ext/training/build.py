@@ -16,6 +16,7 @@ from openclip_ext.training import setup, sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.learning_rates import describe, scale_learning_rates, scaled
 from openclip_ext.training.loop import Trainer
+from openclip_ext.training.lora import Adapters
 from openclip_ext.training.pair_model import feature_widths, pair_model
 from openclip_ext.training.views import SymmetricObjective, ViewsModel
 
@@ -24,12 +25,7 @@ def build_trainer(
     args, accelerator: Accelerator, plan, data: setup.TrainingData, model, transform, tokenizer, checkpoint
 ) -> tuple[Trainer, list[str]]:
     """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
-    if "logit_bias" not in plan.needs and getattr(model, "logit_bias", None) is not None:
-        model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
-    if args.use_bn_sync and accelerator.num_processes > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if checkpoint:  # before the model may be copied or sharded
-        checkpoint.restore_model(model, args.model)
+    model, adapters = _to_train(args, accelerator, plan, model, checkpoint)
     views = ViewsModel(model, args.momentum_encoder) if args.pairs == "views" else None
     paired, keys = views or pair_model(model, plan.needs), views and views.keys
     loss = _objective(args, accelerator, plan, data, paired)
@@ -67,7 +63,24 @@ def build_trainer(
         hash_ids=HashIds(data.num_ids) if data.sample_id == "hash" else None,
         keys=keys,
         average=average,
+        adapters=adapters,
     ), remarks
+
+
+def _to_train(args, accelerator: Accelerator, plan, model, checkpoint) -> tuple[torch.nn.Module, Adapters | None]:
+    """The model with the checkpoint's weights, and its adapters if it has some; neither copied nor sharded yet."""
+    if "logit_bias" not in plan.needs and getattr(model, "logit_bias", None) is not None:
+        model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
+    if args.use_bn_sync and accelerator.num_processes > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.pairs == "views":
+        _host.freeze_text(model)
+    if checkpoint:
+        checkpoint.restore_model(model, args.model)
+    adapters = Adapters(model, args.lora_options) if args.lora_options else None
+    if checkpoint:
+        checkpoint.restore_adapters(adapters)
+    return model, adapters
 
 
 def _schedule(args, optimizer, steps_per_epoch: int) -> Callable[[int], float] | None:

@@ -11,6 +11,7 @@ from openclip_ext import _host
 from openclip_ext.errors import UserError
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.lora import Adapters
 
 LATEST = "epoch_latest.pt"
 
@@ -27,29 +28,31 @@ def save_checkpoint(
     distributed: bool,
     keys=None,
     average: WeightAverage | None = None,
+    adapters: Adapters | None = None,
 ) -> None:
     """Write a checkpoint that stock OpenCLIP loads, whole or not at all.
 
     Keys as OpenCLIP writes them: `epoch, name, state_dict, optimizer`, `scaler` if there is one, and `state_dict_ema`
     of an average, which its main branch reads. Keys of ours, which OpenCLIP ignores: `loss` (state of the loss),
     `loss_optimizer` (the optimizer's last group, if the loss has parameters; in `optimizer` it would keep OpenCLIP from
-    resuming), and `momentum_encoder` if there is one.
+    resuming), and if there are any `momentum_encoder` and `lora` (options, and the `state_dict` and `state_dict_ema` of
+    adapters, which the weights have merged).
 
     A sharded model is gathered, so all ranks call this; those that write nothing pass None for `path`.
     """
     keep = path is not None
     optimizer_state = sharding.whole(optimizer.state_dict(), keep)
     optimizer_state, loss_optimizer = _split(optimizer_state, any(True for _ in loss.parameters()))
-    content: dict[str, Any] = {
-        "epoch": epoch,
-        "name": name,
-        "state_dict": sharding.whole(_host.checkpoint_from_model(model, distributed), keep),
-        "optimizer": optimizer_state,
-    }
+    content: dict[str, Any] = {"epoch": epoch, "name": name}
+    content["state_dict"], lora = _weights(model, adapters, distributed, keep)
+    content["optimizer"] = optimizer_state
+    if adapters is not None:
+        content["lora"] = {"options": adapters.options_dict(), "state_dict": lora}
     if average is not None:
         with average.applied():
-            state = sharding.whole(_host.checkpoint_from_model(model, distributed), keep)
-            content["state_dict_ema"] = {key: value.cpu().clone() for key, value in state.items()} if keep else None
+            content["state_dict_ema"], lora = map(_copied, _weights(model, adapters, distributed, keep))
+        if adapters is not None:
+            content["lora"]["state_dict_ema"] = lora
     if path is None:
         return
     if scaler is not None:
@@ -64,6 +67,18 @@ def save_checkpoint(
     os.replace(path + ".partial", path)
 
 
+def _weights(model, adapters: Adapters | None, distributed: bool, keep: bool) -> tuple[dict, dict]:
+    """The `state_dict` of the model, adapters merged, and that of the adapters; what was sharded is gathered."""
+    state = model.state_dict() if adapters is None else adapters.merged_state_dict()
+    lora = {} if adapters is None else adapters.state_dict()
+    return sharding.whole(_host.checkpoint_from_state(state, distributed), keep), sharding.whole(lora, keep)
+
+
+def _copied(state: dict) -> dict:
+    """In memory of its own, on the CPU; ranks that keep nothing hold None for what was gathered."""
+    return {key: value if value is None else value.to("cpu", copy=True) for key, value in state.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint in memory."""
@@ -75,6 +90,22 @@ class Checkpoint:
     def restore_model(self, model, model_name: str) -> None:
         """Load the weights into a model that is not sharded. Raises UserError: they are another architecture's."""
         _host.load_model_weights(model, self.content.get("state_dict", self.content), self.path, model_name)
+
+    def restore_adapters(self, adapters: Adapters | None) -> None:
+        """Load what `--lora` trained, after `restore_model`. Raises UserError: the run and the file differ in it."""
+        saved = self.content.get("lora")
+        if adapters is not None and saved:
+            adapters.restore(saved, self.path)
+        elif adapters is not None and "epoch" in self.content:
+            raise UserError(
+                f"--resume {self.path}: was trained without --lora; to adapt its weights, start with --pretrained "
+                f"{self.path}"
+            )
+        elif saved and adapters is None:
+            raise UserError(
+                f"--resume {self.path}: was trained with --lora r={saved['options']['r']}; give that flag again, or "
+                f"start from its merged weights with --pretrained {self.path}"
+            )
 
     def restore(self, *, optimizer, scaler, loss, keys=None, average: WeightAverage | None = None) -> list[str]:
         """Load everything else the checkpoint holds.
@@ -116,7 +147,8 @@ class Checkpoint:
             return ["its average of weights is left behind: give --ema to go on with it"] if state else []
         if not state:
             return ["it holds no average of weights: that starts as a copy of them"]
-        average.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        average.load_state_dict(state | self.content.get("lora", {}).get("state_dict_ema", {}))
         return []
 
     def _restore_loss(self, loss) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from openclip_ext import _host
 from openclip_ext.errors import UserError
 from openclip_ext.options import parse_assignments, parse_terms
+from openclip_ext.training.lora import parse_lora
 
 #: OpenCLIP flags that this loop does not take, and what to do instead.
 REFUSED = {
@@ -127,6 +128,12 @@ def _add_tuning_flags(tuning) -> None:
             dest = names[0].removeprefix("--").replace("-", "_")
             tuning.add_argument(*names, dest=dest, type=float, metavar="X", help=meaning)
     tuning.add_argument(
+        "--lora",
+        metavar="r=16[,alpha=32][,dropout=0][,targets=A+B]",
+        help="Train a low-rank change of the towers' attention and MLP layers and nothing else but the logit scale; "
+        "needs peft. Checkpoints hold merged weights.",
+    )
+    tuning.add_argument(
         "--ema",
         type=float,
         metavar="DECAY",
@@ -220,6 +227,7 @@ def _require_tuning_makes_sense(args: argparse.Namespace) -> None:
             raise UserError(f"--{tower}-lr {rate}: must be above 0; to keep the tower as it is use --lock-{tower}")
         if rate is not None and args.lr <= 0:
             raise UserError(f"--{tower}-lr {rate}: follows the schedule of --lr, which is {args.lr}; give one above 0")
+    args.lora_options = None if args.lora is None else parse_lora(args.lora)
     if args.ema is not None:
         if not 0 <= args.ema < 1:
             raise UserError(f"--ema {args.ema}: must be in [0, 1), such as 0.999")

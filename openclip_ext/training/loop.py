@@ -21,6 +21,7 @@ from openclip_ext.losses.objective import total_loss
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.log import EpochLog
+from openclip_ext.training.lora import Adapters
 from openclip_ext.training.views import MomentumEncoder
 
 MAX_SKIPPED_STEPS = 100
@@ -49,6 +50,7 @@ class Trainer:
         hash_ids: maps hashes of keys to sample ids; None: batches hold ids.
         keys: an average of the model, which follows each step taken; None: there is none.
         average: of the weights, likewise, for evaluation.
+        adapters: of LoRA, in the model.
     """
 
     accelerator: Accelerator
@@ -68,6 +70,7 @@ class Trainer:
     hash_ids: HashIds | None = None
     keys: MomentumEncoder | None = None
     average: WeightAverage | None = None
+    adapters: Adapters | None = None
     skipped_steps: int = 0
 
     @property

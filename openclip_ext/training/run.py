@@ -104,6 +104,8 @@ class _Run:
         device = self.accelerator.device.type
         logger.info("%s, %.1f M parameters; %d process(es) on %s, precision %s",
                     args.model, millions, processes, device, args.precision)  # fmt: skip
+        if trainer.adapters is not None:
+            logger.info(trainer.adapters.describe())
         if levels := describe(trainer.optimizer):
             logger.info(levels)
         if self.accelerator.is_fsdp2:
@@ -266,6 +268,7 @@ def _save(args, trainer: Trainer, folder: str, epoch: int, last: bool) -> None:
             loss=trainer.loss,
             keys=trainer.keys,
             average=trainer.average,
+            adapters=trainer.adapters,
             distributed=trainer.accelerator.num_processes > 1,
         )
     previous = os.path.join(checkpoints, f"epoch_{epoch - 1}.pt")
