@@ -2,12 +2,15 @@
 
 import argparse
 import math
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from unittest import mock
 
+from openclip_ext._host.v3_weights import brings_weights, check_file, check_weights, weights_error
 from openclip_ext.errors import UserError
 
 #: Class names of the blocks that the towers of its models repeat, timm's and Hugging Face's included.
@@ -82,6 +85,8 @@ def create_teacher(args: argparse.Namespace, device):
     """
     import open_clip
 
+    if os.path.isfile(args.distill_pretrained):
+        check_file(args.distill_pretrained, "--distill-pretrained")
     try:
         teacher = open_clip.create_model(
             args.distill_model, args.distill_pretrained, device=device, precision=args.precision, output_dict=True,
@@ -171,6 +176,7 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
     """
     import open_clip
 
+    check_weights(args)
     # Values from OpenCLIP's main: log 10 and -10 are SigLIP's.
     extra = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if logit_bias else {}
     size = args.force_image_size
@@ -193,12 +199,13 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
             pretrained_image=args.pretrained_image,
             output_dict=True,
             cache_dir=args.cache_dir,
+            require_pretrained=brings_weights(args),
             **extra,
         )
         tokenizer = open_clip.get_tokenizer(
             args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
         )
-    except (RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError, UnpicklingError) as error:
         raise UserError(_model_error(args, error)) from error
     if args.lock_image:
         model.lock_image_tower(
@@ -233,11 +240,14 @@ def _model_error(args: argparse.Namespace, error: Exception) -> str:
             f"--model {args.model}: no such model; near it: {', '.join(near)}. Your own: --model-config FILE.json, or "
             "--model local-dir:FOLDER"
         )
+    if message := weights_error(args, error):
+        return message
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, AttributeError):
         return f"--pretrained {args.pretrained}: its weights do not fit; if they have a logit bias, add --siglip"
     if "state_dict" in str(error) or isinstance(error, AssertionError):
-        return f"--pretrained {args.pretrained}: its weights do not fit --model {args.model} ({first_line})"
+        detail = " ".join(str(error).split())[:160]
+        return f"--pretrained {args.pretrained}: its weights do not fit --model {args.model} ({detail}…)"
     return f"--model {args.model} --pretrained {args.pretrained or 'none'}: {first_line}"
 
 

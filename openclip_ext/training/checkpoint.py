@@ -9,6 +9,7 @@ import torch
 
 from openclip_ext import _host
 from openclip_ext.errors import UserError
+from openclip_ext.tensor_files import load_tensors
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.lora import Adapters
@@ -177,15 +178,7 @@ def load_checkpoint(path: str, flag: str = "--resume") -> Checkpoint:
     Raises:
         UserError: no such file, or not a checkpoint.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{flag} {path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise UserError(f"{flag} {path}: not a checkpoint of tensors and plain values ({reason})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{flag} {path}: not a checkpoint (holds a {type(content).__name__})")
+    content = load_tensors(path, flag)
     return Checkpoint(path, content.get("epoch", 0), content)
 
 
