@@ -126,7 +126,9 @@ LORA = ("--lora", "r=4,dropout=0.1", "--ema", 0.8, "--layer-decay", 0.7, "--lr-s
 def test_a_run_learns_resumes_exactly_and_loads_in_openclip(train_flags, tmp_path, deep, val_shards, capsys):
     flags = (*deep, *LORA, "--val-data", val_shards, "--loss", "gamma_decomp", "--accum-freq", 2)
     assert main(train_flags(*flags, "--epochs", 3, "--name", "whole")) == 0
-    assert "LoRA of 20 layers, rank 4: 0.0" in capsys.readouterr().err
+    # Rank times in plus out: 2 blocks of width 32, 3 of width 16, four layers each; and the logit scale.
+    trained = sum(blocks * 4 * width * (4 + 2 + 5 + 5) for blocks, width in ((2, 32), (3, 16))) + 1
+    assert f"LoRA of 20 layers, rank 4: {trained:,} parameters are trained" in capsys.readouterr().err
     whole = checkpoint(tmp_path, "whole", 3)
     losses = [row["loss"] for row in rows(tmp_path, "whole")]
     assert losses[-1] < losses[0]
@@ -161,6 +163,23 @@ def test_a_run_learns_resumes_exactly_and_loads_in_openclip(train_flags, tmp_pat
     assert f"clip_val_loss {json.loads(measured)['clip_val_loss']:.4f}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [("--precision", "amp_bf16", "--ema", 0.9), ("--precision", "pure_bf16"), ("--grad-checkpointing",),
+     ("--lock-image", "--ema", 0.9, "--text-layer-decay", 0.5, "--loss", "gamma_decomp", "--warm-start-pass"),
+     ("--force-custom-text", "--lock-text", "--image-lr", 1e-2, "--opt", "timm/lamb")],
+    ids=lambda flags: flags[0],
+)  # fmt: skip
+def test_adapters_go_with_other_flags(train_flags, tmp_path, flags):
+    flags += ("--lock-text-freeze-layer-norm",) if "--lock-text" in flags else ()
+    assert main(train_flags("--lora", "r=2", "--epochs", 2, *flags)) == 0
+    first, last = (checkpoint(tmp_path, "run", epoch)["state_dict"] for epoch in (1, 2))
+    moved = {key for key, value in last.items() if not torch.equal(value, first[key])} - {"logit_scale"}
+    towers = {"visual" if key.startswith("visual.") else "text" for key in moved}
+    locked = {"visual"} if "--lock-image" in flags else {"text"} if "--lock-text" in flags else set()
+    assert towers == {"visual", "text"} - locked
+
+
 def test_flag_and_checkpoint_must_agree(train_flags, tmp_path, capsys):
     assert main(train_flags("--lora", "r=2", "--name", "lora")) == 0
     assert main(train_flags("--name", "plain")) == 0
@@ -169,6 +188,7 @@ def test_flag_and_checkpoint_must_agree(train_flags, tmp_path, capsys):
         (("--resume", lora), "was trained with --lora r=2; give that flag again, or start from its merged weights"),
         (("--resume", lora, "--lora", "r=4"), f"--lora r=4: {lora} was trained with r=2; use that"),
         (("--resume", lora, "--lora", "r=2,alpha=1"), f"--lora alpha=1.0: {lora} was trained with alpha=4.0"),
+        (("--resume", lora, "--lora", "r=2", "--lock-image"), f"--lora: the adapters of {lora} are in other layers"),
         (("--resume", plain, "--lora", "r=2"), "was trained without --lora; to adapt its weights, start with --pretr"),
     ):
         capsys.readouterr()
@@ -176,7 +196,7 @@ def test_flag_and_checkpoint_must_agree(train_flags, tmp_path, capsys):
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("openclip-ext:")]
         assert message in line
     assert not (tmp_path / "logs" / "second").exists()
-    assert main(train_flags("--name", "second", "--epochs", 2, "--lora", "r=2", "--pretrained", lora)) == 0
+    assert main(train_flags("--name", "second", "--lora", "r=2", "--pretrained", lora)) == 0
 
 
 def test_views_train_adapters_of_the_image_tower_only(train_flags, tmp_path):

@@ -61,25 +61,15 @@ def column(run, key):
     return [row[key] for row in rows(run)]
 
 
+ADAPTED = "--loss-arg draws=2 --lora r=2 --ema 0.8 --warm-start-pass"
+TUNED = "--accum-freq 2 --grad-clip-norm 0.5 --layer-decay 0.5 --text-lr 2e-3 --ema 0.8"
+
+
 @pytest.mark.parametrize(
     ("loss", "extra"),
     [
-        ("gamma_decomp", ["--loss-arg", "draws=2", "--lora", "r=2", "--ema", "0.8", *TERMS.split()]),
-        (
-            "learned",
-            [
-                "--accum-freq",
-                "2",
-                "--grad-clip-norm",
-                "0.5",
-                "--layer-decay",
-                "0.5",
-                "--text-lr",
-                "2e-3",
-                "--ema",
-                "0.8",
-            ],
-        ),
+        ("gamma_decomp", [*ADAPTED.split(), *TERMS.split()]),
+        ("learned", TUNED.split()),
     ],
 )
 def test_a_sharded_run_equals_one_that_is_not(train_flags, tmp_path, val_shards, learned_loss, loss, extra):

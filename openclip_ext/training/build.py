@@ -74,7 +74,7 @@ def _to_train(args, accelerator: Accelerator, plan, model, checkpoint) -> tuple[
     if args.use_bn_sync and accelerator.num_processes > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.pairs == "views":
-        _host.freeze_text(model)
+        _host.freeze_text(model)  # so that it gets no adapters
     if checkpoint:
         checkpoint.restore_model(model, args.model)
     adapters = Adapters(model, args.lora_options) if args.lora_options else None

@@ -109,7 +109,7 @@ class Adapters:
         """Go on from `options` and `state_dict` of a checkpoint; the model holds all other weights already.
 
         Raises:
-            UserError: other options made it.
+            UserError: other options made it, or other layers are adapted.
         """
         for key, value in self.options_dict().items():
             if key != "dropout" and content["options"].get(key) != value:
@@ -117,13 +117,16 @@ class Adapters:
                     f"--lora {key}={value}: {path} was trained with {key}={content['options'].get(key)}; use that, or "
                     f"start from its merged weights with --pretrained {path}"
                 )
+        if content["state_dict"].keys() != self.state_dict().keys():
+            raise UserError(
+                f"--lora: the adapters of {path} are in other layers; lock the towers that were locked then"
+            )
         self.model.load_state_dict(content["state_dict"], strict=False)
 
     def describe(self) -> str:
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return (
-            f"LoRA of {len(self._layers)} layers, rank {self.options.r}: {trained / 1e6:.2f} M parameters are trained"
-        )
+        """How much is trained, in words."""
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return f"LoRA of {len(self._layers)} layers, rank {self.options.r}: {trained:,} parameters are trained"
 
 
 def _chosen(layers: dict[str, nn.Module], targets: str | None) -> list[str]:
