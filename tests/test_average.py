@@ -67,14 +67,16 @@ def test_a_run_evaluates_keeps_and_resumes_its_average(train_flags, tmp_path, va
     row = results(tmp_path, "whole")[-1]
     assert row["ema-clip_val_loss"] != row["clip_val_loss"]
     # What was measured is what was saved.
-    for key, prefix in (("state_dict", ""), ("state_dict_ema", "ema-")):
-        torch.save(saved[key], tmp_path / f"{key}.pt")
-        command = train_flags("--val-data", val_shards, "--pretrained", tmp_path / f"{key}.pt")
-        position = command.index("--train-data")
-        del command[position : position + 2]
+    command = train_flags("--val-data", val_shards, "--resume", tmp_path / "logs/whole/checkpoints/epoch_2.pt")
+    position = command.index("--train-data")
+    del command[position : position + 2]
+    for extra, prefixes in (["--ema", "0.9"], ("", "ema-")), ([], ("",)):
         capsys.readouterr()
-        assert main(command) == 0
-        assert f"clip_val_loss {row[prefix + 'clip_val_loss']:.4f}" in capsys.readouterr().err
+        assert main([*command, *extra]) == 0
+        said = capsys.readouterr().err
+        assert said.count("clip_val_loss") == len(prefixes)
+        assert all(f" {prefix}clip_val_loss {row[prefix + 'clip_val_loss']:.4f}" in said for prefix in prefixes)
+    assert "its average of weights is left behind: give --ema to go on with it" in said
     first = tmp_path / "logs/whole/checkpoints/epoch_1.pt"
     assert main(train_flags(*flags, "--name", "rest", "--resume", first)) == 0
     again = checkpoint(tmp_path, "rest", 2)

@@ -25,7 +25,7 @@ class Options:
     )
     gamma_decay: float = option(
         0.5,
-        "share of training over which the weight falls from 1 to gamma along a cosine",
+        "share of training over which the weight falls from 1 to gamma along a cosine; 0 with a warm start",
         allowed="in [0, 1]",
         check=lambda share: 0 <= share <= 1,
     )

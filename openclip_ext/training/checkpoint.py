@@ -108,6 +108,17 @@ class Checkpoint:
                 f"start from its merged weights with --pretrained {self.path}"
             )
 
+    def restore_average(self, average: WeightAverage | None) -> list[str]:
+        """Load the average of weights, if there is one here and there; remarks for the log."""
+        state = self.content.get("state_dict_ema")
+        if average is None:
+            return ["its average of weights is left behind: give --ema to go on with it"] if state else []
+        if not state:
+            return ["it holds no average of weights: that starts as a copy of them"]
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        average.load_state_dict(state | self.content.get("lora", {}).get("state_dict_ema", {}))
+        return []
+
     def restore(self, *, optimizer, scaler, loss, keys=None, average: WeightAverage | None = None) -> list[str]:
         """Load everything else the checkpoint holds.
 
@@ -119,7 +130,7 @@ class Checkpoint:
         """
         if "epoch" not in self.content:
             return ["the file holds weights only: optimizer and loss start anew"]
-        remarks = self._restore_loss(loss) + self._restore_average(average)
+        remarks = self._restore_loss(loss) + self.restore_average(average)
         if keys is not None and "momentum_encoder" in self.content:
             keys.load_state_dict(self.content["momentum_encoder"])
         elif keys is not None:
@@ -141,16 +152,6 @@ class Checkpoint:
         if scaler is not None and "scaler" in self.content:
             scaler.load_state_dict(self.content["scaler"])
         return remarks
-
-    def _restore_average(self, average: WeightAverage | None) -> list[str]:
-        state = self.content.get("state_dict_ema")
-        if average is None:
-            return ["its average of weights is left behind: give --ema to go on with it"] if state else []
-        if not state:
-            return ["it holds no average of weights: that starts as a copy of them"]
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        average.load_state_dict(state | self.content.get("lora", {}).get("state_dict_ema", {}))
-        return []
 
     def _restore_loss(self, loss) -> list[str]:
         expected, found = loss.state_dict(), self.content.get("loss", {})

@@ -217,14 +217,18 @@ def _start_trackers(args, accelerator: Accelerator, folder: str) -> None:
 
 
 def _evaluate_only(args, accelerator, model, evaluator: Evaluator, checkpoint: Checkpoint | None) -> dict[str, float]:
-    """Without training data: score the model, as OpenCLIP does."""
+    """Without training data: score the model, as OpenCLIP does, and with `--ema` the average in the checkpoint."""
     if checkpoint:
         checkpoint.restore_model(model, args.model)
+    average = None if args.ema is None else WeightAverage(model, args.ema)
+    remarks = checkpoint.restore_average(average) if checkpoint else []
     if not accelerator.is_main_process:
         return {}
     start_logging(None, console=True, debug=args.debug)
     try:
-        return _evaluate(evaluator, model, checkpoint.epoch if checkpoint else 0, True, None)
+        for remark in remarks:
+            logger.warning("--resume %s: %s", args.resume, remark)
+        return _evaluate(evaluator, model, checkpoint.epoch if checkpoint else 0, True, None, average)
     finally:
         stop_logging()
 
