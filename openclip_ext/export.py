@@ -9,9 +9,10 @@ from pathlib import Path
 
 from openclip_ext import _host
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.loading import LoadedModel, checkpoint_file, load_model, read_checkpoint
+from openclip_ext.evaluation.loading import LoadedModel, checkpoint_file, load_model
 from openclip_ext.evaluation.run_files import Row, RunFiles, metrics, read_run, task_scores
 from openclip_ext.model_card import model_card
+from openclip_ext.tensor_files import load_tensors
 
 AVERAGE = "state_dict_ema"  # where a checkpoint keeps the average of its weights over the steps
 EMA = "ema-"  # how the names of its metrics start
@@ -98,7 +99,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 def _load_average(model: LoadedModel, flag: str) -> None:
     """Put the average of the weights in their place. Raises UserError: the checkpoint has none."""
-    average = read_checkpoint(model.path, flag).get(AVERAGE) if model.path else None
+    average = load_tensors(model.path, flag).get(AVERAGE) if model.path else None
     if not isinstance(average, dict):
         raise UserError(f"--weights ema: {model.path} has no average of weights; use --weights model")
     _host.load_model_weights(model.model, average, model.path, model.name)

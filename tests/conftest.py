@@ -16,6 +16,12 @@ TINY_MODEL = {
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 
+DEEP_MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3},
+}
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
@@ -47,6 +53,14 @@ def model_config(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny-test.json"
     path.write_text(json.dumps(TINY_MODEL))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory):
+    """Flags for a model with several blocks in each tower, called `deep-test`."""
+    path = tmp_path_factory.mktemp("model") / "deep-test.json"
+    path.write_text(json.dumps(DEEP_MODEL))
+    return "--model", "deep-test", "--model-config", str(path)
 
 
 @pytest.fixture(scope="session")

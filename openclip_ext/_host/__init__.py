@@ -1,7 +1,7 @@
 """Every touch of OpenCLIP's internals: the modules `v3*` for its major version 3.
 
 The functions below are the whole interface; another major version is other modules that define them.
-Nothing here imports torch before it is needed.
+Nothing here imports torch before it is needed: `v3_attention`, which does, is imported by what needs it.
 """
 
 from openclip_ext._host.v3 import (
@@ -9,7 +9,7 @@ from openclip_ext._host.v3 import (
     CLASSES_PER_BATCH,
     autocast,
     build_parser,
-    checkpoint_from_model,
+    checkpoint_from_state,
     clip_loss,
     create_model,
     create_optimizer,
@@ -30,14 +30,18 @@ from openclip_ext._host.v3 import (
     zero_shot_weights,
 )
 from openclip_ext._host.v3_export import model_card, save_pretrained
+from openclip_ext._host.v3_layers import adaptable_layers, plain_name, tower_layers, tower_parameters
 from openclip_ext._host.v3_trunks import find_trunks, watched
+from openclip_ext._host.v3_weights import SCHEMES
 
 __all__ = [
+    "SCHEMES",
     "BLOCKS",
     "CLASSES_PER_BATCH",
+    "adaptable_layers",
     "autocast",
     "build_parser",
-    "checkpoint_from_model",
+    "checkpoint_from_state",
     "clip_loss",
     "create_model",
     "create_optimizer",
@@ -54,10 +58,13 @@ __all__ = [
     "load_model_weights",
     "local_weights",
     "model_card",
+    "plain_name",
     "register_model_config",
     "save_pretrained",
     "siglip_loss",
     "start_remote_sync",
+    "tower_layers",
+    "tower_parameters",
     "watched",
     "zero_shot_weights",
 ]

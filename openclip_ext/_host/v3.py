@@ -2,12 +2,15 @@
 
 import argparse
 import math
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from unittest import mock
 
+from openclip_ext._host.v3_weights import brings_weights, check_file, check_weights, weights_error
 from openclip_ext.errors import UserError
 
 #: Class names of the blocks that the towers of its models repeat, timm's and Hugging Face's included.
@@ -86,6 +89,8 @@ def create_teacher(args: argparse.Namespace, device):
     """
     import open_clip
 
+    if os.path.isfile(args.distill_pretrained):
+        check_file(args.distill_pretrained, "--distill-pretrained")
     try:
         teacher = open_clip.create_model(
             args.distill_model, args.distill_pretrained, device=device, precision=args.precision, output_dict=True,
@@ -181,10 +186,9 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool, require_
     Raises:
         UserError: unknown model, weights that cannot be had, or that belong to another architecture.
     """
-    import pickle
-
     import open_clip
 
+    check_weights(args)
     # Values from OpenCLIP's main: log 10 and -10 are SigLIP's.
     extra = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if logit_bias else {}
     size = args.force_image_size
@@ -207,15 +211,13 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool, require_
             pretrained_image=args.pretrained_image,
             output_dict=True,
             cache_dir=args.cache_dir,
-            require_pretrained=require_weights,
+            require_pretrained=require_weights or brings_weights(args),
             **extra,
         )
         tokenizer = open_clip.get_tokenizer(
             args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
         )
-    except (
-        RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError, pickle.UnpicklingError
-    ) as error:  # fmt: skip
+    except (RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError, UnpicklingError) as error:
         raise UserError(_model_error(args, error)) from error
     if args.lock_image:
         model.lock_image_tower(
@@ -266,17 +268,14 @@ def _model_error(args: argparse.Namespace, error: Exception) -> str:
             f"--model {args.model}: no such model; near it: {', '.join(near)}. Your own: --model-config FILE.json, or "
             "--model local-dir:FOLDER"
         )
+    if message := weights_error(args, error):
+        return message
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, AttributeError):
         return f"--pretrained {args.pretrained}: its weights do not fit; if they have a logit bias, add --siglip"
-    if "known tag" in str(error):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(args.model)) or "none"
-        return f"--pretrained {args.pretrained}: neither a file nor a tag of --model {args.model}, which has: {tags}"
-    if "download" in str(error).lower():
-        named = f"--model {args.model}" if args.pretrained is None else f"--pretrained {args.pretrained}"
-        return f"{named}: cannot be downloaded; check the network, or give a file ({first_line.partition('. ')[0]})"
     if "state_dict" in str(error) or isinstance(error, AssertionError):
-        return f"--pretrained {args.pretrained}: its weights do not fit --model {args.model} ({first_line})"
+        detail = " ".join(str(error).split())[:160]
+        return f"--pretrained {args.pretrained}: its weights do not fit --model {args.model} ({detail}…)"
     return f"--model {args.model} --pretrained {args.pretrained or 'none'}: {first_line}"
 
 
@@ -294,10 +293,10 @@ def load_model_weights(model, state_dict: dict, source: str, model_name: str) ->
         raise UserError(f"--resume {source}: not a checkpoint of --model {model_name} ({detail}…)") from error
 
 
-def checkpoint_from_model(model, distributed: bool) -> dict:
-    """The model's `state_dict` as OpenCLIP writes it: with DDP's prefix when trained on several ranks."""
+def checkpoint_from_state(state_dict: dict, distributed: bool) -> dict:
+    """A model's `state_dict` as OpenCLIP writes it: with DDP's prefix when trained on several ranks."""
     prefix = "module." if distributed else ""
-    return {prefix + key: value for key, value in model.state_dict().items()}
+    return {prefix + key: value for key, value in state_dict.items()}
 
 
 def create_optimizer(args: argparse.Namespace, model):

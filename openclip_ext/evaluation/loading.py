@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from openclip_ext import _host
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.run_files import PARAMS, read_params
-from openclip_ext.training.checkpoint import latest_checkpoint, load_checkpoint
+from openclip_ext.tensor_files import load_tensors
+from openclip_ext.training.checkpoint import latest_checkpoint
 from openclip_ext.training.flags import build_parser
 
-#: Names that hold their own weights, for `--model`.
-SCHEMES = ("hf-hub:", "local-dir:")
 #: What a name that ends so must be.
 FILE_EXTENSIONS = (".pt", ".pth", ".bin", ".safetensors")
 #: Flags of a training run that decide what model its weights belong to, and how it sees images.
@@ -87,7 +84,7 @@ def load_model(
     place = choose_device(device)
     precision = _precision(precision, place)
     origin = _origin(source, name, model_config, run, flag)
-    content = read_checkpoint(origin.path, flag) if origin.path else {}
+    content = load_tensors(origin.path, flag) if origin.path else {}
     weights = _require_weights(content, origin.path, flag) if origin.path else {}
     model, transform, tokenizer = _create(origin, weights, place, precision, cache_dir, flag)
     model.eval().requires_grad_(False)
@@ -112,15 +109,20 @@ def load_model(
 def _create(origin: "_Origin", weights: dict, device: torch.device, precision: str, cache_dir: str | None, flag: str):
     """(model, evaluation transform, tokenizer). `weights`: what the file of `origin` holds, empty without a file."""
     flags = build_parser().parse_args([])
+    brought = origin.name.startswith(_host.SCHEMES)
     vars(flags).update(
-        origin.run_flags, model=origin.name, pretrained=origin.pretrained, precision=precision, cache_dir=cache_dir
+        origin.run_flags,
+        model=origin.name,
+        pretrained=None if brought else origin.pretrained,
+        precision=precision,
+        cache_dir=cache_dir,
     )
     # The bias of a model trained as SigLIP is in no model config: its weights alone tell.
     bias = any(str(key).endswith("logit_bias") for key in weights)
     try:
         with _quiet():
             model, _, transform, tokenizer = _host.create_model(flags, device, logit_bias=bias, require_weights=True)
-        if weights and origin.pretrained and origin.name.startswith(SCHEMES):  # it took those that the name brings
+        if weights and origin.pretrained and brought:  # it took those that the name brings
             _host.load_model_weights(model, weights, origin.pretrained, origin.name)
     except UserError as error:  # it knows the weights by flags of training
         raise UserError(str(error).replace("--pretrained", flag).replace("--resume", flag)) from error
@@ -156,10 +158,10 @@ class _Origin:
 
 
 def _origin(source: str | None, name: str | None, model_config: str | None, run: str | None, flag: str) -> _Origin:
-    if source and source.startswith(SCHEMES):
+    if source and source.startswith(_host.SCHEMES):
         source, name = None, source
     if source is None:
-        if name is None or not name.startswith(SCHEMES):
+        if name is None or not name.startswith(_host.SCHEMES):
             raise UserError(f"{flag}: give the weights: a file, a run's folder, or one of OpenCLIP's tags")
         return _Origin(name, None, _host.local_weights(name), {})
     is_file = os.path.exists(source) or source.endswith(FILE_EXTENSIONS) or os.sep in source
@@ -203,20 +205,6 @@ def checkpoint_file(path: str, flag: str) -> str:
     if latest is None:
         raise UserError(f"{flag} {path}: no checkpoints/epoch_N.pt in this folder; give the folder of a run")
     return latest
-
-
-def read_checkpoint(path: str, flag: str) -> dict:
-    """What the file holds.
-
-    Raises:
-        UserError: it is neither a safetensors file nor a checkpoint of tensors and plain values.
-    """
-    if not path.endswith(".safetensors"):
-        return load_checkpoint(path, flag=flag).content
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{flag} {path}: not a safetensors file ({error})") from error
 
 
 def _require_weights(content: dict, path: str, flag: str) -> dict:
