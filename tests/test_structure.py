@@ -248,7 +248,7 @@ def test_files_of_bare_weights_are_checkpoints(show, weights, tmp_path):
         (["--checkpoint", "nope.pt"], "--checkpoint nope.pt: no such file; give a checkpoint"),
         (["--checkpoint", "empty"], "--checkpoint empty: no checkpoints/epoch_N.pt in this folder"),
         (["--checkpoint", "rot.pt"], "--checkpoint rot.pt: not a checkpoint of tensors and plain values"),
-        (["--checkpoint", "rot.safetensors"], "--checkpoint rot.safetensors: not a safetensors file"),
+        (["--checkpoint", "rot.safetensors"], "--checkpoint rot.safetensors: not a checkpoint of tensors"),
         (["--checkpoint", "none.pt"], "--checkpoint none.pt: holds no weights"),
         (["--checkpoint", "weights.pt", "--model", "RN50"],
          "--checkpoint weights.pt: its weights do not fit --model RN50"),

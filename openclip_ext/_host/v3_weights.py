@@ -8,7 +8,6 @@ from openclip_ext.errors import UserError
 from openclip_ext.tensor_files import load_tensors
 
 #: What a model's name starts with where it brings its own config and weights.
-#: How names of models begin that bring their own weights.
 SCHEMES = ("hf-hub:", "local-dir:")
 
 
