@@ -17,9 +17,12 @@ INSTALLED = Path(find_spec("open_clip_train").origin).parent
 
 
 def copy_installed(folder):
-    """A folder that holds a copy of the installed `open_clip_train`, without what tests may have left there."""
+    """A folder that holds a copy of the installed `open_clip_train`, as it is without the patch."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(INSTALLED, Path(folder) / "open_clip_train", ignore=ignored)
+    target = patching.find_target(str(folder))
+    if target.state == "applied":
+        patching.revert(target)
     return Path(folder)
 
 
