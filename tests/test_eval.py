@@ -380,6 +380,7 @@ def bad(tmp_path, monkeypatch, digit_folders, weights, pairs):
     os.makedirs("weightless/x")
     (tmp_path / "weightless/open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     torch.save(weights, "w.pt")
+    torch.save(weights | {"text_projection": weights["text_projection"] * float("nan")}, "diverged.pt")
     for name in ("empty", "rot"):
         shutil.copytree(digit_folders, name)
     os.mkdir("empty/7.b")
@@ -422,6 +423,7 @@ NAMED = [*DIGITS, "--model", "tiny-test", "--pretrained"]
         ([*DIGITS, "--model", "ViT-B-32", "--pretrained", "laion2b_s34b_b79k"],
          "--pretrained laion2b_s34b_b79k: cannot be downloaded; check the network"),
         ([*DIGITS, "--pretrained", "hf-hub:timm/none"], "--model hf-hub:timm/none: cannot be downloaded"),
+        ([*NAMED, "diverged.pt"], "diverged.pt: its features are not finite"),
         ([*NAMED, "w.pt", "--precision", "pure_fp16"], "--precision pure_fp16: needs a GPU"),
         ([*NAMED, "w.pt", "--model-config", "no.json"], "--model-config no.json: no such file"),
         # The tasks.

@@ -112,13 +112,15 @@ class _Classifier:
         self._made_for, self._columns = None, None
 
     def of(self, model: "LoadedModel") -> "Tensor":
-        """(D, C); see `zero_shot_classifier`."""
+        """(D, C); see `zero_shot_classifier`. Raises UserError: it is not finite."""
         from openclip_ext.evaluation.zero_shot import zero_shot_classifier
 
         identity = model.sha256, model.name, model.precision, model.device
         if self._made_for != identity:
             self._columns = zero_shot_classifier(model, self.class_names, self.templates)
             self._made_for = identity
+        if not self._columns.isfinite().all():
+            raise UserError(f"{model.source}: its features are not finite; take a checkpoint from before it diverged")
         return self._columns
 
 
@@ -147,8 +149,7 @@ class ZeroShotTask:
 
         labelled = self.labelled
         batches = LabelledBatches(labelled.pictures, model.transform, batch_size=self.batch_size, workers=self.workers)
-        bar = {"num_batches": batches.num_batches, "desc": self.name}
-        counts = zero_shot_counts(model, self.classifier.of(model), batches, **bar)
+        counts = zero_shot_counts(model, self.classifier.of(model), batches, desc=self.name)
         result = {
             "num_samples": counts[:, 0].sum().item(),
             "num_classes": len(labelled.class_names),
