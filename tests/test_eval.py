@@ -1,5 +1,7 @@
 """`openclip-ext eval`: zero-shot classification against OpenCLIP's and clip_benchmark's own code, and wrong inputs."""
 
+import argparse
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -17,10 +19,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from openclip_ext import _host
 from openclip_ext.cli import main
 from openclip_ext.data import digits
 from openclip_ext.evaluation.imagenet import wnids
 from openclip_ext.evaluation.loading import load_model, weights_sha256
+from openclip_ext.evaluation.tasks import add_task_arguments, run_tasks, tasks_from
 
 
 @pytest.fixture
@@ -221,6 +225,25 @@ def test_imagenet_equals_openclips_own_evaluation(evaluate, digit_run, imagenet,
     assert ours["scores"]["top5"] == theirs["imagenet-zeroshot-val-top5"]
 
 
+def test_sets_with_the_same_classes_share_a_classifier(evaluate, digit_run, digit_folders, tmp_path, monkeypatch):
+    """And another model makes its own."""
+    made = []
+    make = _host.zero_shot_weights
+    monkeypatch.setattr(_host, "zero_shot_weights", lambda *args, **flags: made.append(1) or make(*args, **flags))
+    shutil.copytree(digit_folders, tmp_path / "again")
+    _, report = evaluate("--zero-shot", digit_folders, "--zero-shot", tmp_path / "again")
+    first, second = report["tasks"].values()
+    assert len(made) == 1 and first["scores"] == second["scores"]
+    parser = argparse.ArgumentParser()
+    add_task_arguments(parser)
+    tasks = tasks_from(parser.parse_args(["--zero-shot", str(digit_folders), "--workers", "0"]))
+    model = load_model(str(digit_run), device="cpu")
+    assert run_tasks(model, tasks)[tasks[0].name]["scores"] == first["scores"]
+    model.model.text_projection.neg_()
+    other = dataclasses.replace(model, sha256=weights_sha256(model.model))
+    assert run_tasks(other, tasks)[tasks[0].name]["scores"]["top1"] < first["scores"]["top1"]
+
+
 def test_a_part_of_imagenets_classes(evaluate, digit_run, two_templates, tmp_path, pairs, capsys):
     """Against the columns of OpenCLIP's classifier, chosen by hand."""
     known = {"n02085620": 151, "n01440764": 0, "n15075141": 999}  # Chihuahua, tench, toilet tissue
@@ -357,6 +380,7 @@ def bad(tmp_path, monkeypatch, digit_folders, weights, pairs):
     os.makedirs("weightless/x")
     (tmp_path / "weightless/open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     torch.save(weights, "w.pt")
+    torch.save(weights | {"text_projection": weights["text_projection"] * float("nan")}, "diverged.pt")
     for name in ("empty", "rot"):
         shutil.copytree(digit_folders, name)
     os.mkdir("empty/7.b")
@@ -399,6 +423,7 @@ NAMED = [*DIGITS, "--model", "tiny-test", "--pretrained"]
         ([*DIGITS, "--model", "ViT-B-32", "--pretrained", "laion2b_s34b_b79k"],
          "--pretrained laion2b_s34b_b79k: could not be downloaded"),
         ([*DIGITS, "--pretrained", "hf-hub:timm/none"], "--model hf-hub:timm/none: could not be downloaded"),
+        ([*NAMED, "diverged.pt"], "diverged.pt: its features are not finite"),
         ([*NAMED, "w.pt", "--precision", "pure_fp16"], "--precision pure_fp16: needs a GPU"),
         ([*NAMED, "w.pt", "--model-config", "no.json"], "--model-config no.json: no such file"),
         # The tasks.

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import tarfile
 
 import open_clip
@@ -79,6 +80,16 @@ def test_ranks_share_the_work_and_keep_the_order(sources, workers):
     real = [[batch for batch in share if batch[0] != [-1]] for share in shares]
     assert sum(map(len, real)) == len(alone) and max(map(len, real)) - min(map(len, real)) <= max(workers, 1)
     assert sorted(batch for share in real for batch in share) == alone  # the pictures too
+
+
+def test_what_one_rank_cannot_read_ends_all_with_one_line(train_flags, tmp_path, digit_folders):
+    folders = tmp_path / "rot"
+    shutil.copytree(digit_folders, folders)
+    last = max(folders.glob("*/*.png"))
+    last.write_bytes(b"rot")  # in the tenth batch, the fifth of the second process
+    result = launch("torchrun", train_flags("--batch-size", 8, "--probe-train", folders, "--probe-val", digit_folders))
+    assert result.returncode != 0
+    assert result.stderr.count(f"openclip-ext: {last}: cannot be opened as a picture") == 1
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "fsdp"])

@@ -6,7 +6,6 @@ Nothing here imports torch before it is needed: `v3_attention`, which does, is i
 
 from openclip_ext._host.v3 import (
     BLOCKS,
-    CLASSES_PER_BATCH,
     autocast,
     build_parser,
     checkpoint_from_state,
@@ -19,20 +18,18 @@ from openclip_ext._host.v3 import (
     example_inputs,
     fill_optimizer_defaults,
     freeze_text,
-    imagenet_names,
-    imagenet_templates,
     input_dtype,
     load_model_weights,
     local_weights,
     register_model_config,
     siglip_loss,
     start_remote_sync,
-    zero_shot_weights,
 )
 from openclip_ext._host.v3_export import model_card, save_pretrained
 from openclip_ext._host.v3_layers import adaptable_layers, plain_name, tower_layers, tower_parameters
 from openclip_ext._host.v3_trunks import find_trunks, watched
 from openclip_ext._host.v3_weights import SCHEMES
+from openclip_ext._host.v3_zero_shot import CLASSES_PER_BATCH, imagenet_names, imagenet_templates, zero_shot_weights
 
 __all__ = [
     "SCHEMES",

@@ -20,10 +20,6 @@ BLOCKS = frozenset(
 )  # fmt: skip
 
 
-#: How many classes OpenCLIP's zero-shot evaluation encodes at once.
-CLASSES_PER_BATCH = 10
-
-
 class _ParserFound(Exception):
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self.parser = parser
@@ -360,32 +356,3 @@ def create_schedule(args: argparse.Namespace, optimizer, steps_per_epoch: int) -
         power, end = args.lr_cooldown_power, args.lr_cooldown_end
         return const_lr_cooldown(optimizer, args.lr, args.warmup, total, cooldown, power, end)
     raise UserError(f"--lr-scheduler {args.lr_scheduler}: use cosine, const, or const-cooldown")
-
-
-def imagenet_names() -> tuple[list[str], list]:
-    """ImageNet's 1,000 class names and OpenAI's 80 templates, as OpenCLIP evaluates with."""
-    from open_clip import IMAGENET_CLASSNAMES
-
-    return IMAGENET_CLASSNAMES, imagenet_templates("openai")
-
-
-def imagenet_templates(name: str) -> list:
-    """OpenCLIP's templates: `openai`, 80, or `simple`, 7."""
-    from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
-
-    return {"openai": OPENAI_IMAGENET_TEMPLATES, "simple": SIMPLE_IMAGENET_TEMPLATES}[name]
-
-
-def zero_shot_weights(model, tokenizer, class_names, templates, device, *, progress: bool):
-    """OpenCLIP's zero-shot classifier: (D, classes), unit columns, mean over templates."""
-    from open_clip import build_zero_shot_classifier
-
-    return build_zero_shot_classifier(
-        model,
-        tokenizer,
-        class_names,
-        templates,
-        num_classes_per_batch=CLASSES_PER_BATCH,
-        device=device,
-        use_tqdm=progress,
-    )

@@ -132,19 +132,20 @@ class LabelledBatches:
         workers: int,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.num_batches = None
         if isinstance(dataset, LabelledShards):
             source, options = _TransformedStream(dataset, transform), {"batch_size": batch_size}
             workers = min(workers, len(dataset.urls))
         else:
             source = _Transformed(dataset, transform)
-            count = len(dataset)
-            options = {"batch_sampler": shared_batches(count, batch_size, ranks.rank, ranks.world_size)}
-            self.num_batches = len(options["batch_sampler"])
+            options = {"batch_sampler": shared_batches(len(dataset), batch_size, ranks.rank, ranks.world_size)}
         collate = functools.partial(_collate, transform)
         self._loader = DataLoader(
             source, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), **options
         )
+
+    def __len__(self) -> int:
+        """On this rank. Raises TypeError: shards do not tell."""
+        return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._loader:
@@ -184,5 +185,5 @@ def class_folders(folder: str, flag: str) -> tuple[list[str], list[tuple[str, in
         return names, found.samples
     order = sorted(range(len(names)), key=lambda position: int(names[position]))
     position_of = {old: new for new, old in enumerate(order)}
-    samples = sorted((path, position_of[label]) for path, label in found.samples)
-    return [names[old] for old in order], sorted(samples, key=lambda sample: sample[1])
+    samples = sorted((position_of[label], path) for path, label in found.samples)
+    return [names[old] for old in order], [(path, label) for label, path in samples]

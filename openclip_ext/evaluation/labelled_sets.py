@@ -7,7 +7,7 @@ from torch.utils.data import IterableDataset
 from openclip_ext.data.listing import list_shards
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.labelled import LabelledFiles, LabelledSet, LabelledShards, class_folders
-from openclip_ext.evaluation.prompts import CIFAR_TEMPLATES, filled, read_class_names, read_templates
+from openclip_ext.evaluation.prompts import CIFAR_TEMPLATES, Template, read_class_names, read_templates
 
 #: What clip_benchmark calls these files beside its shards.
 CLASS_NAMES_FILE = "classnames.txt"
@@ -111,4 +111,4 @@ def clip_benchmark_set(name: str, folder: str, flag: str) -> LabelledSet:
     stream = isinstance(dataset, IterableDataset)
     if not names or not isinstance(templates, list) or stream or name.endswith("multilabel"):
         raise UserError(f"{flag} {name}: is no set of clip_benchmark with pictures of one class each; use another")
-    return LabelledSet(dataset, names, filled(templates))
+    return LabelledSet(dataset, names, [Template(template) for template in templates])

@@ -1,6 +1,6 @@
 """Class names and templates: from files, and those of CIFAR."""
 
-import functools
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -43,16 +43,17 @@ def read_templates(source: str, flag: str) -> Sequence[str | Callable[[str], str
     for number, line in enumerate(lines, start=1):
         if "{}" not in line and "{c}" not in line:
             raise UserError(f"{flag} {source}: template {number} has no {{}} for the class: {line[:60]}")
-    return filled(lines)
+    return [Template(line) for line in lines]
 
 
-def filled(templates: Sequence[str]) -> list[Callable[[str], str]]:
-    """Functions of a class name that put it where a template has `{}` or `{c}`."""
-    return [functools.partial(_fill, template) for template in templates]
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A function of a class name that puts it where `text` has `{}` or `{c}`."""
 
+    text: str
 
-def _fill(template: str, name: str) -> str:
-    return template.replace("{c}", "{}").replace("{}", name)
+    def __call__(self, name: str) -> str:
+        return self.text.replace("{c}", "{}").replace("{}", name)
 
 
 def _lines(path: str, flag: str) -> list[str]:

@@ -61,7 +61,6 @@ def zero_shot_counts(
     classifier: Tensor,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    num_batches: int | None = None,
     desc: str = "zero-shot",
     progress: bool = True,
 ) -> Tensor:
@@ -74,13 +73,12 @@ def zero_shot_counts(
         encoder: the model.
         classifier: as `zero_shot_classifier` returns it.
         batches: (images, class indices).
-        num_batches: how many, for the progress bar.
-        desc: what the bar is called.
+        desc: what the progress bar is called.
         progress: show it.
     """
     num_classes = classifier.shape[1]
     counts = torch.zeros(num_classes, 1 + len(TOPS), dtype=torch.int64, device=encoder.device)
-    for images, labels in tqdm(batches, desc=desc, unit="batch", total=num_batches, disable=not progress):
+    for images, labels in tqdm(batches, desc=desc, unit="batch", disable=not progress):
         labels = labels.to(encoder.device, non_blocking=True)
         features = encoder.encode_images(images)
         with encoder.autocast():

@@ -3,12 +3,15 @@
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openclip_ext.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from openclip_ext.evaluation.labelled import LabelledSet
     from openclip_ext.evaluation.loading import LoadedModel
 
@@ -92,7 +95,33 @@ def tasks(args: argparse.Namespace) -> list["ZeroShotTask"]:
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         labelled = labelled_set(path, "--zero-shot", args.class_names, args.templates)
         sets.append((Path(folder).resolve().name, path, labelled))
-    return [ZeroShotTask(*parts, batch_size=args.batch_size, workers=args.workers) for parts in sets]
+    classifiers: dict[Any, _Classifier] = {}
+    found = []
+    for name, path, labelled in sets:
+        words = tuple(labelled.class_names), tuple(labelled.templates)
+        classifier = classifiers.setdefault(words, _Classifier(*words))
+        found.append(ZeroShotTask(name, path, labelled, classifier, args.batch_size, args.workers))
+    return found
+
+
+class _Classifier:
+    """The classifier of class names and templates: made once for all sets of a model that have the same."""
+
+    def __init__(self, class_names: Sequence[str], templates: Sequence[str | Callable[[str], str]]) -> None:
+        self.class_names, self.templates = class_names, templates
+        self._made_for, self._columns = None, None
+
+    def of(self, model: "LoadedModel") -> "Tensor":
+        """(D, C); see `zero_shot_classifier`. Raises UserError: it is not finite."""
+        from openclip_ext.evaluation.zero_shot import zero_shot_classifier
+
+        identity = model.sha256, model.name, model.precision, model.device
+        if self._made_for != identity:
+            self._columns = zero_shot_classifier(model, self.class_names, self.templates)
+            self._made_for = identity
+        if not self._columns.isfinite().all():
+            raise UserError(f"{model.source}: its features are not finite; take a checkpoint from before it diverged")
+        return self._columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,24 +131,25 @@ class ZeroShotTask:
     Attributes:
         name, dataset: see `Task`.
         labelled: its pictures, class names and templates.
+        classifier: of those names and templates.
         batch_size, workers: of loading.
     """
 
     name: str
     dataset: str
     labelled: "LabelledSet"
+    classifier: _Classifier
     batch_size: int
     workers: int
 
     def run(self, model: "LoadedModel") -> dict[str, Any]:
         """Beside samples and scores (`zero_shot_scores`): `num_classes`, `num_templates`, and a `note` if any."""
         from openclip_ext.evaluation.labelled import LabelledBatches
-        from openclip_ext.evaluation.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
+        from openclip_ext.evaluation.zero_shot import zero_shot_counts, zero_shot_scores
 
         labelled = self.labelled
         batches = LabelledBatches(labelled.pictures, model.transform, batch_size=self.batch_size, workers=self.workers)
-        classifier = zero_shot_classifier(model, labelled.class_names, labelled.templates)
-        counts = zero_shot_counts(model, classifier, batches, num_batches=batches.num_batches, desc=self.name)
+        counts = zero_shot_counts(model, self.classifier.of(model), batches, desc=self.name)
         result = {
             "num_samples": counts[:, 0].sum().item(),
             "num_classes": len(labelled.class_names),
