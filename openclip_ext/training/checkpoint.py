@@ -44,16 +44,8 @@ def save_checkpoint(
     keep = path is not None
     optimizer_state = sharding.whole(optimizer.state_dict(), keep)
     optimizer_state, loss_optimizer = _split(optimizer_state, any(True for _ in loss.parameters()))
-    content: dict[str, Any] = {"epoch": epoch, "name": name}
-    content["state_dict"], lora = _weights(model, adapters, distributed, keep)
-    content["optimizer"] = optimizer_state
-    if adapters is not None:
-        content["lora"] = {"options": adapters.options_dict(), "state_dict": lora}
-    if average is not None:
-        with average.applied():
-            content["state_dict_ema"], lora = map(_copied, _weights(model, adapters, distributed, keep))
-        if adapters is not None:
-            content["lora"]["state_dict_ema"] = lora
+    weights = _weights(model, average, adapters, distributed, keep)
+    content: dict[str, Any] = {"epoch": epoch, "name": name, **weights, "optimizer": optimizer_state}
     if path is None:
         return
     if scaler is not None:
@@ -68,16 +60,30 @@ def save_checkpoint(
     os.replace(path + ".partial", path)
 
 
-def _weights(model, adapters: Adapters | None, distributed: bool, keep: bool) -> tuple[dict, dict]:
-    """The `state_dict` of the model, adapters merged, and that of the adapters; what was sharded is gathered."""
-    state = model.state_dict() if adapters is None else adapters.merged_state_dict()
-    lora = {} if adapters is None else adapters.state_dict()
-    return sharding.whole(_host.checkpoint_from_state(state, distributed), keep), sharding.whole(lora, keep)
+def _weights(model, average: WeightAverage | None, adapters: Adapters | None, distributed: bool, keep: bool) -> dict:
+    """`state_dict`, and if there are any `lora` and `state_dict_ema`; what was sharded is gathered."""
+
+    def states() -> tuple[dict, dict]:
+        state = model.state_dict() if adapters is None else adapters.merged_state_dict()
+        own = {} if adapters is None else adapters.state_dict()
+        return sharding.whole(_host.checkpoint_from_state(state, distributed), keep), sharding.whole(own, keep)
+
+    weights = {}
+    weights["state_dict"], own = states()
+    if adapters is not None:
+        weights["lora"] = {"options": adapters.options_dict(), "state_dict": own}
+    if average is not None:
+        with average.applied():
+            # Copied now: afterwards the same memory holds the model's own weights again.
+            state, own = map(_copied, states()) if keep else states()
+        weights["state_dict_ema"] = state
+        if adapters is not None:
+            weights["lora"]["state_dict_ema"] = own
+    return weights
 
 
 def _copied(state: dict) -> dict:
-    """In memory of its own, on the CPU; ranks that keep nothing hold None for what was gathered."""
-    return {key: value if value is None else value.to("cpu", copy=True) for key, value in state.items()}
+    return {key: value.to("cpu", copy=True) for key, value in state.items()}
 
 
 @dataclasses.dataclass(frozen=True)
