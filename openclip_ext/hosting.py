@@ -128,6 +128,18 @@ class Hosting:
         """
         return run_on_views(model, self._trunks, image, text, image_aug, text_aug)
 
+    def create_task(self, args: argparse.Namespace, model: nn.Module, *, teacher=None):
+        """OpenCLIP 4's `TrainingTask` with this loss, which does all of the above in its loop.
+
+        Args:
+            args: OpenCLIP's flags, with `rank`, `world_size` and `device`.
+            model: OpenCLIP's, not wrapped yet.
+            teacher: of distillation, None: there is none.
+        """
+        from openclip_ext._host.v4_task import create_task
+
+        return create_task(self, args, model, teacher=teacher)
+
 
 def _require_agreement(args: argparse.Namespace, needs: frozenset[str]) -> None:
     """Raises UserError: flags of OpenCLIP's own loop that do not go with the loss."""
