@@ -89,7 +89,7 @@ class Checkpoint:
         return remarks
 
     def optimizer_state(self, optimizer) -> tuple[dict, list[str]]:
-        """What `optimizer.load_state_dict` takes, with the group of the loss's parameters last, if it has any; remarks."""
+        """What `optimizer.load_state_dict` takes, the group of the loss's parameters last; and remarks for the log."""
         state, remarks = _merge(self.content["optimizer"], self.content.get("loss_optimizer")), []
         if len(state["param_groups"]) < len(optimizer.param_groups):
             state["param_groups"].append(optimizer.state_dict()["param_groups"][-1])
