@@ -3,9 +3,9 @@
 What such a loop does, `args` being its flags and `spec` what the entry point of `--loss` in `open_clip.losses` names:
 
     hosted = spec.host(args)                                    # ValueError: one line about a flag
-    loss = hosted.build(model, num_samples=N, …)                # before DDP and the optimizer see the model
+    loss = hosted.build(model, rank=…, world_size=…)            # before DDP and the optimizer see the model
     optimizer.add_param_group({"params": loss.parameters(), "weight_decay": 0.0})    # if it has any
-    make_row = hosted.row_maker(image_transform, tokenizer)     # where second views are among hosted.needs
+    make_row = hosted.row_maker(image_transform, tokenizer)     # where hosted.needs has sample ids or second views
     …
     loss.begin_step(step=…, total_steps=…)                      # once per optimizer step, from here on
     out = hosted.run(model, image, text, …)                     # in place of model(image, text)
@@ -26,13 +26,16 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from openclip_ext import _host
+from openclip_ext.data.listing import ShardListing
 from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
+from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
 from openclip_ext.losses.objective import Objective
 from openclip_ext.options import parse_assignments, parse_terms
 from openclip_ext.training.pair_model import feature_widths, pair_model, run_on_views
-from openclip_ext.training.setup import plan_objective
+from openclip_ext.training.setup import plan_objective, training_data
 
+_OF_A_ROW = frozenset({"sample_ids", "image_aug", "text_aug"})
 RowMaker = Callable[[Image.Image, str, int, int], dict[str, Tensor]]
 
 
@@ -43,9 +46,11 @@ class Hosting:
         args: see `openclip_ext.registry.LossSpec.host`.
 
     Attributes:
-        needs: what the loop has to provide, some of `openclip_ext.registry.NEEDS`: `sample_ids`, `image_aug`,
-            `text_aug` (from `row_maker`), `logit_bias` (a model that has one), `teacher_features` (what the teacher
-            returns, each name preceded by `dist_`). The model itself, or `run`, provides the others.
+        needs: what the loop has to provide, some of `openclip_ext.registry.NEEDS`: `sample_ids`, `image_aug` and
+            `text_aug` (rows have them), `logit_bias` (a model that has one), `teacher_features` (what the teacher
+            returns, each name preceded by `dist_`). `run` provides the others.
+        sample_ids: by the names of the shards the range of their samples' ids, in order; what a shard has beyond them
+            repeats them. None where neither ids nor second views are needed.
 
     Raises:
         UserError: unknown name or option, a value that is not accepted, or flags that do not go together.
@@ -56,17 +61,23 @@ class Hosting:
             "loss_options": parse_assignments(args.loss_arg, "--loss-arg"),
             "loss_terms": parse_terms(args.loss_term),
             "pairs": "captions",
+            "sample_id": "index",
+            "caption_key": None,
         }
-        self._plan = plan_objective(argparse.Namespace(**flags))
+        flags = argparse.Namespace(**flags)
+        self._plan = plan_objective(flags)
         self._seed = args.seed
         self._trunks: dict | None = None
         self.needs = self._plan.needs
         _require_agreement(args, self.needs)
+        self._data = training_data(flags, self._plan)
+        self.sample_ids = _ids_by_shard(self._data.source, args) if self.needs & _OF_A_ROW else None
 
     def row_maker(self, image_transform: Callable[[Image.Image], Tensor], tokenizer: Callable) -> RowMaker:
-        """`make(picture, caption, sample_id, epoch)`: the sample's `image` (3, H, W), `text` (L,) and the views needed.
+        """A function `make(picture, caption, sample_id, epoch)` of the data pipeline.
 
-        The same pictures and captions as those of `openclip-ext train`: a function of seed, epoch and sample id.
+        It returns the sample's `image` (3, H, W) and `text` (L,), and what is needed of `sample_ids` (a number),
+        `image_aug` and `text_aug`. Views are those of `openclip-ext train`, a function of seed, epoch and sample id.
         """
         rows = RowFormat(
             image_transform=image_transform,
@@ -79,6 +90,8 @@ class Hosting:
             # Without workers this runs in the training process, whose random state must not depend on it.
             with contextlib.nullcontext() if get_worker_info() else random_state_kept():
                 row = rows.training_row(picture, [caption], row_seed(self._seed, epoch, sample_id))
+            if "sample_ids" in self.needs:
+                row["sample_ids"] = sample_id
             return {name: value[0] for name, value in rows.batch([row]).items()}
 
         return make
@@ -87,7 +100,6 @@ class Hosting:
         self,
         model: nn.Module,
         *,
-        num_samples: int,
         rank: int,
         world_size: int,
         device: torch.device,
@@ -97,7 +109,6 @@ class Hosting:
 
         Args:
             model: OpenCLIP's, not wrapped yet. A logit bias that the loss does not use is frozen.
-            num_samples: N; sample ids run from 0 to N - 1.
             rank: of this process.
             world_size: number of processes.
             device: where losses are computed.
@@ -109,7 +120,7 @@ class Hosting:
             model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
         if "trunk_features" in self.needs:
             self._trunks = _host.find_trunks(model)
-        loss = self._plan.build(num_samples, rank, world_size).to(device)
+        loss = self._plan.build(self._data.size, rank, world_size).to(device)
         if loss.wants_widths:
             loss.set_widths(**feature_widths(pair_model(model, self.needs), image_dtype))
         return loss.to(device)
@@ -139,6 +150,15 @@ class Hosting:
         from openclip_ext._host.v4_task import create_task
 
         return create_task(self, args, model, teacher=teacher)
+
+
+def _ids_by_shard(source: ShardListing | Table, args: argparse.Namespace) -> dict[str, range]:
+    if not isinstance(source, ShardListing):
+        raise UserError(
+            f"--loss {args.loss}: it or a term of it needs sample ids or second views, which OpenCLIP's loop has for "
+            "WebDataset shards only; pack some with openclip-ext shards pack, or use openclip-ext train"
+        )
+    return {url: source.ids_of(url) for url in source.urls}
 
 
 def _require_agreement(args: argparse.Namespace, needs: frozenset[str]) -> None:

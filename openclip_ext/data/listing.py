@@ -6,6 +6,7 @@ import functools
 import glob
 import json
 import os
+import zlib
 from collections.abc import Sequence
 
 import braceexpand
@@ -40,6 +41,16 @@ class ShardListing:
             starts[url] = start
             start += size
         return starts
+
+    def ids_of(self, url: str) -> range:
+        """The sample ids of a shard, which follow those of the shards before it; of no size, they are far from others'.
+
+        A sample beyond the size in `sizes.json` repeats one of them: it must not run into the next shard's.
+        """
+        size = self.size_of.get(url)
+        if size is None:
+            return range(zlib.crc32(url.encode()) << 31, (zlib.crc32(url.encode()) + 1) << 31)
+        return range(self.offsets[url], self.offsets[url] + max(size, 1))
 
     @functools.cached_property
     def size_of(self) -> dict[str, int]:

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import multiprocessing
 import random
-import zlib
 from collections.abc import Iterator
 from itertools import count, islice
 
@@ -114,15 +113,13 @@ class TrainStream(IterableDataset):
                 yield sample | {"sample_id": int.from_bytes(digest, "big") >> 1}
             return
         size = self.config.source.size_of.get(url)
-        start = self.config.source.offsets[url] if size is not None else zlib.crc32(url.encode()) << 31
+        ids = self.config.source.ids_of(url)
         ordinal = -1
         for sample in tar.read_shard(url, record):
             ordinal = sample["__ordinal__"]
             if size is not None and ordinal >= size:
                 record(tar.MORE_SAMPLES, url)
-            # Beyond the recorded size ids repeat within the shard: they must not run into the next one's.
-            position = ordinal if size is None else ordinal % max(size, 1)
-            yield sample | {"sample_id": start + position}
+            yield sample | {"sample_id": ids[ordinal % len(ids)]}
         if size is not None and ordinal + 1 < size:
             record(tar.FEWER_SAMPLES, url)
 
