@@ -139,8 +139,8 @@ class Hosting:
         """
         return run_on_views(model, self._trunks, image, text, image_aug, text_aug)
 
-    def create_task(self, args: argparse.Namespace, model: nn.Module, *, teacher=None):
-        """OpenCLIP 4's `TrainingTask` with this loss, which does all of the above in its loop.
+    def create_task(self, args: argparse.Namespace, model: nn.Module, *, teacher: nn.Module | None = None):
+        """OpenCLIP 4's `TrainingTask` with this loss, which does all that a loop has to.
 
         Args:
             args: OpenCLIP's flags, with `rank`, `world_size` and `device`.

@@ -203,11 +203,13 @@ def create_task(hosted: Hosting, args, model: nn.Module, *, teacher: nn.Module |
     """What `Hosting.create_task` returns."""
     from open_clip import get_input_dtype
 
-    loss = hosted.build(
-        model,
-        rank=args.rank,
-        world_size=args.world_size,
-        device=torch.device(args.device),
-        image_dtype=get_input_dtype(args.precision),
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(args.seed)  # heads of the loss are the same on all ranks
+        loss = hosted.build(
+            model,
+            rank=args.rank,
+            world_size=args.world_size,
+            device=torch.device(args.device),
+            image_dtype=get_input_dtype(args.precision),
+        )
     return LossTask(model, hosted, loss, teacher=teacher, world_size=args.world_size)
