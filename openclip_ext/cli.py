@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from openclip_ext import __version__
-from openclip_ext.commands import demo, losses, shards, structure
+from openclip_ext.commands import demo, losses, patch, shards, structure
 from openclip_ext.errors import RankError, UserError
 
 DESCRIPTION = "Contrastive objectives for OpenCLIP that work at small batch, by name, without a fork."
-COMMANDS = {"losses": losses, "demo": demo, "structure": structure, "shards": shards}
+COMMANDS = {"losses": losses, "demo": demo, "structure": structure, "shards": shards, "patch": patch}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
