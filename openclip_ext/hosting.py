@@ -73,6 +73,9 @@ class Hosting:
         self._data = training_data(flags, self._plan)
         self.sample_ids = _ids_by_shard(self._data.source, args) if self.needs & _OF_A_ROW else None
 
+    def __repr__(self) -> str:
+        return f"<loss {self._plan.spec.name}>"
+
     def row_maker(self, image_transform: Callable[[Image.Image], Tensor], tokenizer: Callable) -> RowMaker:
         """A function `make(picture, caption, sample_id, epoch)` of the data pipeline.
 
