@@ -1,0 +1,68 @@
+"""OpenCLIP 4: what it does otherwise than 3.3. The towers' trunks are where they were (`v3_trunks`)."""
+
+import argparse
+
+from openclip_ext._host import v3
+from openclip_ext.errors import UserError
+
+BLOCKS = v3.BLOCKS | {"ModernTextBlock"}
+
+#: New flags by the beginning of their names: what they ask of OpenCLIP's own loop or data that ours does not do.
+_NOT_HERE = (
+    "audio_", "pretrained_audio", "naflex_", "use_naflex", "force_naflex", "bucket_", "length_bucketing", "fsdp",
+    "image_key", "text_key", "json_text_key", "text_pad_multiple", "max_image_pixels", "torchcompile_", "val_retrieval",
+    "train_loss_ema", "log_metric",
+)  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """As for version 3; flags that are gone have their defaults still."""
+    parser = v3.build_parser()
+    parser.set_defaults(horovod=False, trace=False, torchscript=False)
+    return parser
+
+
+def fill_optimizer_defaults(args: argparse.Namespace) -> None:
+    """As for version 3. Raises UserError: a new flag that only OpenCLIP's own loop understands."""
+    v3.fill_optimizer_defaults(args)
+    for action in v3.build_parser()._actions:
+        if action.dest.startswith(_NOT_HERE) and getattr(args, action.dest) != action.default:
+            raise UserError(
+                f"{action.option_strings[0]}: is for OpenCLIP's own loop; drop it, or train there with --loss after: "
+                "openclip-ext patch apply"
+            )
+
+
+def checkpoint_from_model(model, distributed: bool) -> dict:
+    """The model's `state_dict` as OpenCLIP writes it: never with DDP's prefix."""
+    return dict(model.state_dict())
+
+
+def create_optimizer(args: argparse.Namespace, model):
+    """OpenCLIP's optimizer for the model.
+
+    Raises:
+        UserError: unknown optimizer, or options that it does not take.
+    """
+    from open_clip_train.optim import OptimizerCfg
+    from open_clip_train.optim import create_optimizer as create
+
+    config = OptimizerCfg(
+        opt=args.opt,
+        lr=args.lr,
+        weight_decay=args.wd,
+        beta1=args.beta1,
+        beta2=args.beta2,
+        eps=args.eps,
+        momentum=args.momentum,
+        opt_kwargs=args.opt_kwargs or {},
+        text_layer_decay=args.text_layer_decay,
+        image_layer_decay=args.image_layer_decay,
+        pooler_in_head=args.text_pooler_in_head,
+        wd_exclude_patterns=args.wd_exclude_patterns,
+        fallback_list=args.opt_fallback_list,
+    )
+    try:
+        return create(model, config)
+    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"--opt {args.opt}: {error}") from error
