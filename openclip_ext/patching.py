@@ -1,5 +1,6 @@
 """Patching OpenCLIP's own source: what is there, applying the patch for it, and taking it back."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -189,7 +190,8 @@ def _replace(root: Path, contents: dict[str, bytes | None]) -> None:
         raise
     finally:
         for name in contents:
-            _beside(root / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                _beside(root / name).unlink()
 
 
 def _beside(path: Path) -> Path:

@@ -1,55 +1,18 @@
 """Against stock `open_clip_train.main`: same batches, same losses; checkpoints go both ways."""
 
-import contextlib
 import json
-import logging
 import types
 
 import pytest
 import torch
 
 from openclip_ext.cli import main
-from openclip_ext.data.listing import list_shards
-from openclip_ext.data.pipeline import train_loader
-from openclip_ext.data.streams import StreamConfig
+from stock import feed_our_batches, logging_kept, without_ours
 
 stock = pytest.importorskip("open_clip_train.main")
 
 
-@contextlib.contextmanager
-def logging_kept():
-    """Stock adds handlers to the root logger and sets the level of every other."""
-    handlers = list(logging.root.handlers)
-    loggers = [logging.root, *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
-    levels = [logger.level for logger in loggers]
-    try:
-        yield
-    finally:
-        for handler in set(logging.root.handlers) - set(handlers):
-            handler.close()
-        logging.root.handlers = handlers
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-class OurBatches:
-    """Our loader in the shape in which stock's loop takes one."""
-
-    def __init__(self, shards, preprocess, tokenizer, batch_size):
-        config = StreamConfig(source=list_shards(shards), batch_size=batch_size, image_transform=preprocess,
-                              tokenizer=tokenizer)  # fmt: skip
-        self.loader = train_loader(config, num_samples=config.source.length, workers=0)
-        self.dataloader = self
-        self.num_batches, self.num_samples = self.loader.num_batches, self.loader.num_samples
-
-    def set_epoch(self, epoch):
-        self.loader.set_epoch(epoch)
-
-    def __iter__(self):
-        return ((batch["image"], batch["text"]) for batch in self.loader.batches)
-
-
-def stock_losses(monkeypatch, flags, shards):
+def stock_losses(monkeypatch, flags):
     """Losses of each step of stock's loop over our batches."""
     seen = []
     create_loss = stock.create_loss
@@ -65,9 +28,7 @@ def stock_losses(monkeypatch, flags, shards):
         return forward
 
     monkeypatch.setattr(stock, "create_loss", recording)
-    monkeypatch.setattr(stock, "get_data", lambda args, preprocess, epoch, tokenizer: {
-        "train": OurBatches(shards, preprocess[0], tokenizer, args.batch_size)
-    })  # fmt: skip
+    feed_our_batches(monkeypatch, stock)
     with logging_kept():
         stock.main(flags)
     return seen
@@ -78,21 +39,13 @@ def moving(checkpoint):
     return {key: value for key, value in checkpoint["state_dict"].items() if "in_proj_bias" not in key}
 
 
-def without_ours(flags):
-    """The same command line for stock."""
-    flags = list(flags[1:])
-    position = flags.index("--model-config")
-    del flags[position : position + 2]
-    return flags
-
-
 @pytest.mark.parametrize("extra", [[], ["--grad-clip-norm", "0.5", "--wd", "0.5"], ["--siglip"],
                                    ["--lr-scheduler", "const"]])  # fmt: skip
-def test_losses_equal_stocks_over_24_steps(monkeypatch, train_flags, shards, tmp_path, extra):
+def test_losses_equal_stocks_over_24_steps(monkeypatch, train_flags, tmp_path, extra):
     assert main(train_flags("--epochs", 3, "--name", "ours", *extra)) == 0
     rows = (tmp_path / "logs" / "ours" / "metrics.jsonl").read_text().splitlines()
     ours = [json.loads(row)["contrastive_loss"] for row in rows]
-    reference = stock_losses(monkeypatch, without_ours(train_flags("--epochs", 3, "--name", "stock", *extra)), shards)
+    reference = stock_losses(monkeypatch, without_ours(train_flags("--epochs", 3, "--name", "stock", *extra)))
     assert len(reference) == 24
     assert ours == pytest.approx(reference, rel=1e-5)
     checkpoints = [torch.load(tmp_path / "logs" / name / "checkpoints" / "epoch_3.pt") for name in ("ours", "stock")]
@@ -101,12 +54,12 @@ def test_losses_equal_stocks_over_24_steps(monkeypatch, train_flags, shards, tmp
 
 
 @pytest.mark.parametrize("first", ["ours", "stock"])
-def test_either_loop_resumes_the_others_checkpoint(monkeypatch, train_flags, shards, tmp_path, first):
+def test_either_loop_resumes_the_others_checkpoint(monkeypatch, train_flags, tmp_path, first):
     def ours(*flags):
         assert main(train_flags(*flags)) == 0
 
     def theirs(*flags):
-        stock_losses(monkeypatch, without_ours(train_flags(*flags)), shards)
+        stock_losses(monkeypatch, without_ours(train_flags(*flags)))
 
     begin, go_on = (ours, theirs) if first == "ours" else (theirs, ours)
     begin("--epochs", 2, "--name", "whole")
@@ -120,11 +73,11 @@ def test_either_loop_resumes_the_others_checkpoint(monkeypatch, train_flags, sha
     torch.testing.assert_close(moving(resumed), moving(reference), rtol=1e-3, atol=1e-5)
 
 
-def test_a_checkpoint_with_loss_state_resumes_in_stock(monkeypatch, train_flags, shards, tmp_path):
+def test_a_checkpoint_with_loss_state_resumes_in_stock(monkeypatch, train_flags, tmp_path):
     assert main(train_flags("--loss", "gamma_decomp", "--name", "ours")) == 0
     path = tmp_path / "logs" / "ours" / "checkpoints" / "epoch_1.pt"
     flags = without_ours(train_flags("--epochs", 2, "--name", "stock", "--resume", path))
-    losses = stock_losses(monkeypatch, flags, shards)
+    losses = stock_losses(monkeypatch, flags)
     assert len(losses) == 8 and all(map(torch.isfinite, map(torch.tensor, losses)))
 
 

@@ -1,0 +1,252 @@
+"""OpenCLIP 3.3's own loop, patched, against `openclip-ext train`: losses, checkpoints, sample ids, two processes."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+import stock
+from openclip_ext.cli import main
+from openclip_ext.data.listing import list_shards
+from openclip_ext.data.pack import pack
+from openclip_ext.data.pipeline import train_loader
+from openclip_ext.data.streams import StreamConfig
+
+LOSSES = {
+    "gamma_decomp": ["--loss", "gamma_decomp", "--loss-arg", "gamma=0.3"],
+    "terms": ["--loss", "clip", "--loss-term", "geometric_consistency=0.02", "--loss-term", "feature_separation=0.5"],
+    "emc2": ["--loss", "emc2"],
+}
+
+
+# webdataset 0.2 leaves it to the garbage collector to close shards.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collected():
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A folder with a patched copy of the installed `open_clip_train`."""
+    return stock.patched_copy(tmp_path_factory.mktemp("patched"))
+
+
+@pytest.fixture
+def patched(copy, model_config):
+    """`open_clip_train.main` of that copy; what else is imported of OpenCLIP's training inside a test is the copy's."""
+    open_clip.add_model_config(model_config)
+    with stock.imported_from(copy) as module, stock.logging_kept():
+        yield module
+
+
+@pytest.fixture
+def run_patched(monkeypatch, patched, train_flags):
+    """Runs the patched loop; returns what the loss returned in each step."""
+    from open_clip_train.loss_plugins import LossPlugin
+
+    forward, rows = LossPlugin.forward, []
+
+    def recording(self, *args):
+        losses, logit_scale = forward(self, *args)
+        rows.append({name: value.item() for name, value in losses.items()})
+        return losses, logit_scale
+
+    def run(*flags):
+        rows.clear()
+        patched.main(stock.without_ours(train_flags(*flags)))
+        return list(rows)
+
+    monkeypatch.setattr(LossPlugin, "forward", recording)
+    return run
+
+
+@pytest.fixture
+def run_ours(train_flags, tmp_path):
+    """Runs `openclip-ext train`; returns the rows of its metrics."""
+
+    def run(*flags):
+        assert main(train_flags(*flags)) == 0
+        rows = (tmp_path / "logs" / flags[flags.index("--name") + 1] / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(row) for row in rows]
+
+    return run
+
+
+def assert_equal_losses(rows, reference):
+    assert len(rows) == len(reference) > 0
+    names = [name for name in rows[0] if name.endswith("_loss")]
+    for name in names:
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in reference], rel=1e-5), name
+
+
+def checkpoint(tmp_path, name, epoch):
+    return torch.load(tmp_path / "logs" / name / "checkpoints" / f"epoch_{epoch}.pt")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_equal_ours_over_24_steps_and_after_resuming_either(
+    monkeypatch, patched, run_patched, run_ours, tmp_path, loss
+):
+    stock.feed_our_batches(monkeypatch, patched)
+    flags = [*LOSSES[loss], "--epochs", 3, "--grad-clip-norm", 1]
+    ours = run_ours(*flags, "--name", "ours")
+    assert_equal_losses(run_patched(*flags, "--name", "patched"), ours)
+    contents = [checkpoint(tmp_path, name, 3) for name in ("ours", "patched")]
+    assert contents[0].keys() == contents[1].keys()
+    assert contents[0].get("loss", {}).keys() == contents[1].get("loss", {}).keys()
+    logs = tmp_path / "logs"
+    on = run_patched(*flags, "--name", "patched-on", "--resume", logs / "ours/checkpoints/epoch_1.pt")
+    assert_equal_losses(on, ours[8:])
+    on = run_ours(*flags, "--name", "ours-on", "--resume", logs / "patched/checkpoints/epoch_1.pt")
+    assert_equal_losses(on, ours[8:])
+
+
+@pytest.fixture
+def two_shards(tmp_path, pairs):
+    """Two shards of 16: an epoch is one optimizer step of 32 pairs, whatever their order."""
+    pack(pairs[:32], str(tmp_path / "two"), samples_per_shard=16, progress=False)
+    return str(tmp_path / "two/{00000..00001}.tar")
+
+
+# No weight decay: with a timm optimizer OpenCLIP decays positional embeddings on several ranks, and not on one.
+ONE_STEP_PER_EPOCH = (
+    "--loss gamma_decomp --loss-term brownian_bridge=0.25 --loss-term feature_separation=0.5 --opt timm/sgd --eps 1e-8 "
+    "--lr 0.01 --wd 0 --epochs 20 --save-frequency 20 --workers 0"
+)
+
+
+def test_accumulated_batches_are_one_large_batch(run_patched, run_ours, two_shards, tmp_path):
+    """The pipeline too is OpenCLIP's here: views are ours, and logit scale and heads get the gradient of one batch."""
+    flags = [*ONE_STEP_PER_EPOCH.split(), "--train-data", two_shards]
+    whole = run_ours(*flags, "--batch-size", 32, "--name", "whole")
+    assert_equal_losses(run_patched(*flags, "--batch-size", 8, "--accum-freq", 4, "--name", "parts"), whole)
+    contents = [checkpoint(tmp_path, name, 20) for name in ("whole", "parts")]
+    assert contents[0]["state_dict"]["logit_scale"].exp() != pytest.approx(1 / 0.07, rel=0.01)
+    for key in ("state_dict", "loss"):
+        torch.testing.assert_close(contents[1][key], contents[0][key], rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def test_two_processes_equal_one(copy, run_ours, train_flags, two_shards, tmp_path, model_config):
+    flags = [*ONE_STEP_PER_EPOCH.split(), "--train-data", two_shards]
+    reference = run_ours(*flags, "--batch-size", 32, "--name", "one")
+    tests, losses = Path(__file__).parent, tmp_path / "losses.json"
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+    ]
+    command = [sys.executable, *torchrun, str(tests / "patched_on_ranks.py"), "--", model_config, str(losses)]
+    command += stock.without_ours(train_flags(*flags, "--batch-size", 8, "--accum-freq", 2, "--name", "two"))
+    environment = os.environ | {"PYTHONPATH": f"{copy}:{tests.parent}", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr
+    assert "Process (global: 0, local 0), total 2." in result.stderr
+    assert_equal_losses(json.loads(losses.read_text()), reference)
+    one, two = (checkpoint(tmp_path, name, 20) for name in ("one", "two"))
+    weights = {key.removeprefix("module."): value for key, value in two["state_dict"].items()}
+    torch.testing.assert_close(weights, one["state_dict"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("extra", [[], ["--accum-freq", "2"], ["--siglip", "--grad-clip-norm", "0.5"]])
+def test_without_a_loss_training_is_what_it_was(monkeypatch, copy, train_flags, tmp_path, model_config, extra):
+    open_clip.add_model_config(model_config)
+    for name, folder in (("before", stock.INSTALLED.parent), ("after", copy)):
+        with stock.imported_from(folder) as module, stock.logging_kept():
+            stock.feed_our_batches(monkeypatch, module)
+            module.main(stock.without_ours(train_flags("--name", name, *extra)))
+    before, after = (checkpoint(tmp_path, name, 1) for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after["state_dict"][key], value) for key, value in before["state_dict"].items())
+
+
+@pytest.fixture
+def holed_shards(tmp_path, pairs):
+    """Four shards of 10; the fourth sample of the second one, id 13, has no caption."""
+    pack(pairs[:40], str(tmp_path / "data"), samples_per_shard=10, progress=False)
+    whole, holed = tmp_path / "data/00001.tar", tmp_path / "holed.tar"
+    with tarfile.open(whole) as source, tarfile.open(holed, "w") as target:
+        captions = [member for member in source if member.name.endswith(".txt")]
+        for member in source:
+            if member.name != captions[3].name:
+                target.addfile(member, source.extractfile(member))
+    os.replace(holed, whole)
+    return str(tmp_path / "data/{00000..00003}.tar")
+
+
+def by_id(batches):
+    """Sample id to the rest of its row, of batches of tuples whose third is the id; a sample is the same each time."""
+    rows = {}
+    for batch in batches:
+        for image, text, sample_id, *views in zip(*batch, strict=True):
+            row = torch.stack([image, *views]), text
+            first = rows.setdefault(sample_id.item(), row)
+            assert all(torch.equal(*both) for both in zip(first, row, strict=True))
+    return rows
+
+
+@pytest.mark.parametrize("extra", [[], ["--workers", "2"], ["--dataset-resampled"]])
+def test_ids_are_positions_in_the_shards_and_views_are_ours(patched, train_flags, holed_shards, pairs, extra):
+    from open_clip_train.data import get_wds_dataset
+    from open_clip_train.params import parse_args
+
+    flags = train_flags("--loss", "sogclr", "--loss-term", "brownian_bridge=1", "--train-data", holed_shards,
+                        "--batch-size", 5, "--seed", 3, *extra)  # fmt: skip
+    args = parse_args(stock.without_ours(flags))
+    args.world_size = 1
+    assert args.loss_plugin.batch_keys == ("sample_ids", "image_aug")
+    transform, tokenizer = open_clip.image_transform(32, is_train=True), open_clip.get_tokenizer("tiny-test")
+    loader = get_wds_dataset(args, transform, True, epoch=2, tokenizer=tokenizer).dataloader
+    theirs = by_id([batch for _ in range(3) for batch in loader])
+    config = StreamConfig(
+        source=list_shards(holed_shards), batch_size=5, sample_id="index", seed=3, image_transform=transform,
+        tokenizer=tokenizer, image_aug_transform=transform,
+    )  # fmt: skip
+    ours = train_loader(config, num_samples=200, workers=0)
+    ours.set_epoch(2)
+    names = ("image", "text", "sample_id", "image_aug")
+    reference = by_id(tuple(batch[name] for name in names) for batch in ours.batches)
+    assert set(range(40)) - {13} >= theirs.keys() and len(theirs) > 20
+    for sample_id, (images, text) in theirs.items():
+        assert torch.equal(text, tokenizer(pairs[sample_id][1])[0])
+        assert torch.equal(images, reference[sample_id][0])
+
+
+WRONG = {
+    "--loss nope": "--loss nope: 0 packages register it; registered are: batch_corrected, clip,",
+    "--loss-term brownian_bridge=1": "--loss-arg and --loss-term need --loss",
+    "--loss gamma_decomp --loss-arg gamma=2": "--loss-arg gamma=2",
+    "--loss gamma_decomp --loss-term nope=1": "--loss-term nope: no such loss term",
+    "--loss emc2 --loss-arg bank=index": "--loss-arg bank=index: ",
+    "--loss clip --siglip": "--siglip --loss clip: these exclude each other",
+    "--loss clip --horovod": "--horovod --loss clip: ",
+    "--loss clip --loss-term caption=1": "--loss-term caption: --model tiny-test makes no captions",
+    "--loss clip --loss-term distill=1": "--loss clip: it or a term of it needs a teacher",
+    "--loss clip --loss-term feature_separation=1 --torchcompile": "--torchcompile: hides",
+    "--loss emc2 --dataset-type synthetic --train-num-samples 8": "--loss emc2: it or a term of it needs sample ids",
+    "--loss emc2 --train-data nowhere-{0..1}.tar": "--train-data nowhere-{0..1}.tar: no shard matches",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_a_wrong_flag_is_one_line_before_anything_is_written(patched, train_flags, tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as exit:
+        patched.main(stock.without_ours(train_flags(*flags.split())))
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert WRONG[flags] in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "logs").exists()
