@@ -18,6 +18,7 @@ keys that `openclip_ext.training.checkpoint` names.
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -77,7 +78,7 @@ class Hosting:
         return f"<loss {self._plan.spec.name}>"
 
     def row_maker(self, image_transform: Callable[[Image.Image], Tensor], tokenizer: Callable) -> RowMaker:
-        """A function `make(picture, caption, sample_id, epoch)` of the data pipeline.
+        """A function `make(picture, caption, sample_id, epoch)` of the data pipeline, which can be pickled.
 
         It returns the sample's `image` (3, H, W) and `text` (L,), and what is needed of `sample_ids` (a number),
         `image_aug` and `text_aug`. Views are those of `openclip-ext train`, a function of seed, epoch and sample id.
@@ -89,15 +90,7 @@ class Hosting:
             text_aug="text_aug" in self.needs,
         )
 
-        def make(picture: Image.Image, caption: str, sample_id: int, epoch: int) -> dict[str, Tensor]:
-            # Without workers this runs in the training process, whose random state must not depend on it.
-            with contextlib.nullcontext() if get_worker_info() else random_state_kept():
-                row = rows.training_row(picture, [caption], row_seed(self._seed, epoch, sample_id))
-            if "sample_ids" in self.needs:
-                row["sample_ids"] = sample_id
-            return {name: value[0] for name, value in rows.batch([row]).items()}
-
-        return make
+        return functools.partial(_make_row, rows, self._seed, "sample_ids" in self.needs)
 
     def build(
         self,
@@ -153,6 +146,17 @@ class Hosting:
         from openclip_ext._host.v4_task import create_task
 
         return create_task(self, args, model, teacher=teacher)
+
+
+def _make_row(
+    rows: RowFormat, seed: int, with_id: bool, picture: Image.Image, caption: str, sample_id: int, epoch: int
+) -> dict[str, Tensor]:
+    # Without workers this runs in the training process, whose random state must not depend on it.
+    with contextlib.nullcontext() if get_worker_info() else random_state_kept():
+        row = rows.training_row(picture, [caption], row_seed(seed, epoch, sample_id))
+    if with_id:
+        row["sample_ids"] = sample_id
+    return {name: value[0] for name, value in rows.batch([row]).items()}
 
 
 def _ids_by_shard(source: ShardListing | Table, args: argparse.Namespace) -> dict[str, range]:

@@ -31,6 +31,7 @@ PARITY = {
     "gamma_decomp": "--loss gamma_decomp --loss-arg gamma=0.3 --grad-clip-norm 1",
     "views": "--loss clip --loss-term brownian_bridge=0.25 --loss-term geometric_consistency=0.02",
     "siglip": "--loss siglip",
+    "distill": "--loss dcl --distill-model tiny-test --distill-pretrained WEIGHTS",
     "emc2": "--loss emc2",
 }
 # An epoch is one optimizer step of 32 pairs, whatever their order.
@@ -93,7 +94,7 @@ def flags(folder, data, weights):
             "--epochs": "3", "--workers": "0", "--device": "cpu", "--precision": "fp32", "--lr": "1e-3", "--wd": "0",
             "--warmup": "2", "--logs": str(folder / "logs"), "--name": name, "--log-every-n-steps": "1",
         }  # fmt: skip
-        given = [str(part) for part in extra]
+        given = [weights if part == "WEIGHTS" else str(part) for part in extra]
         return [part for key, value in fixed.items() if key not in given for part in (key, value)] + given
 
     return build
