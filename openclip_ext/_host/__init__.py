@@ -10,7 +10,6 @@ from pathlib import Path
 from openclip_ext._host import v3, v4
 from openclip_ext._host.v3 import (
     clip_loss,
-    create_model,
     create_schedule,
     create_teacher,
     distill_loss,
@@ -39,6 +38,7 @@ _own = v4 if _major_version() >= 4 else v3
 BLOCKS = _own.BLOCKS
 build_parser = _own.build_parser
 checkpoint_from_model = _own.checkpoint_from_model
+create_model = _own.create_model
 create_optimizer = _own.create_optimizer
 fill_optimizer_defaults = _own.fill_optimizer_defaults
 

@@ -33,6 +33,23 @@ def fill_optimizer_defaults(args: argparse.Namespace) -> None:
             )
 
 
+def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
+    """As for version 3. CoCa models return, as there, logits of next tokens only, and those tokens as `labels`."""
+    from open_clip import CoCa
+
+    model, *others = v3.create_model(args, device, logit_bias=logit_bias)
+    if isinstance(model, CoCa):
+        model.register_forward_hook(_with_labels, with_kwargs=True)
+    return model, *others
+
+
+def _with_labels(model, inputs, named_inputs, out: dict) -> dict:
+    if "logits" not in out:
+        return out
+    text = named_inputs["text"] if "text" in named_inputs else inputs[1]
+    return out | {"logits": out["logits"][:, :-1], "labels": text[:, 1:]}
+
+
 def checkpoint_from_model(model, distributed: bool) -> dict:
     """The model's `state_dict` as OpenCLIP writes it: never with DDP's prefix."""
     return dict(model.state_dict())
