@@ -3,7 +3,8 @@
     python open_clip_main_jobs.py MODEL_CONFIG JOBS.json RESULTS.json
 
 A job is `{"name", "flags", "batches"}`; `batches` is "ours" for those of `openclip-ext train`, "theirs" for OpenCLIP's,
-or "saved" to train nothing and save the rows of an epoch. Its result holds the `losses` of each step, `exit`, `error`.
+or "saved" to train nothing and save the rows of an epoch; "train" stands for `openclip-ext train` itself. Its result
+holds the `losses` of each step, `exit`, and `error`.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from open_clip.task import CLIPTask
 from open_clip_train import main as loop
 from open_clip_train.params import parse_args
 
+from openclip_ext import cli
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pipeline import train_loader
 from openclip_ext.data.streams import StreamConfig
@@ -62,11 +64,11 @@ def save_rows(flags):
     torch.save({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}, args.logs)
 
 
-def run(job, losses):
-    """Run a job; what the loop's tasks return is appended to `losses`."""
+def run(job):
     if job["batches"] == "saved":
         return save_rows(job["flags"])
-
+    if job["batches"] == "train":
+        sys.exit(cli.main(["train", *job["flags"]]))
     get_data = loop.get_data
     if job["batches"] == "ours":
         loop.get_data = lambda args, preprocess, epoch, tokenizer, naflex_data_config: {
@@ -105,7 +107,7 @@ def main(model_config, jobs, results):
         result = {"exit": 0, "error": ""}
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             try:
-                run(job, losses)
+                run(job)
             except SystemExit as exit:
                 result["exit"], result["error"] = exit.code, stderr.getvalue()
             except ValueError as error:

@@ -39,6 +39,7 @@ ONE_STEP = (
     "--loss gamma_decomp --loss-term brownian_bridge=0.25 --loss-term feature_separation=0.5 --opt timm/sgd "
     "--lr 0.05 --epochs 6 --save-frequency 6 --grad-clip-norm 5"
 )
+COUNTERS = {"global_step", "samples_seen"}  # which OpenCLIP 4 adds to checkpoints
 WRONG = {
     "--loss nope": "error: --loss nope: no such loss; registered: batch_corrected, clip,",
     "--loss-arg gamma=1": "error: --loss-arg and --loss-term need --loss",
@@ -119,7 +120,7 @@ def start(folder, model_config):
 
 
 @pytest.fixture(scope="module")
-def results(folder, flags, data, copies, start):
+def results(folder, flags, data, copies, start, model_config):
     """Of all single-process runs of the patched loop."""
     checkpoint = folder / "logs/gamma_decomp/checkpoints/epoch_1.pt"
     two = ("--train-data", data["two"], *ONE_STEP.split())
@@ -134,12 +135,23 @@ def results(folder, flags, data, copies, start):
         ("rows", "saved", flags("rows", "--loss", "sogclr", "--loss-term", "brownian_bridge=1", "--train-data",
                                 data["uneven"], "--batch-size", 8, "--seed", 3, "--logs", folder / "rows.pt")),
     ]  # fmt: skip
+    gamma, config = PARITY["gamma_decomp"].split(), ("--model-config", model_config)
+    own = folder / "logs/own/checkpoints/epoch_1.pt"
+    jobs += [
+        ("own", "train", flags("own", *gamma, *config)),
+        ("own-on", "ours", flags("own-on", *gamma, "--resume", own)),
+        ("on-own", "train", flags("on-own", *gamma, *config, "--resume", checkpoint)),
+    ]
     jobs += [(wrong, "ours", flags("wrong", *wrong.split())) for wrong in WRONG]
     return start(copies["patched"], [dict(zip(("name", "batches", "flags"), job, strict=True)) for job in jobs])
 
 
 def checkpoint(folder, name, epoch):
     return torch.load(folder / "logs" / name / "checkpoints" / f"epoch_{epoch}.pt")
+
+
+def metrics(folder, name):
+    return [json.loads(row) for row in (folder / "logs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
 def by_step(rows, name):
@@ -150,17 +162,26 @@ def by_step(rows, name):
 def test_losses_equal_ours_over_24_steps(results, folder, flags, model_config, name):
     extra = ["--model-config", model_config, *PARITY[name].split()]
     assert main(["train", *flags(f"ours-{name}", *extra)]) == 0
-    rows = [json.loads(row) for row in (folder / "logs" / f"ours-{name}" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(folder, f"ours-{name}")
     assert results[name]["error"] == "" and len(results[name]["losses"]) == 24
     for key in (key for key in rows[0] if key == "loss" or key.endswith("_loss")):
         assert by_step(results[name]["losses"], key) == pytest.approx(by_step(rows, key), rel=1e-5, abs=1e-6), key
     ours, theirs = checkpoint(folder, f"ours-{name}", 3), checkpoint(folder, name, 3)
-    assert theirs.keys() - ours.keys() == {"global_step", "samples_seen"} and ours.keys() <= theirs.keys()
+    assert ours.keys() == theirs.keys() - COUNTERS
     torch.testing.assert_close(theirs.get("loss"), ours.get("loss"), rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def test_a_resumed_run_goes_on_with_the_losss_state(results):
     assert results["on"]["losses"] == results["gamma_decomp"]["losses"][8:]
+
+
+def test_our_loop_runs_on_this_version_and_either_resumes_the_other(results, folder):
+    assert [results[name]["exit"] for name in ("own", "own-on", "on-own")] == [0, 0, 0]
+    reference = by_step(results["gamma_decomp"]["losses"], "contrastive_loss")
+    assert by_step(metrics(folder, "own"), "contrastive_loss") == pytest.approx(reference, rel=1e-5)
+    assert by_step(results["own-on"]["losses"], "contrastive_loss") == pytest.approx(reference[8:], rel=1e-5)
+    assert by_step(metrics(folder, "on-own"), "contrastive_loss") == pytest.approx(reference[8:], rel=1e-5)
+    assert checkpoint(folder, "own", 3).keys() == checkpoint(folder, "gamma_decomp", 3).keys() - COUNTERS
 
 
 def test_without_a_loss_it_resumes_too_and_another_loss_is_refused(results):

@@ -125,6 +125,7 @@ class LossTask(CLIPTask):
         losses, report = _losses_and_report({name: value.detach() for name, value in outputs.items()})
         return _Accumulated(losses, report, found, parts_left=len(accum_batches))
 
+    @torch.compiler.disable  # it holds state, and is small beside the model
     def _objective(self, model_out: dict[str, Tensor], batches: list[dict]) -> dict[str, Tensor]:
         given = dict(model_out)
         given["logit_scale"] = given["logit_scale"].mean()  # FSDP2 makes it (1,)
