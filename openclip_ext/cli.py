@@ -6,11 +6,21 @@ import sys
 from collections.abc import Sequence
 
 from openclip_ext import __version__
-from openclip_ext.commands import demo, losses, patch, shards, structure
+from openclip_ext.commands import demo, eval, export, interpolate, losses, patch, report, shards, structure
 from openclip_ext.errors import RankError, UserError
 
 DESCRIPTION = "Contrastive objectives for OpenCLIP that work at small batch, by name, without a fork."
-COMMANDS = {"losses": losses, "demo": demo, "structure": structure, "shards": shards, "patch": patch}
+COMMANDS = {
+    "losses": losses,
+    "demo": demo,
+    "eval": eval,
+    "interpolate": interpolate,
+    "structure": structure,
+    "report": report,
+    "export": export,
+    "shards": shards,
+    "patch": patch,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,13 +43,13 @@ def describe_options(options_type: type) -> list[dict[str, Any]]:
     ]
 
 
-def parse_assignments(assignments: Iterable[str], flag: str) -> dict[str, str]:
+def parse_assignments(assignments: Iterable[str], flag: str, example: str = "gamma=0.5") -> dict[str, str]:
     """Split `key=value` strings as given to `flag`. Raises UserError where there is no `=` or a key comes twice."""
     values: dict[str, str] = {}
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator or not key:
-            raise UserError(f"{flag} {assignment}: expected key=value, such as {flag} gamma=0.5")
+            raise UserError(f"{flag} {assignment}: expected key=value, such as {flag} {example}")
         if key in values:
             raise UserError(f"{flag} {assignment}: {key} is given twice; keep one")
         values[key] = value

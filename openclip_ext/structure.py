@@ -9,8 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,11 +18,10 @@ from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
+from openclip_ext.evaluation.loading import checkpoint_file, choose_device, load_model
 from openclip_ext.evaluation.structure import TITLES, Structure, structure_metrics
 from openclip_ext.options import NoOptions
 from openclip_ext.terms.feature_separation import FeatureSeparationTerm
-from openclip_ext.training.checkpoint import latest_checkpoint, load_checkpoint
-from openclip_ext.training.flags import parse_args
 from openclip_ext.training.log import report_skips, start_logging, stop_logging
 from openclip_ext.training.pair_model import PairModel
 
@@ -44,10 +41,10 @@ def run_structure(args: argparse.Namespace) -> dict:
     Raises:
         UserError: a wrong flag, a checkpoint that is none or of another architecture, or fewer than two usable pairs.
     """
-    flags = _model_flags(args)
-    device = _device(args.device)
+    _require_positive(args)
+    choose_device(args.device)
     listing = list_shards(args.data, flag="--data")
-    paths = [_checkpoint_file(path) for path in args.checkpoint]
+    paths = [checkpoint_file(path, "--checkpoint") for path in args.checkpoint]
     if args.model_config:
         _host.register_model_config(args.model_config)
     try:
@@ -58,7 +55,7 @@ def run_structure(args: argparse.Namespace) -> dict:
     start_logging(None, console=True, debug=False)
     try:
         for label, path in zip(_labels(paths), paths, strict=True):
-            features = _encode(path, label, flags, listing, args.num_samples, device)
+            features = _encode(path, label, args, listing)
             structures.append(Structure(label, features, structure_metrics(**features)))
     finally:
         stop_logging()
@@ -99,41 +96,13 @@ def _table(structures: list[Structure], num_pairs: int) -> str:
     return "\n".join(lines)
 
 
-def _model_flags(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags of `openclip-ext train` that say how to make the model and read the data, checked."""
-    if args.num_samples < 2:
-        raise UserError(f"--num-samples {args.num_samples}: must be at least 2")
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: must not be negative")
-    given = {
-        "--model": args.model,
-        "--val-data": args.data,
-        "--batch-size": args.batch_size,
-        "--workers": args.workers,
-        "--caption-separator": args.caption_separator,
-        "--caption-key": args.caption_key,
-        "--precision": "fp32",
-    }
-    return parse_args([f"{flag}={value}" for flag, value in given.items() if value is not None])
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
-
-
-def _checkpoint_file(path: str) -> str:
-    """The file itself, or of a run's folder the checkpoint of its last epoch."""
-    if os.path.isfile(path):
-        return path
-    if not os.path.isdir(path):
-        raise UserError(f"--checkpoint {path}: no such file; give a checkpoint, or the folder of a run")
-    folder = os.path.join(path, "checkpoints")
-    latest = latest_checkpoint(folder, most_recent=False) or latest_checkpoint(folder, most_recent=True)
-    if latest is None:
-        raise UserError(f"--checkpoint {path}: no checkpoints/epoch_N.pt in this folder; give the folder of a run")
-    return latest
+def _require_positive(args: argparse.Namespace) -> None:
+    for name, least, words in (("num_samples", 2, "be at least 2"), ("batch_size", 1, "be at least 1"),
+                               ("workers", 0, "not be negative")):  # fmt: skip
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must {words}")
+    if args.caption_separator == "":
+        raise UserError("--caption-separator: must not be empty")
 
 
 def _labels(paths: list[str]) -> list[str]:
@@ -145,22 +114,23 @@ def _labels(paths: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _encode(
-    path: str, label: str, flags: argparse.Namespace, listing: ShardListing, limit: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Unit features (M, D) of the first `limit` usable pairs, on CPU: `image`, `text`, and with heads `…_private`."""
-    model, heads, transform, tokenizer = _load(path, flags, device)
-    paired = PairModel(model, trunk_features=heads is not None).eval()
+def _encode(path: str, label: str, args: argparse.Namespace, listing: ShardListing) -> dict[str, Tensor]:
+    """Unit features (M, D) of the first `--num-samples` usable pairs, on CPU: `image`, `text`, and with heads
+    `…_private`."""
+    loaded = load_model(path, name=args.model, device=args.device, precision="fp32", flag="--checkpoint")
+    device, limit = loaded.device, args.num_samples
+    heads = _private_heads(loaded.loss_state, device)
+    paired = PairModel(loaded.model, trunk_features=heads is not None).eval()
     config = StreamConfig(
         source=listing,
-        batch_size=flags.batch_size,
-        image_transform=transform,
-        tokenizer=tokenizer,
-        captions=CaptionFormat(separator=flags.caption_separator, key=flags.caption_key),
+        batch_size=args.batch_size,
+        image_transform=loaded.transform,
+        tokenizer=loaded.tokenizer,
+        captions=CaptionFormat(separator=args.caption_separator, key=args.caption_key),
     )
     parts, skipped, count = collections.defaultdict(list), [], 0
     with tqdm(total=min(limit, listing.length or limit), desc=label, unit="pair") as bar:
-        for batch in eval_loader(config, workers=flags.workers):
+        for batch in eval_loader(config, workers=args.workers):
             out = paired(batch["image"].to(device), batch["text"].to(device))
             for modality in ("image", "text"):
                 parts[modality].append(out[f"{modality}_features"].float().cpu())
@@ -175,7 +145,7 @@ def _encode(
     report_skips(skipped, label)
     if count < 2:
         raise UserError(
-            f"--data {flags.val_data}: {count} usable pair(s), and at least 2 are needed; look at the shards with: "
+            f"--data {args.data}: {count} usable pair(s), and at least 2 are needed; look at the shards with: "
             "openclip-ext shards check"
         )
     features = {name: torch.cat(rows)[:limit] for name, rows in parts.items()}
@@ -184,35 +154,8 @@ def _encode(
     return features
 
 
-def _load(path: str, flags: argparse.Namespace, device: torch.device):
-    """(model, private heads or None, transform, tokenizer)."""
-    content = _read(path)
-    weights = content.get("state_dict", content)
-    if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"--checkpoint {path}: holds no weights; give a file that OpenCLIP's --pretrained takes")
-    # The bias of a model trained as SigLIP is in no model config: its weights alone tell.
-    logit_bias = any(str(key).endswith("logit_bias") for key in weights)
-    flags.pretrained = path
-    try:
-        model, _, transform, tokenizer = _host.create_model(flags, device, logit_bias=logit_bias)
-    except UserError as error:  # it knows the file by the flag of training
-        raise UserError(str(error).replace("--pretrained", "--checkpoint")) from error
-    return model, _private_heads(content.get("loss"), device), transform, tokenizer
-
-
-def _read(path: str) -> dict:
-    """What the file holds."""
-    if not path.endswith(".safetensors"):
-        return load_checkpoint(path, flag="--checkpoint").content
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"--checkpoint {path}: not a safetensors file ({error})") from error
-
-
-def _private_heads(loss_state: dict[str, Tensor] | None, device: torch.device) -> FeatureSeparationTerm | None:
+def _private_heads(loss_state: dict[str, Tensor], device: torch.device) -> FeatureSeparationTerm | None:
     """The term as trained, None where the checkpoint was trained without it."""
-    loss_state = loss_state if isinstance(loss_state, dict) else {}
     state = {key.removeprefix(HEADS): value for key, value in loss_state.items() if key.startswith(HEADS)}
     if not state:
         return None

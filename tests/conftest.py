@@ -1,9 +1,11 @@
 import json
 
+import open_clip
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from openclip_ext.cli import main
 from openclip_ext.data import digits
 from openclip_ext.data.pack import pack
 from openclip_ext.testing import RankPool
@@ -12,6 +14,12 @@ TINY_MODEL = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+DEEP_MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3},
 }
 
 
@@ -45,6 +53,14 @@ def model_config(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny-test.json"
     path.write_text(json.dumps(TINY_MODEL))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory):
+    """Flags for a model with several blocks in each tower, called `deep-test`."""
+    path = tmp_path_factory.mktemp("model") / "deep-test.json"
+    path.write_text(json.dumps(DEEP_MODEL))
+    return "--model", "deep-test", "--model-config", str(path)
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +100,43 @@ def train_flags(shards, model_config, tmp_path):
         return ["train", *kept, *given]
 
     return flags
+
+
+@pytest.fixture
+def by_hand(model_config, tmp_path):
+    """The folder of a run whose weights nobody has trained, which takes less time."""
+    checkpoints = tmp_path / "logs" / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    open_clip.add_model_config(model_config)
+    state = open_clip.create_model("tiny-test").state_dict()
+    torch.save({"epoch": 1, "name": "run", "state_dict": state}, checkpoints / "epoch_1.pt")
+    params = f"model: tiny-test\nmodel_config: {model_config}\nopenclip-ext: 0\n"
+    (checkpoints.parent / "params.txt").write_text(params)
+    return checkpoints.parent
+
+
+@pytest.fixture(scope="session")
+def digit_run(tmp_path_factory, pairs, model_config):
+    """The folder of a run that has learnt to tell digits apart a little."""
+    logs = tmp_path_factory.mktemp("digit_run")
+    pack(pairs, str(logs / "shards"), progress=False)
+    flags = "--batch-size 64 --epochs 6 --workers 0 --device cpu --precision fp32 --lr 5e-3 --warmup 5 --name run"
+    assert main(["train", "--model", "tiny-test", "--model-config", model_config, "--train-data", str(logs / "shards"),
+                 "--logs", str(logs), "--save-frequency", "0", *flags.split()]) == 0  # fmt: skip
+    return logs / "run"
+
+
+@pytest.fixture(scope="session")
+def digit_folders(tmp_path_factory):
+    """A folder per digit with 8 of the test pictures each, and how to say them."""
+    root = tmp_path_factory.mktemp("digits")
+    for number, (image, _, label) in enumerate(digits.digit_splits()["test"]):
+        folder = root / str(label)
+        folder.mkdir(exist_ok=True)
+        if len(list(folder.iterdir())) < 8:
+            (folder / f"{number:04}.png").write_bytes(image)
+    (root / "classnames.txt").write_text("\n".join(digits.CLASS_NAMES) + "\n")
+    (root / "zeroshot_classification_templates.txt").write_text(
+        "".join(f"{template.replace('{}', '{c}')}\n" for template in digits.TEMPLATES)
+    )
+    return root

@@ -84,3 +84,55 @@ def sharded_state(rank, num_ranks):
     parameters = fresh.param_groups[0]["params"]
     norms = [sharding.gradient_norm(parameters, clip=2.0), sharding.gradient_norm(parameters, clip=None)]
     return state, sharding.whole(fresh.state_dict()), norms
+
+
+def evaluated(rank, num_ranks, model_config, source, batch_size, pictures):
+    """Metrics of an untrained model on pairs of `source` and on labelled pictures, as between epochs."""
+    import contextlib
+
+    import open_clip
+
+    from openclip_ext import _host
+    from openclip_ext.data.listing import list_shards
+    from openclip_ext.data.pipeline import eval_loader
+    from openclip_ext.data.streams import StreamConfig
+    from openclip_ext.data.table import csv_table
+    from openclip_ext.evaluation.class_folders import probe_data
+    from openclip_ext.evaluation.during_training import Evaluator
+    from openclip_ext.evaluation.labelled import LabelledBatches, LabelledFiles, class_folders
+    from openclip_ext.evaluation.ranks import Ranks
+
+    torch.manual_seed(0)
+    name = _host.register_model_config(model_config)
+    model, _, transform = open_clip.create_model_and_transforms(name, output_dict=True)
+    tokenizer, ranks = open_clip.get_tokenizer(name), Ranks(rank, num_ranks)
+    table = csv_table(source, "filepath", "title", ",") if source.endswith(".csv") else list_shards(source)
+    config = StreamConfig(source=table, batch_size=batch_size, image_transform=transform, tokenizer=tokenizer,
+                          rank=rank, world_size=num_ranks)  # fmt: skip
+    loading = {"batch_size": batch_size, "workers": 0, "ranks": ranks}
+    _, samples = class_folders(pictures, "--imagenet-val")
+    evaluator = Evaluator(
+        tokenizer=tokenizer,
+        device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
+        dtype=None,
+        pairs=eval_loader(config, workers=0),
+        imagenet={"imagenet": LabelledBatches(LabelledFiles(samples), transform, **loading)},
+        val_frequency=1,
+        zeroshot_frequency=1,
+        ranks=ranks,
+        probe=probe_data(pictures, pictures, transform, **loading),
+        progress=False,
+    )
+    names = [f"the number {number}" for number in range(23)], ["a {}", "many {}s"]
+    with mock.patch.object(_host, "imagenet_names", lambda: names):
+        return evaluator.evaluate(model, 1, True), sorted(evaluator.skipped)
+
+
+def buffers_shared(rank, num_ranks):
+    from openclip_ext.evaluation.ranks import Ranks
+
+    layer = torch.nn.BatchNorm1d(3)
+    layer(torch.full((2, 3), float(rank + 1)))
+    Ranks(rank, num_ranks).share_buffers(layer)
+    return layer.running_mean

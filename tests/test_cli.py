@@ -11,7 +11,7 @@ from openclip_ext.training.flags import REFUSED, build_parser
 def test_help_does_not_wait_for_torch():
     code = "import sys; from openclip_ext.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n" \
            "assert 'torch' not in sys.modules, 'torch was imported'"  # fmt: skip
-    for command in (["--help"], ["train", "--help"], ["shards", "pack", "--help"]):
+    for command in (["--help"], ["train", "--help"], ["shards", "pack", "--help"], ["eval", "--help"]):
         subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True)
 
 
@@ -64,5 +64,7 @@ def test_every_flag_of_openclip_is_known_with_its_default():
     assert ours.keys() - reference.keys() == {
         "loss", "loss_arg", "loss_term", "sample_id", "sample_id_table", "check_shards", "model_config",
         "view_aug", "pairs", "momentum_encoder", "probe_train", "probe_val", "caption_key", "caption_separator",
+        "layer_decay", "image_lr", "image_layer_decay", "text_lr", "text_layer_decay",
+        "warm_start_pass", "ema", "lora",
     }  # fmt: skip
     assert REFUSED.keys() <= reference.keys()

@@ -11,13 +11,14 @@ def test_the_demo_writes_a_report_and_a_picture(tmp_path, capsys):
     flags = ["demo", "--out", str(out), "--losses", "siglip,clip+brownian_bridge=0.25", "--seeds", "2", "--epochs", "1"]
     assert main([*flags, "--batch-size", "256"]) == 0
     report = json.loads((out / "report.json").read_text())
-    assert [(run["loss"], run["seed"]) for run in report["runs"]] == [
-        ("siglip", 0), ("clip+brownian_bridge=0.25", 0), ("siglip", 1), ("clip+brownian_bridge=0.25", 1)
-    ]  # fmt: skip
-    cell = report["summary"]["siglip"]["zero_shot_top1"]
-    values = [run["zero_shot_top1"] for run in report["runs"] if run["loss"] == "siglip"]
-    assert cell["mean"] == sum(values) / 2 and cell["interval"] >= 0
-    assert len(report["runs"][0]["validation_curve"]) == 1
+    siglip, clip = report["groups"]
+    assert [siglip["label"], clip["label"]] == ["siglip", "clip+brownian_bridge=0.25"]
+    assert [run["seed"] for run in clip["runs"]] == ["0", "1"]
+    assert report["data"] == {"train": 1257, "val": 180, "test": 360}
+    assert report["metrics"][:1] == ["test/top1"] and "text_to_image_R@10" in report["metrics"]
+    values = [run["scores"]["test/top1"] for run in siglip["runs"]]
+    assert siglip["scores"]["test/top1"]["mean"] == sum(values) / 2
+    assert clip["differences"]["test/top1"]["paired"]
     with Image.open(out / "report.png") as picture:
         assert picture.width > 800
     assert "clip+brownian_bridge=0.25" in capsys.readouterr().out

@@ -233,7 +233,6 @@ def test_a_file_is_sparse_and_outlives_the_run(tmp_path):
     assert os.path.getsize(path) == 2 * 200_000 * 64 * 2 and os.stat(path).st_blocks * 512 < 1e6
     rows = torch.randn(3, 64).half()
     table.write(1, torch.tensor([7, 199_999, 0]), rows)
-    table.release()
     again = Table((2, 200_000, 64), torch.float16, 0, "bank", placement, in_state=False)
     assert torch.equal(again.read(torch.tensor([199_999, 7]))[1], rows[[1, 0]])
     assert not again.read(torch.tensor([5])).any()

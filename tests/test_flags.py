@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from openclip_ext.cli import main
-from test_stock_parity import stock_losses, without_ours
+from stock import without_ours
+from test_stock_parity import stock_losses
 
 COCA = {
     "embed_dim": 16,
@@ -92,7 +93,7 @@ def test_synthetic_data_needs_only_a_number(train_flags, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("loss", ["clip", "gamma_decomp"])
-def test_distillation_adds_a_term_to_any_loss(monkeypatch, train_flags, shards, tmp_path, loss):
+def test_distillation_adds_a_term_to_any_loss(monkeypatch, train_flags, tmp_path, loss):
     assert main(train_flags("--name", "teacher")) == 0
     teacher = tmp_path / "logs/teacher/checkpoints/epoch_1.pt"
     flags = ("--distill-model", "tiny-test", "--distill-pretrained", teacher, "--loss", loss, "--name", "pupil")
@@ -103,7 +104,7 @@ def test_distillation_adds_a_term_to_any_loss(monkeypatch, train_flags, shards, 
         flags = without_ours(
             train_flags(*[flag for flag in flags if flag not in ("--loss", "clip")], "--logs", tmp_path / "s")
         )
-        reference = stock_losses(monkeypatch, flags, shards)
+        reference = stock_losses(monkeypatch, flags)
         assert curve(tmp_path, "pupil", "contrastive_loss") == pytest.approx(reference, rel=1e-5)
 
 
@@ -127,7 +128,8 @@ def test_distillation_in_parts_equals_one_batch(train_flags, tmp_path):
     assert curve(tmp_path, "parts") == pytest.approx(curve(tmp_path, "large"), rel=1e-5)
 
 
-def test_a_coca_model_trains_as_in_stock(monkeypatch, train_flags, shards, tmp_path):
+def coca_flags(tmp_path):
+    """Flags of a small CoCa model."""
     config = tmp_path / "coca-test.json"
     config.write_text(json.dumps(COCA))
     open_clip.add_model_config(config)
@@ -135,11 +137,15 @@ def test_a_coca_model_trains_as_in_stock(monkeypatch, train_flags, shards, tmp_p
     # OpenCLIP leaves this one as it finds the memory, so two models of one seed differ.
     torch.nn.init.normal_(weights["text_decoder.text_projection"], std=0.1)
     torch.save(weights, tmp_path / "coca.pt")
-    flags = ("--model", "coca-test", "--model-config", config, "--pretrained", tmp_path / "coca.pt",
-             "--coca-caption-loss-weight", 1.5, "--coca-contrastive-loss-weight", 0.5, "--eps", 1e-3)  # fmt: skip
     # A large epsilon, else Adam's first steps amplify the rounding of gradients that are nearly zero.
+    return ["--model", "coca-test", "--model-config", config, "--pretrained", tmp_path / "coca.pt",
+            "--coca-caption-loss-weight", 1.5, "--coca-contrastive-loss-weight", 0.5, "--eps", 1e-3]  # fmt: skip
+
+
+def test_a_coca_model_trains_as_in_stock(monkeypatch, train_flags, tmp_path):
+    flags = coca_flags(tmp_path)
     assert main(train_flags(*flags, "--name", "ours")) == 0
-    reference = stock_losses(monkeypatch, without_ours(train_flags(*flags, "--name", "stock")), shards)
+    reference = stock_losses(monkeypatch, without_ours(train_flags(*flags, "--name", "stock")))
     assert curve(tmp_path, "ours", "contrastive_loss") == pytest.approx(reference, rel=1e-5)
     assert main(train_flags(*flags, "--loss", "gamma_decomp", "--accum-freq", 2, "--name", "parts")) == 0
     assert curve(tmp_path, "parts", "caption_loss")[-1] < curve(tmp_path, "parts", "caption_loss")[0]

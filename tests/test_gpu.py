@@ -71,3 +71,22 @@ def test_every_precision_trains_sharded(train_flags, tmp_path, precision, accum_
     checkpoint = torch.load(run / "checkpoints" / "epoch_3.pt")
     assert ("scaler" in checkpoint) == (precision == "amp")
     assert all(type(value) is torch.Tensor for value in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("precision", ["amp", "amp_bf16"])
+def test_fine_tuning_goes_on_as_if_it_had_not_stopped(train_flags, tmp_path, precision, val_shards):
+    flags = ("--device", "cuda", "--precision", precision, "--loss", "emc2", "--lora", "r=4", "--ema", 0.9,
+             "--layer-decay", 0.7, "--warm-start-pass", "--val-data", val_shards, "--lr-scheduler", "const",
+             "--epochs", 2)  # fmt: skip
+    assert main(train_flags(*flags, "--name", "whole")) == 0
+    resume = tmp_path / "logs/whole/checkpoints/epoch_1.pt"
+    assert main(train_flags(*flags, "--name", "rest", "--resume", resume)) == 0
+    whole, rest = (
+        [json.loads(row) for row in (tmp_path / f"logs/{name}/metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "rest")
+    )
+    assert whole[0]["age_max"] == 0 and whole[0]["stored_weight"] > 0
+    assert [row["loss"] for row in rest] == pytest.approx([row["loss"] for row in whole[8:]], rel=1e-2)
+    ends = [torch.load(tmp_path / f"logs/{name}/checkpoints/epoch_2.pt") for name in ("whole", "rest")]
+    for key in ("state_dict", "state_dict_ema"):
+        torch.testing.assert_close(ends[1][key], ends[0][key], rtol=1e-2, atol=1e-3, check_device=False)

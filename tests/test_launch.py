@@ -52,7 +52,7 @@ TERMS = (
 @pytest.mark.parametrize(
     ("launcher", "loss", "extra"),
     [
-        ("accelerate", "gamma_decomp", ["--loss-arg", "draws=2"]),
+        ("accelerate", "gamma_decomp", ["--loss-arg", "draws=2", "--loss-arg", "gamma_decay=0", "--warm-start-pass"]),
         ("torchrun", "clip", ["--grad-clip-norm", "1"]),
         ("torchrun", "dcl", TERMS.split()),
     ],

@@ -18,6 +18,7 @@ from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
 from openclip_ext.data.pipeline import train_loader
 from openclip_ext.data.streams import StreamConfig
+from test_flags import coca_flags
 
 LOSSES = {
     "gamma_decomp": ["--loss", "gamma_decomp", "--loss-arg", "gamma=0.3"],
@@ -26,8 +27,11 @@ LOSSES = {
 }
 
 
-# webdataset 0.2 leaves it to the garbage collector to close shards.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+pytestmark = [
+    # webdataset 0.2 leaves it to the garbage collector to close shards.
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +114,46 @@ def test_losses_equal_ours_over_24_steps_and_after_resuming_either(
     assert_equal_losses(on, ours[8:])
     on = run_ours(*flags, "--name", "ours-on", "--resume", logs / "patched/checkpoints/epoch_1.pt")
     assert_equal_losses(on, ours[8:])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--loss siglip --loss-term brownian_bridge=0.2,sample=true",
+        "--loss dcl",
+        "--loss batch_corrected",
+        "--loss sogclr --precision amp_bf16",
+        "--loss clip --dataset-type synthetic --train-num-samples 64",
+    ],
+)
+def test_other_losses_equal_ours(monkeypatch, patched, run_patched, run_ours, flags):
+    flags = [*flags.split(), "--lr-scheduler", "const"]
+    if "synthetic" not in flags:
+        stock.feed_our_batches(monkeypatch, patched)
+    assert_equal_losses(run_patched(*flags, "--name", "patched"), run_ours(*flags, "--name", "ours"))
+
+
+def test_a_teacher_and_captions_are_terms_as_in_ours(monkeypatch, patched, run_patched, run_ours, tmp_path):
+    stock.feed_our_batches(monkeypatch, patched)
+    run_ours("--name", "teacher")
+    teacher = tmp_path / "logs/teacher/checkpoints/epoch_1.pt"
+    pupil = ["--loss", "gamma_decomp", "--distill-model", "tiny-test", "--distill-pretrained", teacher]
+    rows = run_patched(*pupil, "--name", "patched")
+    assert "distill_loss" in rows[0]
+    assert_equal_losses(rows, run_ours(*pupil, "--name", "ours"))
+    flags = coca_flags(tmp_path)
+    flags += ["--loss", "gamma_decomp", "--accum-freq", "2"]
+    rows = run_patched(*flags, "--name", "patched-coca")
+    assert "caption_loss" in rows[0]
+    assert_equal_losses(rows, run_ours(*flags, "--name", "ours-coca"))
+
+
+def test_a_step_that_the_scaler_skips_is_not_committed(monkeypatch, patched, run_patched, tmp_path):
+    stock.feed_our_batches(monkeypatch, patched)
+    rows = run_patched("--loss", "clip", "--loss-term", "brownian_bridge=100", "--precision", "amp", "--name", "amp")
+    content = checkpoint(tmp_path, "amp", 1)
+    taken = content["optimizer"]["state"][0]["step"]
+    assert content["loss"]["terms.brownian_bridge.steps_taken"] == taken and 0 < taken < len(rows)
 
 
 @pytest.fixture
@@ -250,3 +294,11 @@ def test_a_wrong_flag_is_one_line_before_anything_is_written(patched, train_flag
     error = capsys.readouterr().err
     assert WRONG[flags] in error and len(error.splitlines()) == 1
     assert not (tmp_path / "logs").exists()
+
+
+def test_the_end_of_a_shard_in_newer_webdataset_is_no_file(patched):
+    from open_clip_train.data import group_by_keys_nothrow
+
+    files = [{"fname": f"{key}.txt", "data": b"", "__url__": "shard"} for key in "ab"]
+    samples = list(group_by_keys_nothrow([files[0], {}, files[1], {}]))
+    assert [sample["__key__"] for sample in samples] == ["a", "b"]

@@ -14,7 +14,15 @@ from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data import digits
 from openclip_ext.evaluation.class_folders import encoded, probe_data
-from openclip_ext.evaluation.probes import held_out_tenth, knn_accuracy, linear_probe_accuracy
+from openclip_ext.evaluation.probes import (
+    class_scores,
+    few_shot_accuracies,
+    held_out_tenth,
+    knn_accuracy,
+    linear_probe,
+    linear_probe_accuracy,
+    place_in_class,
+)
 
 
 def clouds(count, classes=3, spread=0.1, seed=0):
@@ -98,6 +106,56 @@ def test_few_images_are_enough():
     assert linear_probe_accuracy(features.numpy(), labels.numpy(), features.numpy(), labels.numpy()) == 1
 
 
+def test_the_penalty_is_chosen_on_a_given_split():
+    """Where most of a feature is noise, new data asks for a strong penalty, and the training data itself for none."""
+    (train, train_labels), (features, labels) = clouds(200, spread=0.8), clouds(200, spread=0.8, seed=1)
+    train, features = (torch.cat([x, torch.randn(200, 60)], 1).numpy() for x in (train, features))
+    train_labels, labels = train_labels.numpy(), labels.numpy()
+    for selection, lowest, highest in ((None, 0.001, 0.1), ((train, train_labels), 1, 10)):
+        found, strength = linear_probe(train, train_labels, features, selection)
+        assert lowest <= strength <= highest
+        scaled = [(x - train.mean(0)) / train.std(0) for x in (train, features)]
+        fitted = LogisticRegression(C=strength, max_iter=1000).fit(scaled[0], train_labels)
+        assert (found == fitted.predict(scaled[1])).mean() > 0.99
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_few_shot_probes_are_linear_probes_of_the_first_of_each_class(given):
+    (train, train_labels), (features, labels) = clouds(90, spread=0.7), clouds(60, spread=0.7, seed=1)
+    train, train_labels, features, labels = (x.numpy() for x in (train, train_labels, features, labels))
+    selection = (features[:20], labels[:20]) if given else None
+    shots = (1, 6, 40)  # a class has thirty
+    data = (train, train_labels, features, labels, selection)
+    accuracies = few_shot_accuracies(*data, shots=shots, seeds=2, progress=False)
+    assert list(accuracies) == list(shots)
+    for seed in range(2):
+        place = place_in_class(train_labels, seed)
+        members = [np.flatnonzero(train_labels == label)[place[train_labels == label].argsort()] for label in range(3)]
+        for k in shots:
+            drawn = np.sort(np.concatenate([rows[:k] for rows in members]))
+            following = np.sort(np.concatenate([rows[k : k + min(k, 4)] for rows in members]))
+            chosen_on = selection or (train[following], train_labels[following])
+            found, _ = linear_probe(train[drawn], train_labels[drawn], features, chosen_on)
+            assert accuracies[k][seed] == pytest.approx(np.mean(found == labels))
+    assert np.mean(accuracies[1]) < np.mean(accuracies[40])
+
+
+def test_places_are_a_random_order_of_each_class():
+    labels = np.array([3, 1, 3, 3, 1, 3] * 20)
+    draws = np.stack([place_in_class(labels, seed) for seed in range(30)])
+    for label, count in ((1, 40), (3, 80)):
+        places = draws[:, labels == label]
+        assert (np.sort(places) == np.arange(count)).all()
+        # Each sample's mean place is that of a uniform one, within five standard errors.
+        assert np.abs(places.mean(0) - (count - 1) / 2).max() < 5 * count / 12**0.5 / 30**0.5
+    assert (draws[0] == place_in_class(labels, 0)).all() and (draws[0] != draws[1]).any()
+
+
+def test_scores_count_images_and_classes():
+    scores = class_scores(np.array([0, 0, 0, 1, 2]), np.array([0, 0, 0, 1, 1]))
+    assert scores == {"top1": 0.8, "mean_per_class": 0.75}
+
+
 # On images.
 
 
@@ -161,9 +219,9 @@ def test_folders_that_do_not_fit_are_named(folders, tmp_path):
     refused("/nowhere", measure, "--probe-train /nowhere: no such folder")
     refused(fit, "/nowhere", "--probe-val /nowhere: no such folder")
     (tmp_path / "empty").mkdir()
-    refused(str(tmp_path / "empty"), measure, "--probe-train .*empty: needs a folder of images per class")
+    refused(str(tmp_path / "empty"), measure, "--probe-train .*empty: holds no class folders")
     (tmp_path / "empty" / "3").mkdir()
-    refused(fit, str(tmp_path / "empty"), "--probe-val .*empty: needs a folder of images per class")
+    refused(fit, str(tmp_path / "empty"), "--probe-val .*empty: no picture in class folder 3")
     one = class_folders(tmp_path / "one", "train", 1)
     refused(str(one), measure, "holds one class folder")
     (folders[0] / "3").rename(tmp_path / "three")

@@ -13,8 +13,9 @@ from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data.pack import pack
 from openclip_ext.training import sharding
+from stock import without_ours
 from test_launch import TERMS, launch
-from test_stock_parity import moving, stock_losses, without_ours
+from test_stock_parity import moving, stock_losses
 
 LEARNED = """
 import dataclasses, torch, openclip_ext
@@ -61,11 +62,15 @@ def column(run, key):
     return [row[key] for row in rows(run)]
 
 
+ADAPTED = "--loss-arg draws=2 --lora r=2 --ema 0.8 --warm-start-pass"
+TUNED = "--accum-freq 2 --grad-clip-norm 0.5 --layer-decay 0.5 --text-lr 2e-3 --ema 0.8"
+
+
 @pytest.mark.parametrize(
     ("loss", "extra"),
     [
-        ("gamma_decomp", ["--loss-arg", "draws=2", *TERMS.split()]),
-        ("learned", ["--accum-freq", "2", "--grad-clip-norm", "0.5"]),
+        ("gamma_decomp", [*ADAPTED.split(), *TERMS.split()]),
+        ("learned", TUNED.split()),
     ],
 )
 def test_a_sharded_run_equals_one_that_is_not(train_flags, tmp_path, val_shards, learned_loss, loss, extra):
@@ -85,6 +90,9 @@ def test_a_sharded_run_equals_one_that_is_not(train_flags, tmp_path, val_shards,
         whole, gathered = (torch.load(run / "checkpoints" / f"epoch_{epoch}.pt") for run in (ddp, fsdp))
         assert list(gathered) == list(whole) and list(gathered["state_dict"]) == list(whole["state_dict"])
         torch.testing.assert_close(moving(gathered), moving(whole), rtol=1e-4, atol=1e-5)
+        if "--ema" in extra:
+            averages = [moving(checkpoint, "state_dict_ema") for checkpoint in (gathered, whole)]
+            torch.testing.assert_close(*averages, rtol=1e-4, atol=1e-5)
         for key in ("optimizer", "loss", "loss_optimizer"):
             torch.testing.assert_close(gathered.get(key), whole.get(key), rtol=1e-4, atol=1e-6, equal_nan=True)
 
@@ -109,7 +117,7 @@ def test_runs_sharded_and_not_go_on_from_each_other(monkeypatch, train_flags, tm
     middle = "sharded/checkpoints/epoch_4.pt"
     sharded("sharded_again", 6, 16, middle)
     assert main(flags("whole_again", 6, 32, middle)) == 0
-    stock = stock_losses(monkeypatch, without_ours(flags("stock", 6, 32, middle)), str(tmp_path / "two"))
+    stock = stock_losses(monkeypatch, without_ours(flags("stock", 6, 32, middle)))
 
     reference = column(logs / "reference", "contrastive_loss")
     assert column(logs / "sharded", "contrastive_loss") == pytest.approx(reference[2:4], rel=1e-5)

@@ -34,9 +34,9 @@ def stock_losses(monkeypatch, flags):
     return seen
 
 
-def moving(checkpoint):
+def moving(checkpoint, part="state_dict"):
     """Weights whose gradient is not zero up to rounding, as that of the keys' bias is: there Adam amplifies noise."""
-    return {key: value for key, value in checkpoint["state_dict"].items() if "in_proj_bias" not in key}
+    return {key: value for key, value in checkpoint[part].items() if "in_proj_bias" not in key}
 
 
 @pytest.mark.parametrize("extra", [[], ["--grad-clip-norm", "0.5", "--wd", "0.5"], ["--siglip"],

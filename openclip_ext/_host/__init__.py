@@ -1,6 +1,7 @@
 """Every touch of OpenCLIP's internals: the modules `v3*` for its version 3.3, and `v4*` for what differs in 4.
 
-The functions below are the whole interface. Nothing here imports torch, or OpenCLIP, before it is needed.
+The functions below are the whole interface. Nothing here imports torch, or OpenCLIP, before it is
+needed: `v3_attention`, which imports torch, is imported by what needs it.
 """
 
 import importlib.util
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from openclip_ext._host import v3, v4
 from openclip_ext._host.v3 import (
+    CLASSES_PER_BATCH,
+    autocast,
     clip_loss,
     create_schedule,
     create_teacher,
@@ -16,14 +19,19 @@ from openclip_ext._host.v3 import (
     example_inputs,
     freeze_text,
     imagenet_names,
+    imagenet_templates,
     input_dtype,
     load_model_weights,
+    local_weights,
     register_model_config,
     siglip_loss,
     start_remote_sync,
     zero_shot_weights,
 )
+from openclip_ext._host.v3_export import model_card, save_pretrained
+from openclip_ext._host.v3_layers import adaptable_layers, plain_name, tower_layers, tower_parameters
 from openclip_ext._host.v3_trunks import find_trunks, watched
+from openclip_ext._host.v3_weights import SCHEMES
 
 
 def _major_version() -> int:
@@ -37,15 +45,19 @@ def _major_version() -> int:
 _own = v4 if _major_version() >= 4 else v3
 BLOCKS = _own.BLOCKS
 build_parser = _own.build_parser
-checkpoint_from_model = _own.checkpoint_from_model
+checkpoint_from_state = _own.checkpoint_from_state
 create_model = _own.create_model
 create_optimizer = _own.create_optimizer
 fill_optimizer_defaults = _own.fill_optimizer_defaults
 
 __all__ = [
+    "SCHEMES",
     "BLOCKS",
+    "CLASSES_PER_BATCH",
+    "adaptable_layers",
+    "autocast",
     "build_parser",
-    "checkpoint_from_model",
+    "checkpoint_from_state",
     "clip_loss",
     "create_model",
     "create_optimizer",
@@ -57,11 +69,18 @@ __all__ = [
     "find_trunks",
     "freeze_text",
     "imagenet_names",
+    "imagenet_templates",
     "input_dtype",
     "load_model_weights",
+    "local_weights",
+    "model_card",
+    "plain_name",
     "register_model_config",
+    "save_pretrained",
     "siglip_loss",
     "start_remote_sync",
+    "tower_layers",
+    "tower_parameters",
     "watched",
     "zero_shot_weights",
 ]

@@ -2,12 +2,15 @@
 
 import argparse
 import math
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from unittest import mock
 
+from openclip_ext._host.v3_weights import brings_weights, check_file, check_weights, weights_error
 from openclip_ext.errors import UserError
 
 #: Class names of the blocks that the towers of its models repeat, timm's and Hugging Face's included.
@@ -15,6 +18,10 @@ BLOCKS = frozenset(
     {"ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block", "EvaBlock", "ConvNeXtBlock",
      "SwinTransformerBlock", "RobertaLayer", "XLMRobertaLayer"}
 )  # fmt: skip
+
+
+#: How many classes OpenCLIP's zero-shot evaluation encodes at once.
+CLASSES_PER_BATCH = 10
 
 
 class _ParserFound(Exception):
@@ -82,6 +89,8 @@ def create_teacher(args: argparse.Namespace, device):
     """
     import open_clip
 
+    if os.path.isfile(args.distill_pretrained):
+        check_file(args.distill_pretrained, "--distill-pretrained")
     try:
         teacher = open_clip.create_model(
             args.distill_model, args.distill_pretrained, device=device, precision=args.precision, output_dict=True,
@@ -123,6 +132,13 @@ def input_dtype(precision: str):
     return get_input_dtype(precision)
 
 
+def autocast(precision: str, device):
+    """A function that returns the context to run a model in under `--precision`."""
+    from open_clip_train.precision import get_autocast
+
+    return get_autocast(precision, device_type=device.type)
+
+
 def example_inputs(model, dtype):
     """One black picture and one empty caption as the model takes them. `dtype`: of images; None: float32."""
     import torch
@@ -158,19 +174,21 @@ def register_model_config(path: str) -> str:
     return name
 
 
-def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
+def create_model(args: argparse.Namespace, device, *, logit_bias: bool, require_weights: bool = False):
     """(model, train transform, evaluation transform, tokenizer) as `--model`, `--pretrained` and their kin say.
 
     Args:
         args: OpenCLIP's flags.
         device: where to put it.
         logit_bias: give the model a bias, and start scale and bias as SigLIP does.
+        require_weights: never leave the model at its initialization, which OpenCLIP does where a download fails.
 
     Raises:
         UserError: unknown model, weights that cannot be had, or that belong to another architecture.
     """
     import open_clip
 
+    check_weights(args)
     # Values from OpenCLIP's main: log 10 and -10 are SigLIP's.
     extra = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if logit_bias else {}
     size = args.force_image_size
@@ -193,12 +211,13 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
             pretrained_image=args.pretrained_image,
             output_dict=True,
             cache_dir=args.cache_dir,
+            require_pretrained=require_weights or brings_weights(args),
             **extra,
         )
         tokenizer = open_clip.get_tokenizer(
             args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
         )
-    except (RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError, UnpicklingError) as error:
         raise UserError(_model_error(args, error)) from error
     if args.lock_image:
         model.lock_image_tower(
@@ -209,6 +228,22 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model, preprocess_train, preprocess_val, tokenizer
+
+
+def local_weights(name: str) -> str | None:
+    """The file that OpenCLIP takes the weights of `--model local-dir:FOLDER` from; None: there is none.
+
+    Raises:
+        UserError: no such folder.
+    """
+    from open_clip.factory import _find_checkpoint_in_dir
+
+    prefix, _, folder = name.partition(":")
+    if prefix != "local-dir":
+        return None
+    if not Path(folder).is_dir():
+        raise UserError(f"--model {name}: no such folder; give one that holds open_clip_config.json and weights")
+    return _find_checkpoint_in_dir(Path(folder))
 
 
 def _lock_text(args: argparse.Namespace, model) -> None:
@@ -233,11 +268,14 @@ def _model_error(args: argparse.Namespace, error: Exception) -> str:
             f"--model {args.model}: no such model; near it: {', '.join(near)}. Your own: --model-config FILE.json, or "
             "--model local-dir:FOLDER"
         )
+    if message := weights_error(args, error):
+        return message
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, AttributeError):
         return f"--pretrained {args.pretrained}: its weights do not fit; if they have a logit bias, add --siglip"
     if "state_dict" in str(error) or isinstance(error, AssertionError):
-        return f"--pretrained {args.pretrained}: its weights do not fit --model {args.model} ({first_line})"
+        detail = " ".join(str(error).split())[:160]
+        return f"--pretrained {args.pretrained}: its weights do not fit --model {args.model} ({detail}…)"
     return f"--model {args.model} --pretrained {args.pretrained or 'none'}: {first_line}"
 
 
@@ -255,10 +293,10 @@ def load_model_weights(model, state_dict: dict, source: str, model_name: str) ->
         raise UserError(f"--resume {source}: not a checkpoint of --model {model_name} ({detail}…)") from error
 
 
-def checkpoint_from_model(model, distributed: bool) -> dict:
-    """The model's `state_dict` as OpenCLIP writes it: with DDP's prefix when trained on several ranks."""
+def checkpoint_from_state(state_dict: dict, distributed: bool) -> dict:
+    """A model's `state_dict` as OpenCLIP writes it: with DDP's prefix when trained on several ranks."""
     prefix = "module." if distributed else ""
-    return {prefix + key: value for key, value in model.state_dict().items()}
+    return {prefix + key: value for key, value in state_dict.items()}
 
 
 def create_optimizer(args: argparse.Namespace, model):
@@ -326,9 +364,16 @@ def create_schedule(args: argparse.Namespace, optimizer, steps_per_epoch: int) -
 
 def imagenet_names() -> tuple[list[str], list]:
     """ImageNet's 1,000 class names and OpenAI's 80 templates, as OpenCLIP evaluates with."""
-    from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+    from open_clip import IMAGENET_CLASSNAMES
 
-    return IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+    return IMAGENET_CLASSNAMES, imagenet_templates("openai")
+
+
+def imagenet_templates(name: str) -> list:
+    """OpenCLIP's templates: `openai`, 80, or `simple`, 7."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+    return {"openai": OPENAI_IMAGENET_TEMPLATES, "simple": SIMPLE_IMAGENET_TEMPLATES}[name]
 
 
 def zero_shot_weights(model, tokenizer, class_names, templates, device, *, progress: bool):
@@ -336,5 +381,11 @@ def zero_shot_weights(model, tokenizer, class_names, templates, device, *, progr
     from open_clip import build_zero_shot_classifier
 
     return build_zero_shot_classifier(
-        model, tokenizer, class_names, templates, num_classes_per_batch=10, device=device, use_tqdm=progress
+        model,
+        tokenizer,
+        class_names,
+        templates,
+        num_classes_per_batch=CLASSES_PER_BATCH,
+        device=device,
+        use_tqdm=progress,
     )

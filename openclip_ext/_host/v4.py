@@ -11,7 +11,7 @@ BLOCKS = v3.BLOCKS | {"ModernTextBlock"}
 _NOT_HERE = (
     "audio_", "pretrained_audio", "naflex_", "use_naflex", "force_naflex", "bucket_", "length_bucketing", "fsdp",
     "image_key", "text_key", "json_text_key", "text_pad_multiple", "max_image_pixels", "torchcompile_", "val_retrieval",
-    "train_loss_ema", "log_metric",
+    "train_loss_ema", "log_metric", "text_pooler",
 )  # fmt: skip
 
 
@@ -33,11 +33,11 @@ def fill_optimizer_defaults(args: argparse.Namespace) -> None:
             )
 
 
-def create_model(args: argparse.Namespace, device, *, logit_bias: bool):
+def create_model(args: argparse.Namespace, device, *, logit_bias: bool, require_weights: bool = False):
     """As for version 3. CoCa models return, as there, logits of next tokens only, and those tokens as `labels`."""
     from open_clip import CoCa
 
-    model, *others = v3.create_model(args, device, logit_bias=logit_bias)
+    model, *others = v3.create_model(args, device, logit_bias=logit_bias, require_weights=require_weights)
     if isinstance(model, CoCa):
         model.register_forward_hook(_with_labels, with_kwargs=True)
     return model, *others
@@ -50,13 +50,13 @@ def _with_labels(model, inputs, named_inputs, out: dict) -> dict:
     return out | {"logits": out["logits"][:, :-1], "labels": text[:, 1:]}
 
 
-def checkpoint_from_model(model, distributed: bool) -> dict:
-    """The model's `state_dict` as OpenCLIP writes it: never with DDP's prefix."""
-    return dict(model.state_dict())
+def checkpoint_from_state(state: dict, distributed: bool) -> dict:
+    """A model's `state_dict` as OpenCLIP writes it: never with DDP's prefix."""
+    return dict(state)
 
 
 def create_optimizer(args: argparse.Namespace, model):
-    """OpenCLIP's optimizer for the model.
+    """OpenCLIP's optimizer for the model, without its layer decay: that of this package is for all versions.
 
     Raises:
         UserError: unknown optimizer, or options that it does not take.
@@ -73,9 +73,6 @@ def create_optimizer(args: argparse.Namespace, model):
         eps=args.eps,
         momentum=args.momentum,
         opt_kwargs=args.opt_kwargs or {},
-        text_layer_decay=args.text_layer_decay,
-        image_layer_decay=args.image_layer_decay,
-        pooler_in_head=args.text_pooler_in_head,
         wd_exclude_patterns=args.wd_exclude_patterns,
         fallback_list=args.opt_fallback_list,
     )

@@ -88,11 +88,22 @@ def _table_train_loader(config: StreamConfig, workers: int, pin_memory: bool) ->
 
 
 def eval_loader(config: StreamConfig, *, workers: int, pin_memory: bool = False) -> DataLoader:
-    """Every usable pair once, in order with up to one worker, the last batch partial."""
+    """Every usable pair once, in order with up to one worker, the last batch partial.
+
+    Of several ranks each takes every so many batches, and all take as many; see `EvalStream`.
+    """
     if isinstance(config.source, Table):
         stream = TableStream(config, training=False)
-        return _loader(stream, workers, pin_memory, batch_size=config.batch_size, collate_fn=stream.collate)
+        batches = shared_batches(len(stream), config.batch_size, config.rank, config.world_size)
+        return _loader(stream, workers, pin_memory, batch_sampler=batches, collate_fn=stream.collate)
     return _loader(EvalStream(config), min(workers, len(config.source.urls)), pin_memory, batch_size=None)
+
+
+def shared_batches(count: int, batch_size: int, rank: int, world_size: int) -> list[range]:
+    """Indices of the batches of `rank`: every so many of those of one rank, and an empty one where that is too few."""
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    batches += [range(0)] * (-len(batches) % world_size)
+    return batches[rank::world_size]
 
 
 def _loader(dataset: Dataset, workers: int, pin_memory: bool, **options) -> DataLoader:

@@ -162,19 +162,21 @@ class TableStream(Dataset):
                 continue
             pair = image, self.config.captions.split(caption) if self.config.captions else []
             if not self.training:
-                return self.config.evaluation_row(*pair)
+                return self.config.evaluation_row(*pair) | {"position": index}
             with contextlib.nullcontext() if get_worker_info() else random_state_kept():
                 return _with_id(self.config, pair, self._epoch.value, row)
         raise UserError(f"{self.config.source.name}: none of its images can be opened")
 
     def collate(self, rows: list[dict]) -> dict:
-        return self.config.batch(rows) | {"skipped": self._skips.flush()}
+        return self.config.batch(rows or padding(self.config)) | {"skipped": self._skips.flush()}
 
 
 class EvalStream(IterableDataset):
-    """Every usable pair of a listing once: dicts of `image`, `text`, `skipped`, the last one partial.
+    """Every usable pair of a listing once: dicts of `image`, `text`, `position` (B,), and `skipped`.
 
-    In order with up to one worker; several take turns.
+    A batch is what can be used of `batch_size` samples in a row. In order with up to one worker; several take turns.
+    Of several ranks each reads all shards and decodes every so many batches, which sorted by `position` are those of
+    one rank. All yield as many: one that lacks a batch yields `padding`.
     """
 
     def __init__(self, config: StreamConfig) -> None:
@@ -182,13 +184,35 @@ class EvalStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
-        urls = self.config.source.urls[info.id :: info.num_workers] if info else self.config.source.urls
-        skips = tar.Skips()
-        samples = (sample for url in urls for sample in tar.read_shard(url, skips.record))
-        pairs = filter(None, (_decoded(sample, self.config, skips.record) for sample in samples))
-        while batch := list(islice(pairs, self.config.batch_size)):
-            rows = [self.config.evaluation_row(*pair) for pair in batch]
-            yield self.config.batch(rows) | {"skipped": skips.flush()}
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        config, skips = self.config, tar.Skips()
+        record = skips.record if config.rank == 0 else _ignore  # of a shard's faults one rank tells
+        urls = config.source.urls[worker::num_workers]
+        samples = (sample for url in urls for sample in tar.read_shard(url, record))
+        number = 0
+        while block := list(islice(samples, config.batch_size)):
+            if number % config.world_size == config.rank:
+                start = (number * num_workers + worker) * config.batch_size
+                rows = list(self._rows(block, start, skips.record))
+                if rows or config.world_size > 1:
+                    yield self.config.batch(rows or padding(config)) | {"skipped": skips.flush()}
+            number += 1
+        if 0 < number % config.world_size <= config.rank:
+            yield config.batch(padding(config)) | {"skipped": skips.flush()}
+
+    def _rows(self, samples: list[dict], start: int, record: tar.Record) -> Iterator[dict]:
+        for position, sample in enumerate(samples, start):
+            if pair := _decoded(sample, self.config, record):
+                yield self.config.evaluation_row(*pair) | {"position": position}
+
+
+def padding(config: StreamConfig) -> list[dict]:
+    """A row of no pair: a black picture, no words, and position -1."""
+    return [config.evaluation_row(Image.new("RGB", (8, 8)), [""]) | {"position": -1}]
+
+
+def _ignore(kind: str, url: str) -> None:
+    pass
 
 
 def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Image.Image, list[str]] | None:

@@ -1,1 +1,1 @@
-"""Scores of a model: zero-shot classification and retrieval."""
+"""Scores of a model: zero-shot classification, retrieval, and probes of its features."""

@@ -1,6 +1,7 @@
 """What `--val-data`, `--imagenet-val`, `--imagenet-v2` and `--probe-val` measure between epochs."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,11 +10,13 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from openclip_ext import _host
-from openclip_ext.errors import UserError
-from openclip_ext.evaluation.class_folders import ProbeData, encoded
+from openclip_ext.errors import RankError
+from openclip_ext.evaluation.class_folders import ProbeData, encoded_batches, in_turn
+from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.probes import knn_accuracy, linear_probe_accuracy
+from openclip_ext.evaluation.ranks import ALONE, Ranks
 from openclip_ext.evaluation.retrieval import retrieval_metrics
-from openclip_ext.evaluation.zero_shot import zero_shot_accuracy
+from openclip_ext.evaluation.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
 
 
 @dataclasses.dataclass
@@ -27,6 +30,7 @@ class Evaluator:
         dtype: of images; None: as loaded.
         pairs: batches with `image` and `text`, or None.
         imagenet: metric prefix to batches of (images, class indices).
+        ranks: those that share the data: `pairs`, `imagenet` and `probe` are this one's part.
         val_frequency: epochs between evaluations on `pairs` and on `probe`; 0: never.
         zeroshot_frequency: epochs between evaluations on `imagenet`; 0: never.
         probe: labelled images, or None.
@@ -42,6 +46,7 @@ class Evaluator:
     imagenet: dict[str, Iterable]
     val_frequency: int
     zeroshot_frequency: int
+    ranks: Ranks = ALONE
     probe: ProbeData | None = None
     progress: bool = True
     skipped: list[tuple[str, str, int]] = dataclasses.field(default_factory=list)
@@ -58,27 +63,44 @@ class Evaluator:
         return has_data and frequency > 0 and (last or epoch % frequency == 0)
 
     def evaluate(self, model, epoch: int, last: bool) -> dict[str, float]:
-        """Metrics under OpenCLIP's names. The model is left in evaluation mode."""
+        """Metrics under OpenCLIP's names on the first rank, none on the others. All ranks take part.
+
+        The model is left in evaluation mode.
+        """
         model.eval()
+        self.ranks.share_buffers(model)
         metrics: dict[str, float] = {}
         if self._due(bool(self.imagenet), self.zeroshot_frequency, epoch, last):
-            names, templates = _host.imagenet_names()
-            for prefix, batches in self.imagenet.items():
-                scores = zero_shot_accuracy(
-                    model, self.tokenizer, batches, names, templates,
-                    device=self.device, autocast=self.autocast, dtype=self.dtype, progress=self.progress,
-                )  # fmt: skip
-                metrics |= {f"{prefix}-top1": scores["top1"], f"{prefix}-top5": scores["top5"]}
+            metrics |= self._imagenet_metrics(model)
         if self._due(self.pairs is not None, self.val_frequency, epoch, last):
             metrics |= self._pair_metrics(model)
         if self._due(self.probe is not None, self.val_frequency, epoch, last):
             metrics |= self._probe_metrics(model)
         return metrics
 
+    def _imagenet_metrics(self, model) -> dict[str, float]:
+        """`…-top1` and `…-top5` of each set."""
+        encoder = Encoder(model=model, tokenizer=self.tokenizer, transform=None, device=self.device,
+                          autocast=self.autocast, dtype=self.dtype)  # fmt: skip
+        names, templates = _host.imagenet_names()
+        classifier = zero_shot_classifier(encoder, names, templates, ranks=self.ranks, progress=self.progress)
+        metrics = {}
+        for prefix, batches in self.imagenet.items():
+            parts = self.ranks.on_first(zero_shot_counts(encoder, classifier, batches, progress=self.progress))
+            if parts:
+                scores = zero_shot_scores(torch.stack(parts).sum(0))
+                metrics |= {f"{prefix}-top1": scores["top1"], f"{prefix}-top5": scores["top5"]}
+        return metrics
+
     def _probe_metrics(self, model) -> dict[str, float]:
         """Accuracy of the image tower's features as they are: of their nearest neighbours, and of a linear probe."""
         how = {"device": self.device, "autocast": self.autocast, "dtype": self.dtype, "progress": self.progress}
-        data = *encoded(model, self.probe.train, **how), *encoded(model, self.probe.val, **how)
+        data = []
+        for batches in (self.probe.train, self.probe.val):
+            parts = self.ranks.on_first(list(encoded_batches(model, batches, **how)))
+            data += in_turn(parts)
+        if not data:
+            return {}
         return {
             "knn-top1": knn_accuracy(*data),
             "linear-probe-top1": linear_probe_accuracy(*(part.numpy() for part in data)),
@@ -87,22 +109,29 @@ class Evaluator:
     @torch.no_grad()
     def _pair_metrics(self, model) -> dict[str, float]:
         """Retrieval, and `clip_val_loss`: InfoNCE within batches, as OpenCLIP computes it."""
-        images, texts, loss, count = [], [], 0.0, 0
-        self.skipped.clear()
+        rows, losses, skipped = [], [], []
         for batch in tqdm(self.pairs, desc="validation", unit="batch", disable=not self.progress, leave=False):
-            self.skipped += batch["skipped"]
+            skipped += batch["skipped"]
             with self.autocast():
                 image = batch["image"].to(device=self.device, dtype=self.dtype)
                 out = model(image, batch["text"].to(self.device))
+            if batch["position"][0] < 0:  # makes up for a batch that this rank does not have
+                continue
             logits = out["logit_scale"].float() * out["image_features"].float() @ out["text_features"].float().T
             labels = torch.arange(len(logits), device=logits.device)
-            loss += (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)).item() / 2 * len(logits)
-            count += len(logits)
-            images.append(out["image_features"].float())
-            texts.append(out["text_features"].float())
-        if count == 0:
-            raise UserError("--val-data: no usable pair in these shards; look at them with: openclip-ext shards check")
-        return retrieval_metrics(torch.cat(images), torch.cat(texts)) | {
-            "clip_val_loss": loss / count,
-            "num_samples": count,
-        }
+            loss = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)).item() / 2 * len(logits)
+            losses.append(loss)
+            rows.append((batch["position"], out["image_features"].float().cpu(), out["text_features"].float().cpu()))
+        parts = self.ranks.on_first((rows, losses, skipped))
+        self.skipped[:] = [row for _, _, skips in parts for row in skips]
+        rows = [row for rows, _, _ in parts for row in rows]
+        if self.ranks.first and not rows:
+            raise RankError("--val-data: no usable pair in these shards; look at them with: openclip-ext shards check")
+        if not rows:
+            return {}
+        positions, images, texts = (torch.cat(column) for column in zip(*rows, strict=True))
+        order = positions.argsort()
+        images, texts = images[order].to(self.device), texts[order].to(self.device)
+        # A sum that does not depend on the order in which ranks come.
+        loss = math.fsum(loss for _, losses, _ in parts for loss in losses) / len(order)
+        return retrieval_metrics(images, texts) | {"clip_val_loss": loss, "num_samples": len(order)}

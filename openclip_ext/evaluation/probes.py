@@ -1,34 +1,37 @@
-"""How well frozen features tell classes apart: nearest neighbours, and a linear classifier.
+"""How well frozen features tell classes apart: nearest neighbours, and linear classifiers of many or a few images.
 
 M   training features       Q   features to classify       D   their width
 """
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from tqdm import tqdm
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 #: Inverse strengths of the L2 penalty among which a linear probe chooses; the middle one where it cannot.
 GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
 MAX_ITERATIONS = 1000
+#: Per class, at most so many further training images choose the penalty of a few-shot probe.
+MOST_TO_CHOOSE_ON = 4
 
 
 @torch.no_grad()
-def knn_accuracy(
+def knn_predictions(
     train_features: Tensor,
     train_labels: Tensor,
     features: Tensor,
-    labels: Tensor,
     *,
     k: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
     block: int = 256,
-) -> float:
-    """Share of features whose class wins the vote of their k nearest training features.
+) -> Tensor:
+    """(Q,) the class that wins the vote of each feature's k nearest training features.
 
     With unit features x, a neighbour j votes for its own class with weight `exp(<x_i, x_j> / temperature)`. Works on
     blocks of queries, so no (Q, M) matrix is formed.
@@ -40,44 +43,120 @@ def knn_accuracy(
         train_features: (M, D).
         train_labels: (M,) class indices.
         features: (Q, D).
-        labels: (Q,).
         k: neighbours that vote; all where there are fewer.
         temperature: of the votes.
         block: queries at a time.
     """
     num_classes = int(train_labels.max()) + 1
     train, queries = normalize(train_features.float(), dim=1), normalize(features.float(), dim=1)
-    hits = 0
-    for rows, expected in zip(queries.split(block), labels.split(block), strict=True):
+    winners = []
+    for rows in queries.split(block):
         similarity, neighbours = (rows @ train.T).topk(min(k, len(train)), dim=1)
         # Less the largest: the winner is the same, and nothing overflows.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = weight.new_zeros(len(rows), num_classes).scatter_add_(1, train_labels[neighbours], weight)
-        hits += (votes.argmax(1) == expected).sum().item()
-    return hits / len(labels)
+        winners.append(votes.argmax(1))
+    return torch.cat(winners)
 
 
-def linear_probe_accuracy(
-    train_features: np.ndarray, train_labels: np.ndarray, features: np.ndarray, labels: np.ndarray
-) -> float:
-    """Share of features that a logistic regression classifies correctly.
+def knn_accuracy(train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor, **options) -> float:
+    """Share of features whose class `knn_predictions` finds; its `options`."""
+    found = knn_predictions(train_features, train_labels, features, **options)
+    return (found == labels).double().mean().item()
+
+
+def linear_probe(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    features: np.ndarray,
+    selection: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    progress: bool = False,
+) -> tuple[np.ndarray, float]:
+    """(Q,) classes by logistic regression, and the inverse strength C of its penalty.
 
     Minimises cross entropy plus `|W|^2 / (2 C)` with L-BFGS, over features scaled to mean 0 and variance 1 in training.
-    C is the value of `GRID` that does best on a held-out tenth of the training features (`held_out_tenth`), the
-    smallest of equals; the fit is then repeated on all of them.
+    C is the value of `GRID` that does best on `selection`, or without it on a held-out tenth of the training features
+    (`held_out_tenth`), the smallest of equals; the fit is then one on all training features. Where there is nothing to
+    choose on, C is the middle of the grid.
 
     Args:
         train_features: (M, D).
         train_labels: (M,) class indices, of two classes at least.
         features: (Q, D).
-        labels: (Q,).
+        selection: features and labels to choose C on; None: a tenth of the training features.
+        progress: show a progress bar.
     """
-    held_out = held_out_tenth(train_labels)
+    fitted_on = train_features, train_labels
+    if selection is None:
+        held_out = held_out_tenth(train_labels)
+        fitted_on = train_features[~held_out], train_labels[~held_out]
+        selection = train_features[held_out], train_labels[held_out]
     strength = GRID[len(GRID) // 2]
-    if held_out.any():
-        split = train_features[~held_out], train_labels[~held_out], train_features[held_out], train_labels[held_out]
-        strength = max(GRID, key=lambda candidate: _fit_and_score(candidate, *split))
-    return _fit_and_score(strength, train_features, train_labels, features, labels)
+    if len(selection[1]):
+        bar = tqdm(GRID, desc="linear probe", unit="fit", disable=not progress, leave=False)
+        strength = max(bar, key=lambda candidate: _fit(candidate, *fitted_on).score(*selection))
+    return _fit(strength, train_features, train_labels).predict(features), strength
+
+
+def linear_probe_accuracy(
+    train_features: np.ndarray, train_labels: np.ndarray, features: np.ndarray, labels: np.ndarray
+) -> float:
+    """Share of features that `linear_probe` classifies correctly."""
+    found, _ = linear_probe(train_features, train_labels, features)
+    return float(np.mean(found == labels))
+
+
+def few_shot_accuracies(
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    features: np.ndarray,
+    labels: np.ndarray,
+    selection: tuple[np.ndarray, np.ndarray] | None = None,
+    *,
+    shots: Sequence[int],
+    seeds: int,
+    progress: bool = True,
+) -> dict[int, list[float]]:
+    """Accuracy of `linear_probe` fitted to k training features per class, by k, one per seed.
+
+    A seed puts each class's training features in an order; the first k of it are fitted to, so that more shots include
+    fewer. C is chosen on `selection`, or without it on the `min(k, 4)` per class that follow (as many as there are; the
+    4 is CoOp's, Zhou et al., IJCV 2022). A class that has fewer than k gives all it has.
+
+    Args:
+        train_features, train_labels, features, selection: see `linear_probe`.
+        labels: (Q,).
+        shots: values of k.
+        seeds: 0, 1, …: how many draws.
+        progress: show a progress bar.
+    """
+    accuracies: dict[int, list[float]] = {k: [] for k in shots}
+    draws = [(seed, k) for seed in range(seeds) for k in shots]
+    for seed, k in tqdm(draws, desc="few-shot", unit="probe", disable=not progress, leave=False):
+        place = place_in_class(train_labels, seed)
+        drawn = place < k
+        following = ~drawn & (place < k + min(k, MOST_TO_CHOOSE_ON))
+        chosen_on = selection or (train_features[following], train_labels[following])
+        found, _ = linear_probe(train_features[drawn], train_labels[drawn], features, chosen_on)
+        accuracies[k].append(float(np.mean(found == labels)))
+    return accuracies
+
+
+def place_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
+    """(M,) each sample's place, from 0, in a random order of its class's."""
+    order = np.lexsort((np.random.default_rng(seed).random(len(labels)), labels))
+    _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    place = np.empty(len(labels), dtype=int)
+    place[order] = np.arange(len(labels)) - np.repeat(first, counts)
+    return place
+
+
+def class_scores(found: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`top1`, the share of samples whose class was found, and `mean_per_class`, the mean of that over the classes."""
+    hits = found == labels
+    per_class = [hits[labels == label].mean() for label in np.unique(labels)]
+    return {"top1": float(hits.mean()), "mean_per_class": float(np.mean(per_class))}
 
 
 def held_out_tenth(labels: np.ndarray) -> np.ndarray:
@@ -93,7 +172,7 @@ def held_out_tenth(labels: np.ndarray) -> np.ndarray:
     return held_out
 
 
-def _fit_and_score(strength: float, train_features, train_labels, features, labels) -> float:
+def _fit(strength: float, features: np.ndarray, labels: np.ndarray):
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -102,5 +181,4 @@ def _fit_and_score(strength: float, train_features, train_labels, features, labe
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=MAX_ITERATIONS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a weak penalty may end at the limit, close to its optimum
-        probe.fit(train_features, train_labels)
-    return float(probe.score(features, labels))
+        return probe.fit(features, labels)

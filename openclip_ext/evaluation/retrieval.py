@@ -1,43 +1,111 @@
-"""Image-text retrieval over paired features."""
+"""Image-text retrieval over paired features.
+
+N   images      M   texts      D   width
+"""
+
+import dataclasses
 
 import numpy as np
 import torch
 from torch import Tensor
 
+RECALL_AT = (1, 5, 10)
+OWN_BLOCK = 128  # texts at a time whose scores with their own images are read off a diagonal
+
 
 @torch.no_grad()
-def retrieval_metrics(image_features: Tensor, text_features: Tensor, *, block: int = 1024) -> dict[str, float]:
+def retrieval_metrics(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_of_text: Tensor | None = None,
+    *,
+    image_block: int = 1024,
+    text_block: int = 4096,
+) -> dict[str, float]:
     """Rank of each query's own partner among all candidates, both ways.
 
-    Works on blocks of queries, so no (M, M) matrix is formed. Candidates with an equal score count as half ahead,
-    so that constant features score as chance would.
+    An image is found by the best of its own texts: its rank is one more than the number of other images' texts ahead
+    of that one, so that a hit among the first k is a rank of at most k. A text has one image. Images without a text
+    are candidates only.
+
+    Scores that differ by less than their rounding error, `sqrt(D) * 2^-23`, are equal. Among equals, m of which are the
+    query's own, a random order puts 1 / (m + 1) of the others ahead of the first own: so many count, which is half of
+    them in a text's ranks and with one text per image. Constant features thus score as chance would. A score that
+    is not a number counts as ahead.
+
+    Every score is computed once, in tiles of `image_block` x `text_block`; beside the features, memory is that of a
+    few tiles and of a few numbers per image and text.
 
     Args:
-        image_features: (M, D), unit norm.
-        text_features: (M, D), unit norm; row i belongs to row i of the images.
-        block: queries at a time.
+        image_features: (N, D), unit norm.
+        text_features: (M, D), unit norm.
+        image_of_text: (M,) row of the image that each text belongs to; None: row i of the texts belongs to row i of
+            the images.
+        image_block, text_block: size of a tile.
 
     Returns:
         `image_to_text_R@1`, `@5`, `@10`, `_mean_rank`, `_median_rank`, and the same for `text_to_image`; shares are
         in [0, 1], ranks start at 1. Names as in OpenCLIP.
     """
-    metrics = {}
-    directions = {"image_to_text": (image_features, text_features), "text_to_image": (text_features, image_features)}
-    for name, (queries, candidates) in directions.items():
-        ranks = torch.cat(
-            [_ranks(queries[start : start + block], candidates, start) for start in range(0, len(queries), block)]
-        )
-        metrics[f"{name}_mean_rank"] = ranks.mean().item() + 1
-        metrics[f"{name}_median_rank"] = float(np.median(ranks)) // 1 + 1
-        for k in (1, 5, 10):
-            metrics[f"{name}_R@{k}"] = (ranks < k).double().mean().item()
-    return metrics
+    if image_of_text is None:
+        image_of_text = torch.arange(len(text_features))
+    image_of_text = image_of_text.to(text_features.device)
+    tolerance = text_features.shape[1] ** 0.5 * torch.finfo(torch.float32).eps
+    own = _own_scores(image_features, text_features, image_of_text)
+    best = own.new_full((len(image_features),), -torch.inf).scatter_reduce_(0, image_of_text, own, "amax")
+    level_with_best = (own >= best[image_of_text] - tolerance).long()
+    by_image = _Standing(best, tolerance, torch.zeros_like(best, dtype=torch.long))
+    by_image.own_equals.index_add_(0, image_of_text, level_with_best)
+    by_text = _Standing(own, tolerance, torch.ones_like(own, dtype=torch.long))
+    for rows in _blocks(len(image_features), image_block):
+        for columns in _blocks(len(text_features), text_block):
+            scores = image_features[rows].float() @ text_features[columns].float().T
+            by_image.count(rows, scores)
+            by_text.count(columns, scores.T)
+    has_text = torch.zeros_like(best, dtype=torch.bool)
+    has_text[image_of_text] = True
+    ranks = {"image_to_text": by_image.ahead(len(own))[has_text], "text_to_image": by_text.ahead(len(best))}
+    return {f"{way}_{name}": value for way, ahead in ranks.items() for name, value in _summary(ahead).items()}
 
 
-def _ranks(queries: Tensor, candidates: Tensor, start: int) -> Tensor:
-    """Number of candidates ahead of each query's partner, (block,) float64."""
-    scores = queries.float() @ candidates.float().T
-    own = scores.gather(1, torch.arange(start, start + len(queries), device=scores.device)[:, None])
-    ahead = (scores > own).sum(1)
-    equal = (scores == own).sum(1) - 1
-    return (ahead + equal / 2).double().cpu()
+@dataclasses.dataclass
+class _Standing:
+    """How many candidates are seen to be behind each query's own score, (queries,) each."""
+
+    own: Tensor
+    tolerance: float
+    own_equals: Tensor  # how many of the scores equal to `own` are the query's own
+
+    def __post_init__(self) -> None:
+        self.behind = torch.zeros_like(self.own_equals)
+        self.behind_or_equal = torch.zeros_like(self.own_equals)
+
+    def count(self, queries: slice, scores: Tensor) -> None:
+        """Add candidates' scores, (queries, candidates)."""
+        own = self.own[queries, None]
+        self.behind[queries] += (scores < own - self.tolerance).sum(1, dtype=torch.int32)
+        self.behind_or_equal[queries] += (scores <= own + self.tolerance).sum(1, dtype=torch.int32)
+
+    def ahead(self, candidates: int) -> Tensor:
+        """Of how many in all, equals by their share; float64 on the CPU."""
+        others_equal = (self.behind_or_equal - self.behind - self.own_equals).clamp(min=0)
+        return (candidates - self.behind_or_equal + others_equal.double() / (self.own_equals + 1)).cpu()
+
+
+def _own_scores(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> Tensor:
+    """(M,) score of each text with its image, by the same kind of product as the others: a GPU may round its inputs."""
+    parts = []
+    for texts in _blocks(len(text_features), OWN_BLOCK):
+        images = image_features[image_of_text[texts]].float()
+        parts.append((images @ text_features[texts].float().T).diagonal())
+    return torch.cat(parts)
+
+
+def _blocks(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _summary(ahead: Tensor) -> dict[str, float]:
+    shares = {f"R@{k}": (ahead < k).double().mean().item() for k in RECALL_AT}
+    ranks = {"mean_rank": ahead.mean().item() + 1, "median_rank": float(np.median(ahead)) // 1 + 1}
+    return ranks | shares

@@ -129,23 +129,35 @@ class EMC2Loss(nn.Module):
         Raises:
             IndexError: a sample id outside of the bank.
         """
-        if self.bank is None:
-            self.set_widths(embed=image_features.shape[1])
         pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
-        self.bank.check(pairs.ids)
-        ids = self.bank.ids.read(pairs.ids)
-        stored = self.bank.embedding.read(pairs.ids) if self.bank.embedding is not None else stored_features
-        chains = [
-            Chain(pairs, direction, ids[direction], stored[direction].to(pairs.image.dtype)) for direction in range(2)
-        ]
-        visits = [self._visit(chain, pairs.ids, direction) for direction, chain in enumerate(chains)]
+        chains, visits = self._move_chains(pairs, stored_features, self.steps_taken)
         loss = self._loss(pairs, chains, visits)
-        state = torch.stack([chain.moved_to(visit) for chain, visit in zip(chains, visits, strict=True)])
-        self.bank.stage(pairs.all_ids, pairs.gathered(state), (pairs.all_text, pairs.all_image))
         if not output_dict:
             return loss
         ages = self.steps_taken - self.bank.stored_at.read(pairs.ids)
         return {"contrastive_loss": loss} | chain_report(chains, visits, ages, self.world_size)
+
+    @torch.no_grad()
+    def warm_start(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        *,
+        sample_ids: Tensor,
+        stored_features: Tensor | None = None,
+    ) -> None:
+        """Write the states to which the batch's chains move on a visit before training, which counts as no step.
+
+        Arguments are those of `forward`.
+        """
+        pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
+        # Draws of their own, so that a sample's first step does not repeat them.
+        chains, _ = self._move_chains(pairs, stored_features, torch.full_like(self.steps_taken, -1))
+        self.bank.commit(self.steps_taken)
+        if self.rates is not None:
+            self._blended_rate(pairs, self._log_rate(chains))
+            self.rates.commit()
 
     def stored_ids(self, sample_ids: Tensor) -> Tensor:
         """Ids of the current states, (2, B), texts' of images first; -1: none yet."""
@@ -158,12 +170,29 @@ class EMC2Loss(nn.Module):
             self.rates.commit()
         self.steps_taken += 1
 
-    def _visit(self, chain: Chain, ids: Tensor, direction: int) -> Visit:
+    def _move_chains(
+        self, pairs: PairBatch, stored_features: Tensor | None, step: Tensor
+    ) -> tuple[list[Chain], list[Visit]]:
+        """One visit of the own anchors' chains, per direction, with draws of `step` (); stages their new states."""
+        if self.bank is None:
+            self.set_widths(embed=pairs.image.shape[1])
+        self.bank.check(pairs.ids)
+        ids = self.bank.ids.read(pairs.ids)
+        stored = self.bank.embedding.read(pairs.ids) if self.bank.embedding is not None else stored_features
+        chains = [
+            Chain(pairs, direction, ids[direction], stored[direction].to(pairs.image.dtype)) for direction in range(2)
+        ]
+        visits = [self._visit(chain, pairs.ids, direction, step) for direction, chain in enumerate(chains)]
+        state = torch.stack([chain.moved_to(visit) for chain, visit in zip(chains, visits, strict=True)])
+        self.bank.stage(pairs.all_ids, pairs.gathered(state), (pairs.all_text, pairs.all_image))
+        return chains, visits
+
+    def _visit(self, chain: Chain, ids: Tensor, direction: int, step: Tensor) -> Visit:
         if self.options.kernel == "isir":
-            return resampled(chain.scores, chain.start, uniform(self.steps_taken, ids, stream=direction))
+            return resampled(chain.scores, chain.start, uniform(step, ids, stream=direction))
         columns = chain.scores.shape[1]
         steps = self.options.steps or columns - 1
-        proposals, noise = (self._draws(ids, steps, 2 * direction + which) for which in range(2))
+        proposals, noise = (self._draws(step, ids, steps, 2 * direction + which) for which in range(2))
         return metropolis_hastings(
             chain.scores,
             chain.start,
@@ -172,20 +201,30 @@ class EMC2Loss(nn.Module):
             int(self.options.burn_in * steps),
         )
 
-    def _draws(self, ids: Tensor, steps: int, stream: int) -> Tensor:
+    @staticmethod
+    def _draws(step: Tensor, ids: Tensor, steps: int, stream: int) -> Tensor:
         """Uniform draws (R, B), independent over the steps of each anchor: common ones, turned by the anchor's own."""
-        common = uniform(self.steps_taken, torch.arange(steps, device=ids.device), 2 * stream)
-        return (common[:, None] + uniform(self.steps_taken, ids, 2 * stream + 1)).frac()
+        common = uniform(step, torch.arange(steps, device=ids.device), 2 * stream)
+        return (common[:, None] + uniform(step, ids, 2 * stream + 1)).frac()
+
+    def _log_rate(self, chains: list[Chain]) -> Tensor:
+        """log of K Z, (2, B)."""
+        return torch.stack([chain.log_mean_ratio for chain in chains]) + self.log_negatives
+
+    def _blended_rate(self, pairs: PairBatch, log_rate: Tensor) -> Tensor:
+        """Its running average after this visit, which it stages."""
+        log_rate = self.rates.blend(pairs.ids, log_rate, self.options.gamma)
+        self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
+        return log_rate
 
     def _loss(self, pairs: PairBatch, chains: list[Chain], visits: list[Visit]) -> Tensor:
-        log_rate = torch.stack([chain.log_mean_ratio for chain in chains]) + self.log_negatives
+        log_rate = self._log_rate(chains)
         weights = [chain.in_batch(visit.weights) for chain, visit in zip(chains, visits, strict=True)]
         value, share = log_rate, torch.ones_like(log_rate)
         if not self.options.decoupled:
             value = nn.functional.softplus(log_rate)
             if self.rates is not None:
-                log_rate = self.rates.blend(pairs.ids, log_rate, self.options.gamma)
-                self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
+                log_rate = self._blended_rate(pairs, log_rate)
             share = log_rate.sigmoid()
             weights = [weight * factor[:, None] for weight, factor in zip(weights, share, strict=True)]
         loss = weighted_pair_loss(pairs, value=value, weights=weights)

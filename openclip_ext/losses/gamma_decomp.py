@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from openclip_ext.ops.counter_random import log_gamma_mean
-from openclip_ext.ops.pairs import gather_pairs, log_mean_ratio, pair_loss
+from openclip_ext.ops.pairs import PairBatch, gather_pairs, log_mean_ratio, pair_loss
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
 from openclip_ext.state.rate_table import RateTable
@@ -25,7 +25,7 @@ class Options:
     )
     gamma_decay: float = option(
         0.5,
-        "share of training over which the weight falls from 1 to gamma along a cosine",
+        "share of training over which the weight falls from 1 to gamma along a cosine; 0 with a warm start",
         allowed="in [0, 1]",
         check=lambda share: 0 <= share <= 1,
     )
@@ -104,11 +104,7 @@ class GammaDecompLoss(nn.Module):
             IndexError: a sample id outside of the table.
         """
         pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
-        log_estimate = self.log_negatives + log_mean_ratio(pairs)
-        if not self.options.decoupled:
-            log_estimate = nn.functional.softplus(log_estimate)  # log(1 + K mean r)
-        log_rate = self.rates.blend(pairs.ids, log_estimate, self.gamma_now)
-        self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
+        log_rate = self._blended_rate(pairs)
         log_u = self._log_draws(pairs.ids) - log_rate
         loss = pair_loss(pairs, value=log_rate, log_weight=self.log_negatives + log_u)
         if not output_dict:
@@ -116,10 +112,33 @@ class GammaDecompLoss(nn.Module):
         first_visits = self.rates.read(pairs.all_ids)[0].isnan().float().mean()
         return {"contrastive_loss": loss, "gamma": torch.tensor(self.gamma_now), "first_visits": first_visits}
 
+    @torch.no_grad()
+    def warm_start(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, sample_ids: Tensor
+    ) -> None:
+        """Write the batch's own rates before training, as at a first visit; no step is counted.
+
+        Arguments are those of `forward`. The memory counts only where the weight of a batch is below 1: early in
+        training that takes `gamma_decay` = 0.
+        """
+        self._blended_rate(
+            gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
+        )
+        self.rates.commit()
+
     def commit(self) -> None:
         """Write the rates of this step's samples."""
         self.rates.commit()
         self.steps_taken += 1
+
+    def _blended_rate(self, pairs: PairBatch) -> Tensor:
+        """log R after this visit, (2, B), which it stages."""
+        log_estimate = self.log_negatives + log_mean_ratio(pairs)
+        if not self.options.decoupled:
+            log_estimate = nn.functional.softplus(log_estimate)  # log(1 + K mean r)
+        log_rate = self.rates.blend(pairs.ids, log_estimate, self.gamma_now)
+        self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
+        return log_rate
 
     def _log_draws(self, ids: Tensor) -> Tensor | float:
         """log of Gamma(m, m) draws for anchors of both directions, (2, B); 0 for draws = 0."""

@@ -56,12 +56,31 @@ class Objective(nn.Module):
         return outputs if output_dict else total_loss(outputs)
 
     def _call(self, name, module, image_features, text_features, logit_scale, extra):
+        given = self._given(name, module, extra)
+        return module(image_features, text_features, logit_scale, **given, output_dict=True)
+
+    def _given(self, name: str, module: nn.Module, extra: dict[str, Tensor]) -> dict[str, Tensor]:
         names = arguments(self._needs[name])
         missing = sorted(names - extra.keys())
         if missing:
             raise TypeError(f"{type(module).__name__} needs {', '.join(missing)}")
-        given = {key: extra[key] for key in names}
-        return module(image_features, text_features, logit_scale, **given, output_dict=True)
+        return {key: extra[key] for key in names}
+
+    @property
+    def wants_warm_start(self) -> bool:
+        """Whether any part has use for `warm_start`."""
+        return any(hasattr(part, "warm_start") for part in self._parts())
+
+    @torch.no_grad()
+    def warm_start(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **extra) -> None:
+        """Let the parts that have state write what a batch tells before training; it counts as no step.
+
+        Arguments are those of `forward`; to be called on every rank.
+        """
+        with _float32(image_features.device):
+            for name, part in {"base": self.base, **self.terms}.items():
+                if hasattr(part, "warm_start"):
+                    part.warm_start(image_features, text_features, logit_scale, **self._given(name, part, extra))
 
     def set_num_ids(self, num_ids: int) -> None:
         """Let sample ids run from 0 to `num_ids` - 1 where they are no positions: the number of samples stays."""

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
 
-from openclip_ext.ops.pairs import gather_pairs, log_mean_ratio, pair_loss
+from openclip_ext.ops.pairs import PairBatch, gather_pairs, log_mean_ratio, pair_loss
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
 from openclip_ext.state.rate_table import RateTable
@@ -44,13 +45,28 @@ class SogCLRLoss(nn.Module):
     ) -> dict[str, Tensor] | Tensor:
         """Features (B, D) of unit norm, logit scale (), ids (B,). Returns `contrastive_loss`, the global mean."""
         pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
-        log_rate = self.rates.blend(pairs.ids, log_mean_ratio(pairs), self.gamma)
-        self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
+        log_rate = self._blended_rate(pairs)
         loss = pair_loss(pairs, value=log_rate, log_weight=-log_rate)
         return {"contrastive_loss": loss} if output_dict else loss
 
+    @torch.no_grad()
+    def warm_start(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, sample_ids: Tensor
+    ) -> None:
+        """Write the batch's own normalisers before training, as at a first visit. Arguments as of `forward`."""
+        self._blended_rate(
+            gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
+        )
+        self.rates.commit()
+
     def commit(self) -> None:
         self.rates.commit()
+
+    def _blended_rate(self, pairs: PairBatch) -> Tensor:
+        """log of the normalisers after this visit, (2, B), which it stages."""
+        log_rate = self.rates.blend(pairs.ids, log_mean_ratio(pairs), self.gamma)
+        self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
+        return log_rate
 
 
 SPEC = LossSpec(

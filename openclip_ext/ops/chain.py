@@ -29,23 +29,19 @@ class Chain:
     """
 
     def __init__(self, pairs: PairBatch, direction: int, stored_ids: Tensor, stored: Tensor) -> None:
-        anchors, partners, _, columns = list(pairs.directions())[direction]
+        anchors, partners, _, _ = list(pairs.directions())[direction]
         self.own = torch.arange(len(anchors), device=anchors.device)[:, None] + pairs.own_rows.start
         positive = pairs.logit_scale * (anchors * partners).sum(1)
         stored_score = pairs.logit_scale * (anchors * stored).sum(1)
-        present = stored_ids[:, None] == pairs.all_ids
-        is_present = present.any(1)
-        self.waiting = (stored_ids >= 0) & ~is_present
+        column = _first_column(pairs.all_ids, stored_ids)
+        self.waiting = (stored_ids >= 0) & (column < 0)
         self.stored_gap = torch.where(self.waiting, stored_score - positive, 0.0)
         with torch.no_grad():
-            scores = (pairs.logit_scale * anchors @ columns.T).masked_fill_(pairs.same, -torch.inf)
+            scores = pairs.scores[direction].masked_fill(pairs.same, -torch.inf)
             self.log_mean_ratio = scores.logsumexp(1) - positive - pairs.log_count
             held = torch.where(self.waiting, stored_score, -torch.inf)[:, None]
             self.scores = scores.scatter_(1, self.own, held)
-            nowhere = torch.full_like(stored_ids, -1)
-            self.start = torch.where(
-                is_present, present.int().argmax(1), torch.where(self.waiting, self.own[:, 0], nowhere)
-            )
+            self.start = torch.where(self.waiting, self.own[:, 0], column)
 
     def in_batch(self, weights: Tensor) -> Tensor:
         """Weights without those of stored states."""
@@ -58,6 +54,13 @@ class Chain:
     def moved_to(self, visit: Visit) -> Tensor:
         """Columns to which the chains moved, (B,); -1 for those that stayed at their stored state."""
         return visit.state.masked_fill(visit.state == self.own[:, 0], -1)
+
+
+def _first_column(all_ids: Tensor, ids: Tensor) -> Tensor:
+    """Where in the batch the samples `ids` (B,) come first; -1: nowhere."""
+    in_order, columns = all_ids.sort(stable=True)
+    place = torch.searchsorted(in_order, ids).clamp_max(len(all_ids) - 1)
+    return torch.where(in_order[place] == ids, columns[place], -1)
 
 
 @torch.no_grad()
@@ -83,7 +86,9 @@ def chain_report(chains: list[Chain], visits: list[Visit], ages: Tensor, world_s
         [
             sum(visit.acceptance * anchors for visit in visits),
             sum(chain.stored_weight(visit).sum() for chain, visit in zip(chains, visits, strict=True)),
-            sum((1 / visit.weights.square().sum(1).clamp_min(1e-12)).sum() for visit in visits),
+            sum(
+                (1 / torch.linalg.vector_norm(visit.weights, dim=1).square().clamp_min(1e-12)).sum() for visit in visits
+            ),
             ages.sum(),
             waiting.sum(),
             torch.full((), 2.0 * anchors, device=ages.device),
@@ -97,3 +102,7 @@ def chain_report(chains: list[Chain], visits: list[Visit], ages: Tensor, world_s
         "age_max": gather_rows(ages.max()[None], (1,) * world_size).max().float(),
         "effective_samples": effective / anchors,
     }
+
+
+def _squared_norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1).square()

@@ -54,6 +54,21 @@ class PairBatch:
         """log of the number of negatives of each own anchor, (B,); 0 for one without any."""
         return (~self.same).sum(1).clamp_min(1).to(self.image.dtype).log()
 
+    @cached_property
+    @torch.no_grad()
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """s_ij of own anchors and all columns, (B, G) per direction."""
+        of_images = self.logit_scale * self.image @ self.all_text.T
+        if len(self.sizes) == 1:  # a copy costs a tenth of a product
+            return of_images, of_images.T.contiguous()
+        return of_images, self.logit_scale * self.text @ self.all_image.T
+
+    @cached_property
+    @torch.no_grad()
+    def positive(self) -> Tensor:
+        """s_ii of own pairs, (B,)."""
+        return self.logit_scale * (self.image * self.text).sum(1)
+
     def gathered(self, values: Tensor) -> Tensor:
         """Values of own anchors (n, B) as those of all, (n, G), detached. A collective call over several ranks."""
         return gather_rows(values.T.contiguous(), self.sizes).T
@@ -106,12 +121,8 @@ def log_mean_ratio(pairs: PairBatch) -> Tensor:
 
     -inf for an anchor without any negative.
     """
-    log_means = []
-    for anchors, columns, _, all_columns in pairs.directions():
-        positive = (anchors * columns).sum(1, keepdim=True)
-        shifted = pairs.logit_scale * (anchors @ all_columns.T - positive)
-        log_means.append(shifted.masked_fill(pairs.same, -torch.inf).logsumexp(1) - pairs.log_count)
-    return torch.stack(log_means)
+    offset = pairs.positive + pairs.log_count
+    return torch.stack([scores.masked_fill(pairs.same, -torch.inf).logsumexp(1) - offset for scores in pairs.scores])
 
 
 def pair_loss(pairs: PairBatch, *, value: Tensor, log_weight: Tensor) -> Tensor:
@@ -130,22 +141,16 @@ def pair_loss(pairs: PairBatch, *, value: Tensor, log_weight: Tensor) -> Tensor:
         value: (2, B), the value of each own anchor.
         log_weight: (2, B), the log weight of each own anchor. Both are detached.
     """
-    log_share = log_weight - pairs.log_count
-    scalars = torch.cat([value.masked_fill(pairs.same.all(1), 0.0), log_share]).detach()
-    all_value, all_log_share = pairs.gathered(scalars).chunk(2)
+    factor = log_weight - pairs.log_count - pairs.positive
+    scalars = torch.cat([value.masked_fill(pairs.same.all(1), 0.0), factor]).detach()
+    all_value, all_factor = pairs.gathered(scalars).chunk(2)
 
     def weights():
-        own = [
-            _ratio_weights(pairs, anchors, columns, all_columns, share, pairs.same)
-            for (anchors, columns, _, all_columns), share in zip(pairs.directions(), log_share, strict=True)
-        ]
+        own = [_weights(pairs, scores, log[:, None]) for scores, log in zip(pairs.scores, factor, strict=True)]
         if len(pairs.sizes) == 1:
             return own, [weight.T for weight in own]
-        others = [
-            _ratio_weights(pairs, all_anchors, all_columns, columns, share, pairs.all_ids[:, None] == pairs.ids)
-            for (_, columns, all_anchors, all_columns), share in zip(pairs.directions(), all_log_share, strict=True)
-        ]
-        return own, [weight.T for weight in others]
+        # The score of any anchor with an own column is that of this column, as an anchor of the other direction.
+        return own, [_weights(pairs, pairs.scores[1 - direction], all_factor[direction]) for direction in range(2)]
 
     return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), weights, pairs)
 
@@ -160,11 +165,10 @@ def weighted_pair_loss(pairs: PairBatch, *, value: Tensor, weights: Sequence[Ten
     return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), both, pairs)
 
 
-def _ratio_weights(pairs: PairBatch, anchors, partners, columns, log_share: Tensor, same: Tensor) -> Tensor:
-    """`exp(q_ij + log_share_i)` of each anchor and column, 0 where `same`."""
-    shifted = pairs.logit_scale * (anchors @ columns.T - (anchors * partners).sum(1, keepdim=True))
+def _weights(pairs: PairBatch, scores: Tensor, log_factor: Tensor) -> Tensor:
+    """`exp(s_ij + log factor)` (B, G), 0 where both are one sample."""
     # Masked after the exponential: a row without negatives has an infinite weight.
-    return (shifted + log_share[:, None]).exp().masked_fill(same, 0.0)
+    return (scores + log_factor).exp_().masked_fill_(pairs.same, 0.0)
 
 
 class _PairLoss(torch.autograd.Function):

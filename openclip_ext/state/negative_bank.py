@@ -67,5 +67,3 @@ class NegativeBank(nn.Module):
             self.stored_at.write(direction, samples, step.expand_as(samples))
             if self.embedding is not None:
                 self.embedding.write(direction, samples, columns[direction][row])
-        if self.embedding is not None:
-            self.embedding.release()

@@ -5,6 +5,8 @@ import math
 import mmap
 import os
 import shutil
+import weakref
+from collections.abc import Callable
 from typing import Literal
 
 import psutil
@@ -19,8 +21,8 @@ class Placement:
     """Where a table is kept.
 
     Attributes:
-        kind: `device`: with the module; `cpu`: in the CPU's memory, wherever the module is; `mmap`: in a file that is
-            mapped into memory, one per machine, shared by its ranks.
+        kind: `device`: with the module; `cpu`: in the CPU's memory, wherever the module is; `mmap`: in a file, one per
+            machine, shared by its ranks.
         path: the file, for `mmap`.
         option: the options of a loss that say so are `<option>_device` and `<option>_path`; for messages.
     """
@@ -58,13 +60,14 @@ class Table(nn.Module):
         in_state: bool = True,
     ) -> None:
         super().__init__()
-        self.placement, self._map = placement, None
+        self.placement, self._file = placement, None
         device = torch.device(device or "cpu") if placement.kind == "device" else torch.device("cpu")
         size = math.prod(shape) * dtype.itemsize
         what = f"{name} of {' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
         if placement.kind == "mmap":
-            self._map = _mapped_file(placement, size, what)
-            values = torch.frombuffer(self._map, dtype=dtype).view(shape)
+            self._file = _file(placement, size, what)
+            weakref.finalize(self, os.close, self._file)
+            values = torch.frombuffer(mmap.mmap(self._file, size), dtype=dtype).view(shape)
             if in_state:
                 values.fill_(fill)
         else:
@@ -86,20 +89,38 @@ class Table(nn.Module):
 
     def read(self, ids: Tensor) -> Tensor:
         """Rows of both directions, (2, B, ...), on the device of `ids` (B,)."""
-        return self.values[:, ids.to(self.values.device)].to(ids.device)
+        if self._file is None:
+            return self.values[:, ids.to(self.values.device)].to(ids.device)
+        rows = torch.empty((2, len(ids), *self.values.shape[2:]), dtype=self.values.dtype)
+        for direction, part in enumerate(rows):
+            self._transfer(os.preadv, direction, ids, part)
+        return rows.to(ids.device)
 
     def write(self, direction: int, ids: Tensor, rows: Tensor) -> None:
         """Replace the rows of one direction at `ids` (B,), which differ from each other."""
         place = self.values.device
-        self.values[direction, ids.to(place)] = rows.to(place, self.values.dtype)
+        rows = rows.to(place, self.values.dtype)
+        if self._file is None:
+            self.values[direction, ids.to(place)] = rows
+        else:
+            self._transfer(os.pwritev, direction, ids, rows.contiguous())
 
-    def release(self) -> None:
-        """Let go of the memory that pages of the file take up in this process; their content stays."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)
+    def _transfer(self, call: Callable, direction: int, ids: Tensor, rows: Tensor) -> None:
+        """Between the file and `rows` (B, ...), one call per row.
+
+        Through the mapping, a row that is alone on its pages would cost a page fault, which takes several times as
+        long, and pages would pile up in this process.
+        """
+        if not len(ids):
+            return
+        size = rows[0].numel() * rows.itemsize
+        memory = memoryview(rows.view(torch.uint8).numpy()).cast("B")
+        first = direction * self.values.shape[1]
+        for row, sample in enumerate(ids.tolist()):
+            call(self._file, [memory[row * size : (row + 1) * size]], (first + sample) * size)
 
 
-def _mapped_file(placement: Placement, size: int, what: str) -> mmap.mmap:
+def _file(placement: Placement, size: int, what: str) -> int:
     path, flag = placement.path, f"--loss-arg {placement.option}_path"
     if not path:
         raise UserError(f"--loss-arg {placement.option}_device=mmap: name the file of the {what} with {flag}=FILE")
@@ -114,9 +135,9 @@ def _mapped_file(placement: Placement, size: int, what: str) -> mmap.mmap:
         )
     if existing == 0:
         _require_room(placement, size, shutil.disk_usage(folder).free, folder, what)
-    with open(path, "a+b") as file:
-        file.truncate(size)
-        return mmap.mmap(file.fileno(), size)
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    os.truncate(file, size)
+    return file
 
 
 def _free_memory(device: torch.device) -> int:

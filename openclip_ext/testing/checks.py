@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def check_loss(
     * state: `state_dict` holds all that later calls depend on;
     * precision: under autocast and on half-precision features the value is float32, finite, and close;
     * ranks: N gloo processes give the value (their mean), the averaged gradient and the next state of one process on
-      the concatenated batch, to 1e-5, over two steps in which samples change ranks.
+      the concatenated batch, to 1e-5, over two steps in which samples change ranks, and the same state after a
+      `warm_start` if it has one.
 
     Call it below `if __name__ == "__main__":` in a script, since the processes import the main module.
 
@@ -64,6 +66,16 @@ def check_ranks(pool: RankPool, name: str, options: dict[str, Any], sizes: list[
             torch.testing.assert_close(
                 result | {"values": mean}, expected, rtol=1e-5, atol=1e-5, equal_nan=True,
                 msg=lambda text, rank=rank, step=step: f"step {step}, rank {rank}: {text}",
+            )  # fmt: skip
+
+    if toy_loss(name, options).wants_warm_start:
+        (single,), several = (
+            pool.run(warm_started, len(shares), name, options, shares) for shares in ([GLOBAL_BATCH], sizes)
+        )
+        for rank, state in enumerate(several):
+            torch.testing.assert_close(
+                state, single, rtol=1e-5, atol=1e-5, equal_nan=True,
+                msg=lambda text, rank=rank: f"warm start, rank {rank}: {text}",
             )  # fmt: skip
 
 
@@ -114,8 +126,10 @@ def toy_steps() -> list[tuple[Tensor, Tensor, Tensor]]:
     return steps
 
 
-def evaluate_loss(loss: Objective, model: nn.Module, image: Tensor, text: Tensor, ids: Tensor) -> dict[str, Tensor]:
-    """The loss's outputs for a toy batch."""
+def evaluate_loss(
+    loss: Callable[..., Any], model: nn.Module, image: Tensor, text: Tensor, ids: Tensor
+) -> dict[str, Tensor]:
+    """What the loss, or its `warm_start`, makes of a toy batch."""
     features = model(image, text)
     required = [features.pop(key) for key in ("image_features", "text_features", "logit_scale")]
     return loss(*required, **features, sample_ids=ids)
@@ -152,6 +166,15 @@ def two_steps(rank: int, num_ranks: int, name: str, options: dict, sizes: list[i
         state = {key: value.clone() for key, value in loss.state_dict().items()}
         results.append({"values": {k: v.detach() for k, v in outputs.items()}, "gradients": gradients, "state": state})
     return results
+
+
+def warm_started(rank: int, num_ranks: int, name: str, options: dict, sizes: list[int]) -> dict[str, Tensor]:
+    """State after a warm start on two batches of the same samples, on one of several ranks."""
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    loss = toy_loss(name, options, rank, num_ranks)
+    for image, text, ids in toy_steps():
+        evaluate_loss(loss.warm_start, ToyModel(loss.needs), image[own], text[own], ids[own])
+    return loss.state_dict()
 
 
 @contextlib.contextmanager

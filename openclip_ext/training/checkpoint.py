@@ -9,19 +9,35 @@ import torch
 
 from openclip_ext import _host
 from openclip_ext.errors import UserError
+from openclip_ext.tensor_files import load_tensors
 from openclip_ext.training import sharding
+from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.lora import Adapters
 
 LATEST = "epoch_latest.pt"
 
 
 def save_checkpoint(
-    path: str | None, *, epoch: int, name: str, model, optimizer, scaler, loss, distributed: bool, keys=None
+    path: str | None,
+    *,
+    epoch: int,
+    name: str,
+    model,
+    optimizer,
+    scaler,
+    loss,
+    distributed: bool,
+    keys=None,
+    average: WeightAverage | None = None,
+    adapters: Adapters | None = None,
 ) -> None:
     """Write a checkpoint that stock OpenCLIP loads, whole or not at all.
 
-    Keys as OpenCLIP writes them: `epoch, name, state_dict, optimizer`, `scaler` if there is one. Keys of ours, which
-    OpenCLIP ignores: `loss` (state of the loss), `loss_optimizer` (the optimizer's last group, if the loss has
-    parameters; in `optimizer` it would keep OpenCLIP from resuming), and `momentum_encoder` if there is one.
+    Keys as OpenCLIP writes them: `epoch, name, state_dict, optimizer`, `scaler` if there is one, and `state_dict_ema`
+    of an average, which its main branch reads. Keys of ours, which OpenCLIP ignores: `loss` (state of the loss),
+    `loss_optimizer` (the optimizer's last group, if the loss has parameters; in `optimizer` it would keep OpenCLIP from
+    resuming), and if there are any `momentum_encoder` and `lora` (options, and the `state_dict` and `state_dict_ema` of
+    adapters, which the weights have merged).
 
     A sharded model is gathered, so all ranks call this; those that write nothing pass None for `path`.
     """
@@ -30,12 +46,16 @@ def save_checkpoint(
     loss_optimizer = None
     if any(True for _ in loss.parameters()):
         optimizer_state, loss_optimizer = split_optimizer(optimizer_state)
-    content: dict[str, Any] = {
-        "epoch": epoch,
-        "name": name,
-        "state_dict": sharding.whole(_host.checkpoint_from_model(model, distributed), keep),
-        "optimizer": optimizer_state,
-    }
+    content: dict[str, Any] = {"epoch": epoch, "name": name}
+    content["state_dict"], lora = _weights(model, adapters, distributed, keep)
+    content["optimizer"] = optimizer_state
+    if adapters is not None:
+        content["lora"] = {"options": adapters.options_dict(), "state_dict": lora}
+    if average is not None:
+        with average.applied():
+            content["state_dict_ema"], lora = map(_copied, _weights(model, adapters, distributed, keep))
+        if adapters is not None:
+            content["lora"]["state_dict_ema"] = lora
     if path is None:
         return
     if scaler is not None:
@@ -50,6 +70,18 @@ def save_checkpoint(
     os.replace(path + ".partial", path)
 
 
+def _weights(model, adapters: Adapters | None, distributed: bool, keep: bool) -> tuple[dict, dict]:
+    """The `state_dict` of the model, adapters merged, and that of the adapters; what was sharded is gathered."""
+    state = model.state_dict() if adapters is None else adapters.merged_state_dict()
+    lora = {} if adapters is None else adapters.state_dict()
+    return sharding.whole(_host.checkpoint_from_state(state, distributed), keep), sharding.whole(lora, keep)
+
+
+def _copied(state: dict) -> dict:
+    """In memory of its own, on the CPU; ranks that keep nothing hold None for what was gathered."""
+    return {key: value if value is None else value.to("cpu", copy=True) for key, value in state.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint in memory."""
@@ -62,7 +94,34 @@ class Checkpoint:
         """Load the weights into a model that is not sharded. Raises UserError: they are another architecture's."""
         _host.load_model_weights(model, self.content.get("state_dict", self.content), self.path, model_name)
 
-    def restore(self, *, optimizer, scaler, loss, keys=None) -> list[str]:
+    def restore_adapters(self, adapters: Adapters | None) -> None:
+        """Load what `--lora` trained, after `restore_model`. Raises UserError: the run and the file differ in it."""
+        saved = self.content.get("lora")
+        if adapters is not None and saved:
+            adapters.restore(saved, self.path)
+        elif adapters is not None and "epoch" in self.content:
+            raise UserError(
+                f"--resume {self.path}: was trained without --lora; to adapt its weights, start with --pretrained "
+                f"{self.path}"
+            )
+        elif saved and adapters is None:
+            raise UserError(
+                f"--resume {self.path}: was trained with --lora r={saved['options']['r']}; give that flag again, or "
+                f"start from its merged weights with --pretrained {self.path}"
+            )
+
+    def restore_average(self, average: WeightAverage | None) -> list[str]:
+        """Load the average of weights, if there is one here and there; remarks for the log."""
+        state = self.content.get("state_dict_ema")
+        if average is None:
+            return ["its average of weights is left behind: give --ema to go on with it"] if state else []
+        if not state:
+            return ["it holds no average of weights: that starts as a copy of them"]
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        average.load_state_dict(state | self.content.get("lora", {}).get("state_dict_ema", {}))
+        return []
+
+    def restore(self, *, optimizer, scaler, loss, keys=None, average: WeightAverage | None = None) -> list[str]:
         """Load everything else the checkpoint holds.
 
         Returns:
@@ -73,7 +132,7 @@ class Checkpoint:
         """
         if "epoch" not in self.content:
             return ["the file holds weights only: optimizer and loss start anew"]
-        remarks = self.restore_loss(loss)
+        remarks = self.restore_loss(loss) + self.restore_average(average)
         if keys is not None and "momentum_encoder" in self.content:
             keys.load_state_dict(self.content["momentum_encoder"])
         elif keys is not None:
@@ -83,7 +142,10 @@ class Checkpoint:
         try:
             optimizer.load_state_dict(sharding.sharded(state, optimizer))
         except ValueError as error:
-            raise UserError(f"--resume {self.path}: its optimizer state does not fit --opt ({error})") from error
+            raise UserError(
+                f"--resume {self.path}: its optimizer state does not fit --opt, or flags that lock or group parameters "
+                f"({error}); use those it was trained with, or start from its weights with --pretrained {self.path}"
+            ) from error
         if scaler is not None and "scaler" in self.content:
             scaler.load_state_dict(self.content["scaler"])
         return remarks
@@ -95,8 +157,8 @@ class Checkpoint:
             state["param_groups"].append(optimizer.state_dict()["param_groups"][-1])
             remarks.append("the loss's parameters have no optimizer state in it")
         for group, current in zip(state["param_groups"], optimizer.param_groups, strict=False):
-            if "fused" in current:  # which kernel runs is this run's choice
-                group["fused"] = current["fused"]
+            # Which kernel runs, and how rates differ, is this run's choice.
+            group |= {key: current[key] for key in ("fused", "lr_scale") if key in current}
         return state, remarks
 
     def restore_loss(self, loss) -> list[str]:
@@ -126,15 +188,7 @@ def load_checkpoint(path: str, flag: str = "--resume") -> Checkpoint:
     Raises:
         UserError: no such file, or not a checkpoint.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{flag} {path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise UserError(f"{flag} {path}: not a checkpoint of tensors and plain values ({reason})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{flag} {path}: not a checkpoint (holds a {type(content).__name__})")
+    content = load_tensors(path, flag)
     return Checkpoint(path, content.get("epoch", 0), content)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from openclip_ext import _host
 from openclip_ext.errors import UserError
 from openclip_ext.options import parse_assignments, parse_terms
+from openclip_ext.training.lora import parse_lora
 
 #: OpenCLIP flags that this loop does not take, and what to do instead.
 REFUSED = {
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON, known by its file name."
     )
     _add_image_flags(ours)
+    _add_tuning_flags(parser.add_argument_group("added by openclip-ext for fine-tuning"))
     return parser
 
 
@@ -108,6 +110,41 @@ def _add_image_flags(ours) -> None:
             help=f"Images in one folder per class that nearest neighbours and a linear probe on the image tower are "
             f"{purpose}, every --val-frequency epochs.",
         )
+
+
+def _add_tuning_flags(tuning) -> None:
+    tuning.add_argument(
+        "--layer-decay",
+        type=float,
+        metavar="X",
+        help="Multiply the learning rate by X for each layer further from a tower's head, such as 0.75; both towers.",
+    )
+    for tower, alias in (("image", "visual"), ("text", None)):
+        for what, meaning in (
+            ("lr", f"Learning rate of the {tower} tower, on the schedule of --lr, where it is to differ."),
+            ("layer-decay", f"--layer-decay of the {tower} tower, where it is to differ."),
+        ):
+            names = [f"--{name}-{what}" for name in (tower, alias) if name]
+            dest = names[0].removeprefix("--").replace("-", "_")
+            tuning.add_argument(*names, dest=dest, type=float, metavar="X", help=meaning)
+    tuning.add_argument(
+        "--lora",
+        metavar="r=16[,alpha=32][,dropout=0][,targets=A+B]",
+        help="Train a low-rank change of the towers' attention and MLP layers and nothing else but the logit scale; "
+        "needs peft. Checkpoints hold merged weights.",
+    )
+    tuning.add_argument(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="Keep an exponential average of the weights, such as 0.999; it is evaluated beside them, and kept in "
+        "checkpoints as state_dict_ema.",
+    )
+    tuning.add_argument(
+        "--warm-start-pass",
+        action="store_true",
+        help="Before the first step, run over an epoch of the data without gradient and fill the memory of the loss.",
+    )
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -149,6 +186,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     _host.fill_optimizer_defaults(args)
     if args.lr is None:
         raise UserError("--lr: give a learning rate with a timm optimizer")
+    _require_tuning_makes_sense(args)
     return args
 
 
@@ -166,8 +204,31 @@ def _require_views_agree(args: argparse.Namespace) -> None:
         return
     if not 0 <= momentum < 1:
         raise UserError(f"--momentum-encoder {momentum}: must be in [0, 1), such as 0.99")
+    _require_averages_move(args, "--momentum-encoder")
+
+
+def _require_averages_move(args: argparse.Namespace, flag: str) -> None:
     if args.precision not in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
         raise UserError(
             f"--precision {args.precision}: an average of weights in half precision stands still; use amp_bf16 with "
-            "--momentum-encoder"
+            f"{flag}"
         )
+
+
+def _require_tuning_makes_sense(args: argparse.Namespace) -> None:
+    """Raises UserError: a value of a fine-tuning flag that means nothing."""
+    for name in ("layer_decay", "image_layer_decay", "text_layer_decay"):
+        decay = getattr(args, name)
+        if decay is not None and not 0 < decay <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {decay}: must be in (0, 1], such as 0.75")
+    for tower in ("image", "text"):
+        rate = getattr(args, f"{tower}_lr")
+        if rate is not None and rate <= 0:
+            raise UserError(f"--{tower}-lr {rate}: must be above 0; to keep the tower as it is use --lock-{tower}")
+        if rate is not None and args.lr <= 0:
+            raise UserError(f"--{tower}-lr {rate}: follows the schedule of --lr, which is {args.lr}; give one above 0")
+    args.lora_options = None if args.lora is None else parse_lora(args.lora)
+    if args.ema is not None:
+        if not 0 <= args.ema < 1:
+            raise UserError(f"--ema {args.ema}: must be in [0, 1), such as 0.999")
+        _require_averages_move(args, "--ema")

@@ -19,7 +19,9 @@ from openclip_ext.data.pipeline import TrainLoader
 from openclip_ext.errors import RankError, UserError
 from openclip_ext.losses.objective import total_loss
 from openclip_ext.training import sharding
+from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.log import EpochLog
+from openclip_ext.training.lora import Adapters
 from openclip_ext.training.views import MomentumEncoder
 
 MAX_SKIPPED_STEPS = 100
@@ -47,6 +49,8 @@ class Trainer:
         teacher: of distillation; None: there is none.
         hash_ids: maps hashes of keys to sample ids; None: batches hold ids.
         keys: an average of the model, which follows each step taken; None: there is none.
+        average: of the weights, likewise, for evaluation.
+        adapters: of LoRA, in the model.
     """
 
     accelerator: Accelerator
@@ -65,6 +69,8 @@ class Trainer:
     teacher: nn.Module | None = None
     hash_ids: HashIds | None = None
     keys: MomentumEncoder | None = None
+    average: WeightAverage | None = None
+    adapters: Adapters | None = None
     skipped_steps: int = 0
 
     @property
@@ -83,7 +89,7 @@ class Trainer:
         self.loss.train()
         self.loader.set_epoch(epoch)
         skipped: list[tuple[str, str, int]] = []
-        batches = self._batches(skipped)
+        batches = self.batches(skipped)
         for index in range(self.steps_per_epoch):
             step = epoch * self.steps_per_epoch + index
             if self.schedule is not None:
@@ -92,12 +98,17 @@ class Trainer:
             outputs = self._backward(list(itertools.islice(batches, self.accum_freq)))
             self._update(outputs)
             outputs["logit_scale"] = self.module.logit_scale.detach().exp()
-            log.step(index, step, outputs, lr=self.optimizer.param_groups[0]["lr"], skipped_steps=self.skipped_steps)
+            log.step(index, step, outputs, lr=self._learning_rate(), skipped_steps=self.skipped_steps)
         for _ in batches:  # what does not fill a step, so that workers end their epoch
             pass
         return skipped
 
-    def _batches(self, skipped: list) -> Iterator[dict]:
+    def _learning_rate(self) -> float:
+        """The schedule's, whatever the first group makes of it."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
+
+    def batches(self, skipped: list) -> Iterator[dict]:
         """Batches on the device.
 
         Ranks agree on the first one of each data worker, so that none waits for another that has no data.
@@ -128,7 +139,7 @@ class Trainer:
 
     def _backward_whole(self, batches: list[dict]) -> dict[str, Tensor]:
         (batch,) = batches
-        outputs = self._loss(self.model(**_views(batch)), self._constants(batch))
+        outputs = self._loss(self.model(**model_inputs(batch)), self.constants(batch))
         self.accelerator.backward(total_loss(outputs))
         return outputs
 
@@ -143,11 +154,11 @@ class Trainer:
         for batch in batches:
             random_states.append(_random_state(self.accelerator.device))
             with torch.no_grad():
-                parts.append(self.model(**_views(batch)))
-        leaves = {key: value.detach().clone() for key, value in _concatenated(parts).items()}
+                parts.append(self.model(**model_inputs(batch)))
+        leaves = {key: value.detach().clone() for key, value in concatenated(parts).items()}
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
-        outputs = self._loss(leaves, _concatenated([self._constants(batch) for batch in batches]))
+        outputs = self._loss(leaves, concatenated([self.constants(batch) for batch in batches]))
         self.accelerator.backward(total_loss(outputs))
         sizes = [len(batch["image"]) for batch in batches]
         gradients = {key: leaf.grad.split(sizes) for key, leaf in leaves.items() if leaf.grad is not None and leaf.ndim}
@@ -156,14 +167,14 @@ class Trainer:
             # Gradients of a sharded model are averaged with every part: to wait with them takes room for all of them.
             average = last or self.accelerator.is_fsdp2
             with contextlib.nullcontext() if average else self.accelerator.no_sync(self.model), _replayed(state):
-                again = self.model(**_views(batch))
+                again = self.model(**model_inputs(batch))
                 pairs = [(again[key], gradient[number]) for key, gradient in gradients.items()]
                 if last:  # scalars belong to no part
                     pairs += [(again[key], x.grad) for key, x in leaves.items() if x.grad is not None and not x.ndim]
                 torch.autograd.backward(*zip(*pairs, strict=True))
         return outputs
 
-    def _constants(self, batch: dict) -> dict[str, Tensor]:
+    def constants(self, batch: dict) -> dict[str, Tensor]:
         """What the loss is given that has no gradient."""
         constants = {"sample_ids": batch["sample_id"]} if "sample_id" in batch else {}
         if self.teacher is not None:
@@ -193,6 +204,8 @@ class Trainer:
                 self.keys.update()
             with torch.no_grad():
                 self.module.logit_scale.clamp_(0, math.log(100))  # as in OpenCLIP
+            if self.average is not None:
+                self.average.update()
             return
         self.skipped_steps += 1
         if self.skipped_steps == MAX_SKIPPED_STEPS:
@@ -224,12 +237,12 @@ class Trainer:
         return [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
 
 
-def _views(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model takes of a batch."""
     return {key: batch[key] for key in ("image", "text", "image_aug", "text_aug") if key in batch}
 
 
-def _concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Per-sample tensors of several batches as one; of scalars, which are equal, the last."""
     keys = [key for key, value in parts[0].items() if value is not None]
     return {key: torch.cat([part[key] for part in parts]) if parts[0][key].ndim else parts[-1][key] for key in keys}

@@ -2,28 +2,24 @@
 
 import argparse
 import os
-import random
 import shutil
 from importlib.metadata import version
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from openclip_ext import _host
-from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.listing import ShardListing
-from openclip_ext.data.pipeline import TrainLoader, train_loader
-from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.during_training import Evaluator
-from openclip_ext.training import setup, sharding
+from openclip_ext.training import setup
+from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.build import build_trainer, seed_all
 from openclip_ext.training.checkpoint import LATEST, Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from openclip_ext.training.learning_rates import describe
 from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
-from openclip_ext.training.pair_model import feature_widths, pair_model
-from openclip_ext.training.views import SymmetricObjective, ViewsModel
+from openclip_ext.training.warm_start import warm_start_pass
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
@@ -41,108 +37,25 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     checkpoint = _checkpoint(args, folder, accelerator)
     if args.check_shards and data and isinstance(data.source, ShardListing):
         setup.require_sizes(data.source, accelerator.is_main_process)
-    _seed(args.seed)
+    seed_all(args.seed)
     model, train_transform, eval_transform, tokenizer = _host.create_model(
         args, accelerator.device, logit_bias="logit_bias" in plan.needs
     )
     evaluator = setup.make_evaluator(args, accelerator, tokenizer, eval_transform)
     if data is None:
         return _evaluate_only(args, accelerator, model, evaluator, checkpoint)
-    trainer, remarks = _trainer(args, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
+    trainer, remarks = build_trainer(args, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
     start = checkpoint.epoch if checkpoint else 0
+    new_memory = not (checkpoint and checkpoint.content.get("loss"))
     if checkpoint:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
     elif args.resume:
         remarks.append(f"--resume {args.resume}: no checkpoint of this run yet: it starts from the beginning")
     with _Run(args, trainer, folder) as run:
         run.say_start(data, checkpoint, remarks)
+        if args.warm_start_pass and new_memory and start < args.epochs:
+            run.warm_start()
         return run.epochs(start, evaluator)
-
-
-def _trainer(
-    args, accelerator: Accelerator, plan, data: setup.TrainingData, model, transform, tokenizer, checkpoint
-) -> tuple[Trainer, list[str]]:
-    """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
-    if "logit_bias" not in plan.needs and getattr(model, "logit_bias", None) is not None:
-        model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
-    if args.use_bn_sync and accelerator.num_processes > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if checkpoint:  # before the model may be copied or sharded
-        checkpoint.restore_model(model, args.model)
-    views = ViewsModel(model, args.momentum_encoder) if args.pairs == "views" else None
-    paired, keys = views or pair_model(model, plan.needs), views and views.keys
-    loss = _objective(args, accelerator, plan, data, paired)
-    _seed(args.seed + accelerator.process_index)
-    loader = _loader(args, accelerator, plan, data, transform, tokenizer)
-    steps_per_epoch = loader.num_batches // args.accum_freq
-    optimizer = _host.create_optimizer(args, model)
-    prepared_model, prepared_optimizer = sharding.prepare(accelerator, paired, optimizer, list(loss.parameters()))
-    remarks = [
-        f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
-        for modality in getattr(paired, "projected", [])
-    ]
-    if checkpoint:
-        restored = checkpoint.restore(optimizer=optimizer, scaler=accelerator.scaler, loss=loss, keys=keys)
-        remarks += [f"--resume {args.resume}: {remark}" for remark in restored]
-    return Trainer(
-        accelerator=accelerator,
-        module=model,
-        paired=paired,
-        model=torch.compile(prepared_model) if args.torchcompile else prepared_model,
-        loss=loss,
-        optimizer=prepared_optimizer,
-        schedule=None if args.skip_scheduler else _host.create_schedule(args, optimizer, steps_per_epoch),
-        loader=loader,
-        input_dtype=_host.input_dtype(args.precision),
-        accum_freq=args.accum_freq,
-        grad_clip_norm=args.grad_clip_norm,
-        total_steps=steps_per_epoch * args.epochs,
-        seed=args.seed,
-        teacher=_host.create_teacher(args, accelerator.device) if args.distill_model else None,
-        hash_ids=HashIds(data.num_ids) if data.sample_id == "hash" else None,
-        keys=keys,
-    ), remarks
-
-
-def _objective(args, accelerator: Accelerator, plan, data: setup.TrainingData, paired):
-    """The loss on the device, with room for the data's ids and for the widths of the model `paired`."""
-
-    def build():
-        return plan.build(data.size, accelerator.process_index, accelerator.num_processes)
-
-    loss, widths = build(), None
-    if args.momentum_encoder is not None or loss.wants_widths:
-        widths = feature_widths(paired, _host.input_dtype(args.precision))
-    if args.momentum_encoder is not None:
-        loss = SymmetricObjective(loss, build(), widths["embed"])
-    if data.num_ids != data.size:
-        loss.set_num_ids(data.num_ids)
-    loss.to(accelerator.device)
-    if loss.wants_widths:
-        loss.set_widths(**widths)
-    return loss.to(accelerator.device)
-
-
-def _loader(args, accelerator: Accelerator, plan, data: setup.TrainingData, transform, tokenizer) -> TrainLoader:
-    """Batches of this rank. Raises UserError: an epoch has fewer than an optimizer step takes."""
-    config = StreamConfig(
-        source=data.source,
-        batch_size=args.batch_size,
-        sample_id=data.sample_id,
-        resampled=args.dataset_resampled,
-        seed=args.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        **setup.row_format(args, plan, transform, tokenizer),
-    )
-    pin_memory = accelerator.device.type == "cuda"
-    loader = train_loader(config, num_samples=data.num_samples, workers=args.workers, pin_memory=pin_memory)
-    if loader.num_batches < args.accum_freq:
-        raise UserError(
-            f"--accum-freq {args.accum_freq}: an epoch has only {loader.num_batches} batches of "
-            f"{args.batch_size} x {accelerator.num_processes}; use a smaller --accum-freq or --batch-size"
-        )
-    return loader
 
 
 class _Run:
@@ -191,6 +104,10 @@ class _Run:
         device = self.accelerator.device.type
         logger.info("%s, %.1f M parameters; %d process(es) on %s, precision %s",
                     args.model, millions, processes, device, args.precision)  # fmt: skip
+        if trainer.adapters is not None:
+            logger.info(trainer.adapters.describe())
+        if levels := describe(trainer.optimizer):
+            logger.info(levels)
         if self.accelerator.is_fsdp2:
             logger.info("parameters, gradients and the optimizer's state are sharded (FSDP)")
         logger.info("loss %s over %d samples; %d steps of %d pairs per epoch, %d epochs",
@@ -204,6 +121,17 @@ class _Run:
     def _pairs_per_step(self) -> int:
         return self.args.batch_size * self.args.accum_freq * self.accelerator.num_processes
 
+    def warm_start(self) -> None:
+        """`--warm-start-pass`; a loss that keeps nothing between steps is left as it is."""
+        if not self.trainer.loss.wants_warm_start:
+            logger.warning("--warm-start-pass: loss %s keeps no memory of samples: there is nothing to fill",
+                           self.args.loss)  # fmt: skip
+            return
+        self._report_skips(warm_start_pass(self.trainer, epoch=self.args.epochs), "warm start")
+
+    def _report_skips(self, skipped: list[tuple[str, str, int]], when: str) -> None:
+        report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, when)
+
     def epochs(self, start: int, evaluator: Evaluator) -> dict[str, float]:
         """Train from epoch `start` to the last; the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
@@ -212,9 +140,8 @@ class _Run:
         for epoch in range(start, self.args.epochs):
             self._epoch(epoch)
             done, last = epoch + 1, epoch + 1 == self.args.epochs
-            # With a sharded model all ranks compute the same: one alone would wait for the others' parameters.
-            if evaluator.due(done, last) and (self.main or self.accelerator.is_fsdp2):
-                metrics = _evaluate(evaluator, self.trainer.paired, done, last, self.folder)
+            if evaluator.due(done, last):
+                metrics = _evaluate(evaluator, self.trainer.paired, done, last, self.folder, self.trainer.average)
                 self._track("val", metrics, done * self.trainer.steps_per_epoch)
             if self.run_folder:
                 _save(self.args, self.trainer, self.run_folder, done, last)
@@ -234,7 +161,7 @@ class _Run:
             skipped = self.trainer.train_epoch(epoch, log)
         finally:
             log.close()
-        report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, f"epoch {epoch + 1}")
+        self._report_skips(skipped, f"epoch {epoch + 1}")
         if self.trainer.hash_ids and self.trainer.hash_ids.collisions:
             logger.warning("%d visits so far to sample ids that another sample holds; raise --sample-id-table",
                            self.trainer.hash_ids.collisions)  # fmt: skip
@@ -289,21 +216,29 @@ def _start_trackers(args, accelerator: Accelerator, folder: str) -> None:
 
 
 def _evaluate_only(args, accelerator, model, evaluator: Evaluator, checkpoint: Checkpoint | None) -> dict[str, float]:
-    """Without training data: score the model, as OpenCLIP does."""
+    """Without training data: score the model, as OpenCLIP does, and with `--ema` the average in the checkpoint."""
     if checkpoint:
         checkpoint.restore_model(model, args.model)
-    if not accelerator.is_main_process:
-        return {}
-    start_logging(None, console=True, debug=args.debug)
+    average = None if args.ema is None else WeightAverage(model, args.ema)
+    remarks = checkpoint.restore_average(average) if checkpoint else []
+    start_logging(None, console=accelerator.is_main_process, debug=args.debug)
     try:
-        return _evaluate(evaluator, model, checkpoint.epoch if checkpoint else 0, True, None)
+        for remark in remarks:
+            logger.warning("--resume %s: %s", args.resume, remark)
+        return _evaluate(evaluator, model, checkpoint.epoch if checkpoint else 0, True, None, average)
     finally:
         stop_logging()
 
 
-def _evaluate(evaluator: Evaluator, model, epoch: int, last: bool, folder: str | None) -> dict[str, float]:
+def _evaluate(
+    evaluator: Evaluator, model, epoch: int, last: bool, folder: str | None, average: WeightAverage | None = None
+) -> dict[str, float]:
+    """Metrics of the model, and with `ema-` before their names those of the average of its weights."""
     metrics = evaluator.evaluate(model, epoch, last)
     report_skips(evaluator.skipped, "validation")
+    if average is not None:
+        with average.applied():
+            metrics |= {f"ema-{name}": value for name, value in evaluator.evaluate(model, epoch, last).items()}
     shown = {name: value for name, value in metrics.items() if name.endswith(("R@1", "-top1", "clip_val_loss"))}
     logger.info("after epoch %d: %s", epoch, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
     if folder:
@@ -333,14 +268,10 @@ def _save(args, trainer: Trainer, folder: str, epoch: int, last: bool) -> None:
             scaler=trainer.accelerator.scaler,
             loss=trainer.loss,
             keys=trainer.keys,
+            average=trainer.average,
+            adapters=trainer.adapters,
             distributed=trainer.accelerator.num_processes > 1,
         )
     previous = os.path.join(checkpoints, f"epoch_{epoch - 1}.pt")
     if main and args.delete_previous_checkpoint and targets and os.path.exists(previous):
         os.remove(previous)
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)

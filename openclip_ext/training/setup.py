@@ -26,7 +26,9 @@ from openclip_ext.data.table import Table, csv_table, synthetic_table
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.class_folders import probe_data
 from openclip_ext.evaluation.during_training import Evaluator
-from openclip_ext.evaluation.zero_shot import imagenet_loader
+from openclip_ext.evaluation.imagenet import imagenet_folder
+from openclip_ext.evaluation.labelled import LabelledBatches
+from openclip_ext.evaluation.ranks import Ranks
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.training import sharding
 
@@ -183,7 +185,7 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         _choose_gpu(args.device)
     mixed = _MIXED.get(args.precision, "no")
     plugin = sharding.fsdp_plugin(mixed)
-    # The first rank evaluates and writes checkpoints while the others wait.
+    # The first rank fits probes and writes checkpoints while the others wait.
     group = {"backend": args.dist_backend, "init_method": args.dist_url, "timeout": datetime.timedelta(hours=6)}
     handlers = [
         DistributedDataParallelKwargs(static_graph=args.ddp_static_graph),
@@ -291,6 +293,8 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
     Raises:
         UserError: a path that does not fit.
     """
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes)
+    loading = {"batch_size": args.batch_size, "workers": args.workers, "ranks": ranks}
     pairs = None
     if args.val_data:
         if _dataset_type(args.val_data, args.dataset_type, "--val-data") == "csv":
@@ -303,6 +307,8 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
             image_transform=transform,
             tokenizer=tokenizer,
             captions=caption_format(args),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
         )
         pairs = eval_loader(config, workers=args.workers)
     imagenet = {}
@@ -311,14 +317,11 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
         ("--imagenet-v2", args.imagenet_v2, "imagenetv2-zeroshot-val"),
     ):
         if path:
-            imagenet[prefix] = imagenet_loader(
-                path, transform, flag=flag, batch_size=args.batch_size, workers=args.workers
-            )
+            pictures = imagenet_folder(path, flag).pictures
+            imagenet[prefix] = LabelledBatches(pictures, transform, **loading)
     probe = None
     if args.probe_train:
-        probe = probe_data(
-            args.probe_train, args.probe_val, transform, batch_size=args.batch_size, workers=args.workers
-        )
+        probe = probe_data(args.probe_train, args.probe_val, transform, **loading)
     return Evaluator(
         tokenizer=tokenizer,
         device=accelerator.device,
@@ -327,6 +330,7 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
         pairs=pairs,
         imagenet=imagenet,
         probe=probe,
+        ranks=ranks,
         val_frequency=args.val_frequency,
         zeroshot_frequency=args.zeroshot_frequency,
         progress=accelerator.is_main_process,

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, compare_versions, is_torch_version, str_to_bool
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -133,15 +133,23 @@ def sharded(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     states = dict(state["state"])
     for index, parameter in zip(indices, parameters, strict=False):
         if isinstance(parameter, DTensor) and index in states:
-            states[index] = {name: _sharded_like(value, parameter) for name, value in states[index].items()}
+            states[index] = {name: sharded_like(value, parameter) for name, value in states[index].items()}
     return state | {"state": states}
 
 
-def _sharded_like(value: Any, parameter: DTensor) -> Any:
-    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+def sharded_like(value: Any, parameter: Tensor) -> Any:
+    """A whole tensor with the shape of `parameter` in parts as that is; anything else as it is."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     value = value.to(parameter.device)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of parameters that an evaluation gathered; nothing is done to a model that is not sharded."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gradient_norm(parameters: list[nn.Parameter], clip: float | None) -> Tensor:

@@ -136,10 +136,33 @@ class SymmetricObjective(nn.Module):
         """Losses and report scalars by name, each the mean of both ways; features as `ViewsModel` returns them."""
         pairs = (image_features, text_features), (image_features_swapped, text_features_swapped)
         first, second = (
-            objective(normalize(self.predictor(features), dim=-1), keys.detach(), logit_scale, **extra)
-            for objective, (features, keys) in zip(self.objectives, pairs, strict=True)
+            objective(*self._queries(*pair), logit_scale, **extra)
+            for objective, pair in zip(self.objectives, pairs, strict=True)
         )
         return {name: (value + second[name]) / 2 for name, value in first.items()}
+
+    def _queries(self, features: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        return normalize(self.predictor(features), dim=-1), keys.detach()
+
+    @property
+    def wants_warm_start(self) -> bool:
+        return self.objectives[0].wants_warm_start
+
+    @torch.no_grad()
+    def warm_start(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        *,
+        image_features_swapped: Tensor,
+        text_features_swapped: Tensor,
+        **extra,
+    ) -> None:
+        """As `Objective.warm_start`, each way round."""
+        pairs = (image_features, text_features), (image_features_swapped, text_features_swapped)
+        for objective, pair in zip(self.objectives, pairs, strict=True):
+            objective.warm_start(*self._queries(*pair), logit_scale, **extra)
 
     @property
     def wants_widths(self) -> bool:

@@ -1,0 +1,86 @@
+"""`openclip-ext eval`: scores of one checkpoint on several tasks, as a table and as JSON."""
+
+import argparse
+import datetime
+import json
+import os
+import re
+from importlib.metadata import version
+from typing import Any
+
+from openclip_ext.errors import UserError
+from openclip_ext.evaluation.loading import LoadedModel, load_model
+from openclip_ext.evaluation.tasks import run_tasks, table, tasks_from
+
+PACKAGES = ("openclip-ext", "open_clip_torch", "torch", "torchvision", "timm", "numpy")
+
+
+def run_eval(args: argparse.Namespace) -> dict[str, Any]:
+    """Check all tasks, load the model, run them, print a table and write the report (after each task anew).
+
+    The report:
+
+        created       when, ISO 8601
+        versions      of packages, by name
+        model         OpenCLIP's name of the architecture
+        checkpoint    source (as given), path (of the file, null: from the hub), sha256 (of the file, without one of
+                      the weights)
+        precision, device
+        tasks         by name: dataset (path as given), num_samples, seconds, scores (name to number), and what the
+                      task adds
+
+    Raises:
+        UserError: a wrong flag, a path that does not fit, or a checkpoint that cannot be had.
+    """
+    tasks = tasks_from(args)
+    require_folder(args.out)
+    model = load_model(
+        args.pretrained, name=args.model, model_config=args.model_config, device=args.device, precision=args.precision,
+        cache_dir=args.cache_dir,
+    )  # fmt: skip
+    out = args.out or default_path(model)
+    report = describe(model) | {"tasks": {}}
+    for task in tasks:
+        report["tasks"] |= run_tasks(model, [task])
+        write_json(report, out)
+    print(table(report["tasks"]))
+    print(out)
+    return report
+
+
+def describe(model: LoadedModel) -> dict[str, Any]:
+    """The report's part that does not depend on tasks."""
+    return {
+        "created": datetime.datetime.now().isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in PACKAGES},
+        "model": model.name,
+        "checkpoint": {"source": model.source, "path": model.path, "sha256": model.sha256},
+        "precision": model.precision,
+        "device": str(model.device),
+    }
+
+
+def require_folder(path: str | None) -> None:
+    """Make the folder of a file to be written. Raises UserError: `--out` cannot be written to."""
+    if path is None:
+        return
+    if os.path.isdir(path):
+        raise UserError(f"--out {path}: is a folder; give a file in it, such as {os.path.join(path, 'eval.json')}")
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: its folder cannot be made ({error.strerror}); give another") from error
+
+
+def default_path(model: LoadedModel) -> str:
+    """`runs/eval/TIME-MODEL.json`, whose folder is made."""
+    os.makedirs(os.path.join("runs", "eval"), exist_ok=True)
+    stamp = datetime.datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
+    return os.path.join("runs", "eval", f"{stamp}-{re.sub(r'[^A-Za-z0-9._-]+', '-', model.name)}.json")
+
+
+def write_json(report: dict, path: str) -> None:
+    """Whole or not at all."""
+    with open(path + ".partial", "w") as file:
+        json.dump(report, file, indent=1)
+    os.replace(path + ".partial", path)

@@ -1,0 +1,188 @@
+"""Pictures with a class each: from one folder per class, and from shards."""
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from openclip_ext.data import tar
+from openclip_ext.data.pipeline import shared_batches
+from openclip_ext.errors import RankError, UserError
+from openclip_ext.evaluation.ranks import ALONE, Ranks
+
+CLASS_EXTENSION = "cls"  # a sample's class index in a shard, as text
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledSet:
+    """Pictures with classes, and how to say a class in words.
+
+    Attributes:
+        pictures: dataset of (picture, class index) for `LabelledBatches`.
+        class_names: by class index.
+        templates: format strings, or functions of a class name.
+        note: what one has to know to compare scores on it; may be empty.
+    """
+
+    pictures: Dataset
+    class_names: Sequence[str]
+    templates: Sequence[str | Callable[[str], str]]
+    note: str = ""
+
+
+class LabelledFiles(Dataset):
+    """(picture, class index) of image files, or the error of one that cannot be opened."""
+
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int] | RankError:
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as picture:
+                return picture.convert("RGB"), label
+        except tar.IMAGE_ERRORS as error:
+            return RankError(f"{path}: cannot be opened as a picture ({error})")
+
+
+class LabelledShards(IterableDataset):
+    """(picture, class index) of samples with an image and a `cls` file, or the error of one; several workers take
+    turns."""
+
+    def __init__(self, urls: Sequence[str], num_classes: int) -> None:
+        self.urls, self.num_classes = urls, num_classes
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int] | RankError]:
+        info = get_worker_info()
+        skips = tar.Skips()
+        for url in self.urls[info.id :: info.num_workers] if info else self.urls:
+            for sample in tar.read_shard(url, skips.record):
+                yield self._row(sample, skips)
+            if skips:
+                yield RankError(f"{url}: {next(iter(skips))[0]}; make it again")
+
+    def _row(self, sample: dict, skips: tar.Skips) -> tuple[Image.Image, int] | RankError:
+        where = f"{sample['__url__']}: sample {sample['__key__']}"
+        text = sample.get(CLASS_EXTENSION, b"").decode("ascii", "replace").strip()
+        if not (text.isdigit() and int(text) < self.num_classes):
+            found = repr(text[:20]) if CLASS_EXTENSION in sample else "none"
+            return RankError(
+                f"{where} needs a .cls file with a class from 0 to {self.num_classes - 1}, and has {found}"
+            )
+        picture = tar.decode_image(sample, skips.record)
+        if picture is None:
+            return RankError(f"{where}: {next(iter(skips))[0]}")
+        return picture, int(text)
+
+
+class _Transformed(Dataset):
+    def __init__(self, dataset: Dataset, transform: Callable[[Any], Tensor]) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | RankError:
+        return _transformed(self.dataset[index], self.transform)
+
+
+class _TransformedStream(IterableDataset):
+    def __init__(self, dataset: IterableDataset, transform: Callable[[Any], Tensor]) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | RankError]:
+        return (_transformed(row, self.transform) for row in self.dataset)
+
+
+def _transformed(row: Any, transform: Callable[[Any], Tensor]) -> tuple[Tensor, int] | RankError:
+    return row if isinstance(row, RankError) else (transform(row[0]), row[1])
+
+
+class LabelledBatches:
+    """Batches of (images (B, 3, H, W), class indices (B,)), the last one partial.
+
+    Of several ranks each takes every so many whole batches: these are the same batches as one rank's, so features of
+    a picture do not depend on the number of ranks. All take as many: one that lacks a batch at the end gets a black
+    picture of class -1 instead. Shards are for one rank.
+
+    Args:
+        dataset: of (picture, class index).
+        transform: picture to tensor.
+        batch_size: pictures in a batch.
+        workers: processes that load data; 0: this one.
+        ranks: this process, of how many.
+
+    Raises:
+        RankError: while iterating: a picture that cannot be opened, or a class that is none.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable[[Any], Tensor],
+        *,
+        batch_size: int,
+        workers: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.num_batches = None
+        if isinstance(dataset, LabelledShards):
+            source, options = _TransformedStream(dataset, transform), {"batch_size": batch_size}
+            workers = min(workers, len(dataset.urls))
+        else:
+            source = _Transformed(dataset, transform)
+            count = len(dataset)
+            options = {"batch_sampler": shared_batches(count, batch_size, ranks.rank, ranks.world_size)}
+            self.num_batches = len(options["batch_sampler"])
+        collate = functools.partial(_collate, transform)
+        self._loader = DataLoader(
+            source, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), **options
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._loader:
+            if isinstance(batch, RankError):
+                raise batch
+            yield batch
+
+
+def _collate(transform: Callable[[Any], Tensor], rows: list) -> Any:
+    """A batch; or the error of one of its rows, which would lose its one line if it were raised by a worker."""
+    if not rows:
+        rows = [(transform(Image.new("RGB", (8, 8))), -1)]
+    return next((row for row in rows if isinstance(row, RankError)), None) or default_collate(rows)
+
+
+def class_folders(folder: str, flag: str) -> tuple[list[str], list[tuple[str, int]]]:
+    """Names of the folders in `folder`, and (file, position of its folder) of all pictures in them.
+
+    In the order in which torchvision's `ImageFolder` numbers them; folders whose names are all numbers in theirs.
+
+    Raises:
+        UserError: no such folder, no folder in it, or one without a picture.
+    """
+    from torchvision.datasets import ImageFolder
+
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag} {folder}: no such folder")
+    try:
+        found = ImageFolder(folder)
+    except FileNotFoundError as error:
+        reason = str(error).splitlines()[0]
+        if empty := re.match(r"Found no valid file for the classes (.*?)\. Supported", reason):
+            raise UserError(f"{flag} {folder}: no picture in class folder {empty[1].split(', ')[0]}") from error
+        raise UserError(f"{flag} {folder}: holds no class folders; give a folder with one folder per class") from error
+    names = found.classes
+    if not all(name.isdecimal() for name in names):
+        return names, found.samples
+    order = sorted(range(len(names)), key=lambda position: int(names[position]))
+    position_of = {old: new for new, old in enumerate(order)}
+    samples = sorted((path, position_of[label]) for path, label in found.samples)
+    return [names[old] for old in order], sorted(samples, key=lambda sample: sample[1])

@@ -1,0 +1,51 @@
+"""What several ranks have measured, brought together."""
+
+import dataclasses
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among those that share an evaluation. All of them call each method, with values on the CPU.
+
+    Attributes:
+        rank: of this process.
+        world_size: how many there are.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def on_first(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on the first rank; nothing on the others."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.first else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def on_all(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all ranks the first one's buffers, such as batch statistics, of which each keeps its own in training."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                value = buffer.contiguous()
+                dist.broadcast(value, 0)
+                buffer.copy_(value)
+
+
+ALONE = Ranks()

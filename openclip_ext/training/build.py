@@ -1,0 +1,137 @@
+"""From a model, a loss and data to a `Trainer` that can take its first step."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from openclip_ext import _host
+from openclip_ext.data.hash_ids import HashIds
+from openclip_ext.data.pipeline import TrainLoader, train_loader
+from openclip_ext.data.streams import StreamConfig
+from openclip_ext.errors import UserError
+from openclip_ext.training import setup, sharding
+from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.learning_rates import describe, scale_learning_rates, scaled
+from openclip_ext.training.loop import Trainer
+from openclip_ext.training.lora import Adapters
+from openclip_ext.training.pair_model import feature_widths, pair_model
+from openclip_ext.training.views import SymmetricObjective, ViewsModel
+
+
+def build_trainer(
+    args, accelerator: Accelerator, plan, data: setup.TrainingData, model, transform, tokenizer, checkpoint
+) -> tuple[Trainer, list[str]]:
+    """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
+    model, adapters = _to_train(args, accelerator, plan, model, checkpoint)
+    views = ViewsModel(model, args.momentum_encoder) if args.pairs == "views" else None
+    paired, keys = views or pair_model(model, plan.needs), views and views.keys
+    loss = _objective(args, accelerator, plan, data, paired)
+    seed_all(args.seed + accelerator.process_index)
+    loader = _loader(args, accelerator, plan, data, transform, tokenizer)
+    steps_per_epoch = loader.num_batches // args.accum_freq
+    optimizer = _host.create_optimizer(args, model)
+    scale_learning_rates(args, model, optimizer)
+    prepared_model, prepared_optimizer = sharding.prepare(accelerator, paired, optimizer, list(loss.parameters()))
+    remarks = [
+        f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
+        for modality in getattr(paired, "projected", [])
+    ]
+    average = None if args.ema is None else WeightAverage(model, args.ema)
+    if checkpoint:
+        restored = checkpoint.restore(
+            optimizer=optimizer, scaler=accelerator.scaler, loss=loss, keys=keys, average=average
+        )
+        remarks += [f"--resume {args.resume}: {remark}" for remark in restored]
+    return Trainer(
+        accelerator=accelerator,
+        module=model,
+        paired=paired,
+        model=torch.compile(prepared_model) if args.torchcompile else prepared_model,
+        loss=loss,
+        optimizer=prepared_optimizer,
+        schedule=_schedule(args, optimizer, steps_per_epoch),
+        loader=loader,
+        input_dtype=_host.input_dtype(args.precision),
+        accum_freq=args.accum_freq,
+        grad_clip_norm=args.grad_clip_norm,
+        total_steps=steps_per_epoch * args.epochs,
+        seed=args.seed,
+        teacher=_host.create_teacher(args, accelerator.device) if args.distill_model else None,
+        hash_ids=HashIds(data.num_ids) if data.sample_id == "hash" else None,
+        keys=keys,
+        average=average,
+        adapters=adapters,
+    ), remarks
+
+
+def _to_train(args, accelerator: Accelerator, plan, model, checkpoint) -> tuple[torch.nn.Module, Adapters | None]:
+    """The model with the checkpoint's weights, and its adapters if it has some; neither copied nor sharded yet."""
+    if "logit_bias" not in plan.needs and getattr(model, "logit_bias", None) is not None:
+        model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
+    if args.use_bn_sync and accelerator.num_processes > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.pairs == "views":
+        _host.freeze_text(model)  # so that it gets no adapters
+    if checkpoint:
+        checkpoint.restore_model(model, args.model)
+    adapters = Adapters(model, args.lora_options) if args.lora_options else None
+    if checkpoint:
+        checkpoint.restore_adapters(adapters)
+    return model, adapters
+
+
+def _schedule(args, optimizer, steps_per_epoch: int) -> Callable[[int], float] | None:
+    if args.skip_scheduler:
+        return None
+    schedule = _host.create_schedule(args, optimizer, steps_per_epoch)
+    return scaled(schedule, optimizer) if describe(optimizer) else schedule
+
+
+def _objective(args, accelerator: Accelerator, plan, data: setup.TrainingData, paired):
+    """The loss on the device, with room for the data's ids and for the widths of the model `paired`."""
+
+    def build():
+        return plan.build(data.size, accelerator.process_index, accelerator.num_processes)
+
+    loss, widths = build(), None
+    if args.momentum_encoder is not None or loss.wants_widths:
+        widths = feature_widths(paired, _host.input_dtype(args.precision))
+    if args.momentum_encoder is not None:
+        loss = SymmetricObjective(loss, build(), widths["embed"])
+    if data.num_ids != data.size:
+        loss.set_num_ids(data.num_ids)
+    loss.to(accelerator.device)
+    if loss.wants_widths:
+        loss.set_widths(**widths)
+    return loss.to(accelerator.device)
+
+
+def _loader(args, accelerator: Accelerator, plan, data: setup.TrainingData, transform, tokenizer) -> TrainLoader:
+    """Batches of this rank. Raises UserError: an epoch has fewer than an optimizer step takes."""
+    config = StreamConfig(
+        source=data.source,
+        batch_size=args.batch_size,
+        sample_id=data.sample_id,
+        resampled=args.dataset_resampled,
+        seed=args.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        **setup.row_format(args, plan, transform, tokenizer),
+    )
+    pin_memory = accelerator.device.type == "cuda"
+    loader = train_loader(config, num_samples=data.num_samples, workers=args.workers, pin_memory=pin_memory)
+    if loader.num_batches < args.accum_freq:
+        raise UserError(
+            f"--accum-freq {args.accum_freq}: an epoch has only {loader.num_batches} batches of "
+            f"{args.batch_size} x {accelerator.num_processes}; use a smaller --accum-freq or --batch-size"
+        )
+    return loader
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)

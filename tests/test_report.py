@@ -1,0 +1,244 @@
+"""`openclip-ext report`: numbers against hand-made files, then the command on runs that were trained here."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from openclip_ext.cli import main
+from openclip_ext.evaluation.intervals import half_width, half_width_of_difference
+from openclip_ext.evaluation.report import compare, group
+from openclip_ext.evaluation.run_files import read_run
+
+STOCK_LOG = """\
+2026-01-01,00:00:00 | INFO | Start epoch 0
+2026-01-01,00:00:01 | INFO | Train Epoch: 0 [ 64/256 (25%)] Data (t): 0.1 Batch (t): 0.5, 128/s, 128/s/gpu \
+LR: 0.000100 Logit Scale: 14.286 Contrastive_loss: 4.1589 (4.1600) Loss: 4.1589 (4.1600)
+2026-01-01,00:00:09 | INFO | Train Epoch: 1 [256/256 (100%)] Data (t): 0.1 Batch (t): 0.5, 128/s, 128/s/gpu \
+LR: 0.000400 Logit Scale: 14.300 Contrastive_loss: 3.1000 (3.6000) Loss: 3.1000 (3.6000)
+"""
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A function that writes a run's folder by hand: what a run of two epochs of two steps would leave."""
+
+    def make(name, *, recall=(), losses=(), **params):
+        folder = tmp_path / "logs" / name
+        (folder / "checkpoints").mkdir(parents=True)
+        if params:
+            lines = {"name": name, "logs": "logs", "precision": "amp"} | params
+            (folder / "params.txt").write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+        rows = [{"step": step, "epoch": step // 2, "loss": value, "lr": 0.1} for step, value in enumerate(losses)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{"epoch": epoch, "text_to_image_R@1": v, "num_samples": 9} for epoch, v in enumerate(recall, start=1)]
+        (folder / "checkpoints" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def show(tmp_path):
+    """A function from arguments to the exit code and the JSON of `openclip-ext report`."""
+
+    def run(*arguments):
+        out = tmp_path / "report"
+        code = main(["report", *(str(argument) for argument in arguments), "--out", str(out)])
+        return code, json.loads((out / "report.json").read_text()) if code == 0 else None
+
+    return run
+
+
+def groups_of(*folders):
+    return compare(group([read_run(str(folder)) for folder in folders]))["groups"]
+
+
+# Numbers.
+
+
+def test_the_interval_of_a_difference_is_welchs():
+    values, others = [0.31, 0.35, 0.32, 0.37], [0.22, 0.29, 0.18]
+    expected = stats.ttest_ind(values, others, equal_var=False).confidence_interval(0.95)
+    half = (expected.high - expected.low) / 2
+    # The table has whole degrees of freedom: rounded down, never too narrow.
+    assert half <= half_width_of_difference(values, others) <= 1.35 * half
+    assert half_width_of_difference([1.0], others) is None
+    assert half_width_of_difference([1.0, 1.0], [2.0, 2.0]) == 0
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_row(make_run):
+    scores = {"clip": (0.1, 0.2, 0.3), "dcl": (0.2, 0.25, 0.42)}
+    folders = [
+        make_run(f"{loss}-{seed}", recall=(0.0, value), loss=loss, seed=seed)
+        for loss, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+    clip, dcl = groups_of(*folders)
+    assert [clip["label"], dcl["label"]] == ["clip", "dcl"]
+    assert dcl["settings"] == {"loss": "dcl"}
+    assert [run["seed"] for run in dcl["runs"]] == ["0", "1", "2"]
+    cell = clip["scores"]["text_to_image_R@1"]
+    assert cell["mean"] == pytest.approx(0.2) and cell["std"] == pytest.approx(0.1) and cell["n"] == 3
+    assert cell["interval"] == pytest.approx(4.30 * 0.1 / math.sqrt(3))
+    differences = np.subtract(scores["dcl"], scores["clip"])
+    assert clip["differences"] == {}
+    assert dcl["differences"]["text_to_image_R@1"] == {
+        "mean": pytest.approx(differences.mean()), "interval": pytest.approx(half_width(differences)), "paired": True,
+        "n": 3,
+    }  # fmt: skip
+
+
+def test_without_shared_seeds_means_are_compared(make_run):
+    first = [make_run(f"a-{seed}", recall=(value,), seed=seed, lr=1) for seed, value in ((0, 0.1), (1, 0.2))]
+    other = [make_run(f"b-{seed}", recall=(value,), seed=seed, lr=2) for seed, value in ((2, 0.3), (3, 0.5))]
+    difference = groups_of(*first, *other)[1]["differences"]["text_to_image_R@1"]
+    assert difference["paired"] is False and difference["mean"] == pytest.approx(0.25)
+    assert difference["interval"] == pytest.approx(half_width_of_difference([0.3, 0.5], [0.1, 0.2]))
+
+
+def test_a_resumed_run_counts_its_last_word_and_a_torn_line_does_not(make_run):
+    folder = make_run("run", recall=(0.1, 0.2), losses=(3.0, 2.0, 1.0))
+    with open(folder / "metrics.jsonl", "a") as file:  # back to step 1, with a loss that was not finite
+        file.write('{"step": 1, "epoch": 0, "loss": null, "lr": 0.2}\n{"step": 2, "epoch": 1, "lo')
+    with open(folder / "checkpoints" / "results.jsonl", "a") as file:
+        file.write('{"epoch": 2, "text_to_image_R@1": 0.7}\n')
+    run = read_run(str(folder))
+    assert [row["step"] for row in run.training] == [0, 1, 2]
+    assert math.isnan(run.training[1]["loss"]) and run.training[1]["lr"] == 0.2 and run.training[2]["loss"] == 1.0
+    assert run.scores == {"text_to_image_R@1": 0.7}
+
+
+def test_a_value_of_params_may_break_lines(make_run):
+    folder = make_run("run", recall=(0.1,), caption_separator="\n", lr=3)
+    assert read_run(str(folder)).params["caption_separator"] == "\n"
+    assert read_run(str(folder)).params["lr"] == "3"
+
+
+def test_a_long_training_curve_is_averaged_within_windows(make_run):
+    losses = np.arange(2000.0)
+    (row,) = groups_of(make_run("run", losses=losses, seed=0))
+    training = row["runs"][0]["training"]
+    assert len(training["loss"]) == 500
+    assert training["loss"] == pytest.approx(losses.reshape(500, 4).mean(1))
+    assert training["step"] == training["loss"]
+
+
+def test_a_run_of_stock_openclip_is_read_from_its_log(make_run):
+    folder = make_run("stock", recall=(0.1, 0.2), batch_size=32, accum_freq=2, world_size=1, seed=0)
+    (folder / "metrics.jsonl").unlink()
+    (folder / "out.log").write_text(STOCK_LOG)
+    first, last = read_run(str(folder)).training
+    assert first == {
+        "step": 0, "epoch": 0, "lr": 1e-4, "logit_scale": 14.286, "contrastive_loss": 4.1589, "loss": 4.1589
+    }  # fmt: skip
+    assert last["step"] == 7 and last["lr"] == 4e-4
+
+
+# The command.
+
+
+def test_trained_runs_are_compared_drawn_and_told_apart(train_flags, val_shards, show, tmp_path, capsys):
+    for name, extra in {"a-0": (), "a-1": ("--seed", 1), "b": ("--loss-term", "brownian_bridge=0.1")}.items():
+        flags = train_flags("--name", name, "--val-data", val_shards, "--epochs", 2, "--val-frequency", 1, *extra)
+        assert main(flags) == 0
+    capsys.readouterr()
+    code, report = show(tmp_path / "logs")
+    assert code == 0
+    a, b = report["groups"]
+    assert [a["label"], b["label"]] == ["a", "b"] and len(a["runs"]) == 2
+    assert b["settings"] == {"loss_term": "['brownian_bridge=0.1']"}
+    assert report["metrics"] == ["image_to_text_R@1", "text_to_image_R@1", "clip_val_loss"]
+    assert a["runs"][0]["epochs"] == 2 and a["runs"][0]["training"]["step"] == list(range(16))
+    assert a["runs"][0]["scores"]["clip_val_loss"] == a["runs"][0]["validation"]["clip_val_loss"][-1]
+    assert a["scores"]["clip_val_loss"]["std"] > 0 and b["scores"]["clip_val_loss"]["std"] is None
+    assert "brownian_bridge_loss" in b["runs"][0]["training"]
+    printed = capsys.readouterr().out
+    assert "clip_val_loss" in printed and "Difference to a" in printed
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert printed.partition("What the runs differ in")[0] in text and "![curves and scores](report.png)" in text
+    with Image.open(tmp_path / "report" / "report.png") as picture:
+        assert picture.width > 1000 and picture.height > 900
+
+
+def test_what_eval_wrote_into_the_folder_is_shown_and_goes_on_the_model_card(digit_run, digit_folders, show, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(digit_run, run)
+    (run / "notes.json").write_text('{"mine": 1}')
+    flags = ["--zero-shot", str(digit_folders), "--device", "cpu", "--workers", "0", "--out", str(run / "eval.json")]
+    assert main(["eval", "--pretrained", str(run), *flags]) == 0
+    (result,) = json.loads((run / "eval.json").read_text())["tasks"].items()
+    code, report = show(run)
+    assert code == 0
+    name = f"{result[0]}/top1"
+    assert report["metrics"] == [name]
+    assert report["groups"][0]["scores"][name]["mean"] == result[1]["scores"]["top1"] > 0.15
+    before = tmp_path / "before.json"  # of a model that no run has trained
+    (run / "eval.json").rename(before)
+    code, report = show(before, run)
+    assert code == 0 and [row["label"] for row in report["groups"]] == ["before", "run"]
+    assert report["groups"][0]["scores"][name]["mean"] == result[1]["scores"]["top1"]
+    before.rename(run / "eval.json")
+    assert main(["export", str(run), "--to", "hf"]) == 0
+    assert f"{name} " in (run / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_one_run_and_twenty_can_be_drawn(make_run, show, count):
+    for index in range(count):
+        make_run(f"run-{index}", recall=(0.1, 0.1 * index), losses=(3, 2, 1, index), lr=index, seed=0)
+    code, report = show(make_run("z", recall=(0.1,)).parent)
+    assert code == 0
+    assert [row["label"] for row in report["groups"]] == [*(f"run-{index}" for index in range(count)), "z"]
+
+
+def test_a_run_that_diverged_hides_nothing(make_run, show, tmp_path, capsys):
+    for seed, (fine, broken) in enumerate([(0.1, 0.2), (0.2, None), (0.3, 0.4)]):
+        make_run(f"a-{seed}", recall=(fine,), seed=seed, lr=1)
+        make_run(f"b-{seed}", recall=(broken,), losses=(3, None, None), seed=seed + 5, lr=2)
+    code, report = show(tmp_path / "logs")
+    assert code == 0
+    assert report["groups"][1]["scores"]["text_to_image_R@1"]["mean"] is None
+    assert report["groups"][1]["differences"]["text_to_image_R@1"]["interval"] is None
+    assert "nan ± nan" in capsys.readouterr().out
+    make_run("a-0b", recall=(None,), seed=9, lr=3)
+    assert show(tmp_path / "logs" / "a-0b", tmp_path / "logs" / "b-1")[0] == 0  # no number at all
+
+
+def test_results_alone_are_enough(make_run, show, capsys):
+    folder = make_run("old", recall=(0.123,))
+    code, report = show(folder, "--metric", "*R@1")
+    assert code == 0 and report["metrics"] == ["text_to_image_R@1"]
+    assert report["groups"][0]["runs"][0]["training"] == {}
+    assert "12.3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "expected"),
+    [
+        (None, ["nowhere"], "nowhere: no such folder"),
+        (lambda folder: shutil.rmtree(folder / "checkpoints"), ["{run}"], "has reported neither a step nor an"),
+        (lambda folder: (folder / "params.txt").rename(folder / "other.txt"), ["{run}"], "not the folder of a run"),
+        (None, ["{run}/params.txt"], "is no JSON"),
+        (lambda folder: (folder / "x.json").write_text("[]"), ["{run}/x.json"], "not a report of openclip-ext eval"),
+        (None, ["{run}", "{run}"], "is named twice"),
+        (None, ["{run}", "--metric", "nope"], "--metric nope: there is no such metric; there are: text_to_image_R@1"),
+        (lambda folder: (folder / "metrics.jsonl").write_text("[1]\n"), ["{run}"], "line 1 is no JSON object"),
+        (lambda folder: (folder / "params.txt").write_bytes(b"\xff\xfe"), ["{run}"], "cannot be read as text"),
+        (lambda folder: (folder.parent.parent / "report").write_text(""), ["{run}"], "cannot be made a folder"),
+    ],
+)
+def test_a_wrong_input_is_one_line(make_run, show, capsys, prepare, arguments, expected):
+    folder = make_run("run", recall=(0.1,), seed=0)
+    if "not the folder" in expected:
+        shutil.rmtree(folder / "checkpoints")
+        (folder / "metrics.jsonl").unlink()
+    if prepare:
+        prepare(folder)
+    code, _ = show(*(argument.format(run=folder) for argument in arguments))
+    error = capsys.readouterr().err
+    assert code == 2 and expected in error and error.count("\n") == 1
