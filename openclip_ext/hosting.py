@@ -18,6 +18,7 @@ keys that `openclip_ext.training.checkpoint` names.
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -73,8 +74,11 @@ class Hosting:
         self._data = training_data(flags, self._plan)
         self.sample_ids = _ids_by_shard(self._data.source, args) if self.needs & _OF_A_ROW else None
 
+    def __repr__(self) -> str:
+        return f"<loss {self._plan.spec.name}>"
+
     def row_maker(self, image_transform: Callable[[Image.Image], Tensor], tokenizer: Callable) -> RowMaker:
-        """A function `make(picture, caption, sample_id, epoch)` of the data pipeline.
+        """A function `make(picture, caption, sample_id, epoch)` of the data pipeline, which can be pickled.
 
         It returns the sample's `image` (3, H, W) and `text` (L,), and what is needed of `sample_ids` (a number),
         `image_aug` and `text_aug`. Views are those of `openclip-ext train`, a function of seed, epoch and sample id.
@@ -86,15 +90,7 @@ class Hosting:
             text_aug="text_aug" in self.needs,
         )
 
-        def make(picture: Image.Image, caption: str, sample_id: int, epoch: int) -> dict[str, Tensor]:
-            # Without workers this runs in the training process, whose random state must not depend on it.
-            with contextlib.nullcontext() if get_worker_info() else random_state_kept():
-                row = rows.training_row(picture, [caption], row_seed(self._seed, epoch, sample_id))
-            if "sample_ids" in self.needs:
-                row["sample_ids"] = sample_id
-            return {name: value[0] for name, value in rows.batch([row]).items()}
-
-        return make
+        return functools.partial(_make_row, rows, self._seed, "sample_ids" in self.needs)
 
     def build(
         self,
@@ -138,6 +134,29 @@ class Hosting:
         `model` runs what `build` was given, wrapped or not. See `openclip_ext.training.pair_model.run_on_views`.
         """
         return run_on_views(model, self._trunks, image, text, image_aug, text_aug)
+
+    def create_task(self, args: argparse.Namespace, model: nn.Module, *, teacher: nn.Module | None = None):
+        """OpenCLIP 4's `TrainingTask` with this loss, which does all that a loop has to.
+
+        Args:
+            args: OpenCLIP's flags, with `rank`, `world_size` and `device`.
+            model: OpenCLIP's, not wrapped yet.
+            teacher: of distillation, None: there is none.
+        """
+        from openclip_ext._host.v4_task import create_task
+
+        return create_task(self, args, model, teacher=teacher)
+
+
+def _make_row(
+    rows: RowFormat, seed: int, with_id: bool, picture: Image.Image, caption: str, sample_id: int, epoch: int
+) -> dict[str, Tensor]:
+    # Without workers this runs in the training process, whose random state must not depend on it.
+    with contextlib.nullcontext() if get_worker_info() else random_state_kept():
+        row = rows.training_row(picture, [caption], row_seed(seed, epoch, sample_id))
+    if with_id:
+        row["sample_ids"] = sample_id
+    return {name: value[0] for name, value in rows.batch([row]).items()}
 
 
 def _ids_by_shard(source: ShardListing | Table, args: argparse.Namespace) -> dict[str, range]:

@@ -100,7 +100,8 @@ def _hunks(lines: list[bytes]) -> list[tuple[int, tuple[bytes, ...]]]:
 
 @functools.cache
 def patches() -> tuple[Patch, ...]:
-    """All that this package brings."""
+    """All that this package brings, by version."""
     here = Path(__file__).parent
     folder = here / "_patches" if (here / "_patches").is_dir() else here.parent / "patches"
-    return tuple(parse_patch(path.name, path.read_bytes()) for path in sorted(folder.glob("*.patch")))
+    found = (parse_patch(path.name, path.read_bytes()) for path in folder.glob("*.patch"))
+    return tuple(sorted(found, key=lambda patch: patch.version))

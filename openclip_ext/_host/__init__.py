@@ -1,22 +1,21 @@
-"""Every touch of OpenCLIP's internals: the modules `v3*` for its major version 3.
+"""Every touch of OpenCLIP's internals: the modules `v3*` for its version 3.3, and `v4*` for what differs in 4.
 
-The functions below are the whole interface; another major version is other modules that define them.
-Nothing here imports torch before it is needed: `v3_attention`, which does, is imported by what needs it.
+The functions below are the whole interface. Nothing here imports torch, or OpenCLIP, before it is
+needed: `v3_attention`, which imports torch, is imported by what needs it.
 """
 
+import importlib.util
+import re
+from pathlib import Path
+
+from openclip_ext._host import v3, v4
 from openclip_ext._host.v3 import (
-    BLOCKS,
     autocast,
-    build_parser,
-    checkpoint_from_state,
     clip_loss,
-    create_model,
-    create_optimizer,
     create_schedule,
     create_teacher,
     distill_loss,
     example_inputs,
-    fill_optimizer_defaults,
     freeze_text,
     input_dtype,
     load_model_weights,
@@ -30,6 +29,23 @@ from openclip_ext._host.v3_layers import adaptable_layers, plain_name, tower_lay
 from openclip_ext._host.v3_trunks import find_trunks, watched
 from openclip_ext._host.v3_weights import SCHEMES
 from openclip_ext._host.v3_zero_shot import CLASSES_PER_BATCH, imagenet_names, imagenet_templates, zero_shot_weights
+
+
+def _major_version() -> int:
+    """Of the `open_clip` that an import would find, which may be a checkout in front of the installed one."""
+    spec = importlib.util.find_spec("open_clip")
+    text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    found = re.search(r"__version__ = ['\"](\d+)\.", text)
+    return int(found[1]) if found else 3
+
+
+_own = v4 if _major_version() >= 4 else v3
+BLOCKS = _own.BLOCKS
+build_parser = _own.build_parser
+checkpoint_from_state = _own.checkpoint_from_state
+create_model = _own.create_model
+create_optimizer = _own.create_optimizer
+fill_optimizer_defaults = _own.fill_optimizer_defaults
 
 __all__ = [
     "SCHEMES",

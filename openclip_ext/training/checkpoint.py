@@ -43,7 +43,9 @@ def save_checkpoint(
     """
     keep = path is not None
     optimizer_state = sharding.whole(optimizer.state_dict(), keep)
-    optimizer_state, loss_optimizer = _split(optimizer_state, any(True for _ in loss.parameters()))
+    loss_optimizer = None
+    if any(True for _ in loss.parameters()):
+        optimizer_state, loss_optimizer = split_optimizer(optimizer_state)
     weights = _weights(model, average, adapters, distributed, keep)
     content: dict[str, Any] = {"epoch": epoch, "name": name, **weights, "optimizer": optimizer_state}
     if path is None:
@@ -136,18 +138,13 @@ class Checkpoint:
         """
         if "epoch" not in self.content:
             return ["the file holds weights only: optimizer and loss start anew"]
-        remarks = self._restore_loss(loss) + self.restore_average(average)
+        remarks = self.restore_loss(loss) + self.restore_average(average)
         if keys is not None and "momentum_encoder" in self.content:
             keys.load_state_dict(self.content["momentum_encoder"])
         elif keys is not None:
             remarks.append("it holds no momentum encoder: that starts as a copy of the image tower")
-        state = _merge(self.content["optimizer"], self.content.get("loss_optimizer"))
-        if len(state["param_groups"]) < len(optimizer.param_groups):
-            state["param_groups"].append(optimizer.state_dict()["param_groups"][-1])
-            remarks.append("the loss's parameters have no optimizer state in it")
-        for group, current in zip(state["param_groups"], optimizer.param_groups, strict=False):
-            # Which kernel runs, and how rates differ, is this run's choice.
-            group |= {key: current[key] for key in ("fused", "lr_scale") if key in current}
+        state, more = self.optimizer_state(optimizer)
+        remarks += more
         try:
             optimizer.load_state_dict(sharding.sharded(state, optimizer))
         except ValueError as error:
@@ -159,7 +156,19 @@ class Checkpoint:
             scaler.load_state_dict(self.content["scaler"])
         return remarks
 
-    def _restore_loss(self, loss) -> list[str]:
+    def optimizer_state(self, optimizer) -> tuple[dict, list[str]]:
+        """What `optimizer.load_state_dict` takes, the group of the loss's parameters last; and remarks for the log."""
+        state, remarks = _merge(self.content["optimizer"], self.content.get("loss_optimizer")), []
+        if len(state["param_groups"]) < len(optimizer.param_groups):
+            state["param_groups"].append(optimizer.state_dict()["param_groups"][-1])
+            remarks.append("the loss's parameters have no optimizer state in it")
+        for group, current in zip(state["param_groups"], optimizer.param_groups, strict=False):
+            # Which kernel runs, and how rates differ, is this run's choice.
+            group |= {key: current[key] for key in ("fused", "lr_scale") if key in current}
+        return state, remarks
+
+    def restore_loss(self, loss) -> list[str]:
+        """Load the loss's state; returns remarks for the log. Raises UserError: another loss's, or data set's."""
         expected, found = loss.state_dict(), self.content.get("loss", {})
         if not expected:
             return []
@@ -204,10 +213,8 @@ def latest_checkpoint(folder: str, most_recent: bool) -> str | None:
     return os.path.join(folder, epochs[max(epochs)]) if epochs else None
 
 
-def _split(state: dict, last_is_loss: bool) -> tuple[dict, dict | None]:
-    """An optimizer's state without its last group, and that group's, if it belongs to the loss."""
-    if not last_is_loss:
-        return state, None
+def split_optimizer(state: dict) -> tuple[dict, dict]:
+    """An optimizer's state without its last group, the loss's, and that group's."""
     *groups, loss_group = state["param_groups"]
     own = set(loss_group["params"])
     model_state = {index: value for index, value in state["state"].items() if index not in own}
