@@ -201,7 +201,8 @@ def two_templates(monkeypatch):
         monkeypatch.setattr(module, "OPENAI_IMAGENET_TEMPLATES", TEMPLATES)
 
 
-def test_imagenet_equals_openclips_own_evaluation(evaluate, digit_run, imagenet, two_templates, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])  # the second makes many equal logits
+def test_imagenet_equals_openclips_own_evaluation(evaluate, digit_run, imagenet, two_templates, monkeypatch, precision):
     from open_clip_train import zero_shot
     from open_clip_train.data import get_imagenet
 
@@ -211,14 +212,14 @@ def test_imagenet_equals_openclips_own_evaluation(evaluate, digit_run, imagenet,
         return [correct[:k].float().sum().item() for k in topk]
 
     monkeypatch.setattr(zero_shot, "accuracy", accuracy)
-    model = load_model(str(digit_run), device="cpu")
+    model = load_model(str(digit_run), device="cpu", precision=precision)
     args = types.SimpleNamespace(
-        imagenet_val=str(imagenet), batch_size=64, workers=0, device="cpu", precision="fp32", zeroshot_frequency=1,
+        imagenet_val=str(imagenet), batch_size=64, workers=0, device="cpu", precision=precision, zeroshot_frequency=1,
         epochs=1, distributed=False, horovod=False, model="tiny-test",
     )  # fmt: skip
     data = {"imagenet-val": get_imagenet(args, (model.transform, model.transform), "val")}
     theirs = zero_shot.zero_shot_eval(model.model, data, 1, args, tokenizer=model.tokenizer)
-    code, report = evaluate("--imagenet-val", imagenet)
+    code, report = evaluate("--imagenet-val", imagenet, "--precision", precision)
     ours = report["tasks"]["imagenet-val"]
     assert code == 0 and ours["num_classes"] == 1000 and "note" not in ours
     assert ours["scores"]["top1"] == theirs["imagenet-zeroshot-val-top1"] > 0.05

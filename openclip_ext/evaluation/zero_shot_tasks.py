@@ -31,7 +31,7 @@ IMAGENET_SETS = {
 def add_arguments(group) -> None:
     for name, (title, _) in IMAGENET_SETS.items():
         group.add_argument(
-            f"--{name.replace('_', '-')}", metavar="FOLDER", help=f"{title}, in a folder per class named by wnid"
+            f"--{name.replace('_', '-')}", metavar="FOLDER", help=f"{title}: a folder per class, named by wnid or index"
         )
     group.add_argument(
         "--classes",
