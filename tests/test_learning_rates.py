@@ -104,6 +104,22 @@ def test_rates_are_the_schedules_times_tower_and_depth(train_flags, deep, opt):
         assert named["transformer.resblocks.0.ln_1.bias"] == pytest.approx(0.1**3)
 
 
+def test_a_schedule_that_respects_scales_itself_is_not_scaled_twice():
+    """As those of OpenCLIP 4."""
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr_scale": scale} for scale in (1.0, 0.5)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+
+    def schedule(step):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * step * group["lr_scale"]
+        return 0.1 * step
+
+    set_rates = scaled(schedule, optimizer)
+    for step in (3, 3, 4):
+        assert set_rates(step) == pytest.approx(0.1 * step)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1 * step, 0.05 * step])
+
+
 def metrics(tmp_path, name, key):
     lines = (tmp_path / "logs" / name / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)[key] for line in lines]

@@ -60,12 +60,12 @@ def _tower_scales(args: argparse.Namespace, model: nn.Module, tower: str) -> lis
 
 
 def scaled(schedule: Callable[[int], float], optimizer: Optimizer) -> Callable[[int], float]:
-    """A schedule that sets one rate for all groups, as one that respects their `lr_scale`."""
+    """A schedule that returns its rate and sets that for all groups, as one that respects their `lr_scale`."""
 
     def set_rates(step: int) -> float:
         rate = schedule(step)
         for group in optimizer.param_groups:
-            group["lr"] *= group.get("lr_scale", 1.0)
+            group["lr"] = rate * group.get("lr_scale", 1.0)  # OpenCLIP 4 has done so already, 3.3 has not
         return rate
 
     return set_rates
