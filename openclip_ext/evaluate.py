@@ -73,9 +73,11 @@ def require_folder(path: str | None) -> None:
 
 
 def default_path(model: LoadedModel) -> str:
-    """`runs/eval/TIME-MODEL.json`, whose folder is made."""
-    os.makedirs(os.path.join("runs", "eval"), exist_ok=True)
+    """`eval-TIME.json` in the run's folder, where `report` and `export` find it, or `runs/eval/TIME-MODEL.json`."""
     stamp = datetime.datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
+    if model.source and os.path.isdir(model.source):
+        return os.path.join(model.source, f"eval-{stamp}.json")
+    os.makedirs(os.path.join("runs", "eval"), exist_ok=True)
     return os.path.join("runs", "eval", f"{stamp}-{re.sub(r'[^A-Za-z0-9._-]+', '-', model.name)}.json")
 
 

@@ -169,20 +169,21 @@ def test_what_eval_wrote_into_the_folder_is_shown_and_goes_on_the_model_card(dig
     run = tmp_path / "run"
     shutil.copytree(digit_run, run)
     (run / "notes.json").write_text('{"mine": 1}')
-    flags = ["--zero-shot", str(digit_folders), "--device", "cpu", "--workers", "0", "--out", str(run / "eval.json")]
+    flags = ["--zero-shot", str(digit_folders), "--device", "cpu", "--workers", "0"]
     assert main(["eval", "--pretrained", str(run), *flags]) == 0
-    (result,) = json.loads((run / "eval.json").read_text())["tasks"].items()
+    (written,) = run.glob("eval-*.json")
+    (result,) = json.loads(written.read_text())["tasks"].items()
     code, report = show(run)
     assert code == 0
     name = f"{result[0]}/top1"
     assert report["metrics"] == [name]
     assert report["groups"][0]["scores"][name]["mean"] == result[1]["scores"]["top1"] > 0.15
     before = tmp_path / "before.json"  # of a model that no run has trained
-    (run / "eval.json").rename(before)
+    written.rename(before)
     code, report = show(before, run)
     assert code == 0 and [row["label"] for row in report["groups"]] == ["before", "run"]
     assert report["groups"][0]["scores"][name]["mean"] == result[1]["scores"]["top1"]
-    before.rename(run / "eval.json")
+    before.rename(written)
     assert main(["export", str(run), "--to", "hf"]) == 0
     assert f"{name} " in (run / "export" / "README.md").read_text()
 

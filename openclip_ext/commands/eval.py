@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file (.pt, .bin, .safetensors), the folder of a run, one of OpenCLIP's tags, hf-hub:… or local-dir:…",
     )  # fmt: skip
     add_model_arguments(parser)
-    parser.add_argument("--out", metavar="FILE", help="JSON to write (default: runs/eval/TIME-MODEL.json)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="JSON to write (default: eval-TIME.json in a run's folder, else in runs/eval)"
+    )
     add_task_arguments(parser)
 
 
