@@ -3,11 +3,12 @@
     python open_clip_main_jobs.py MODEL_CONFIG JOBS.json RESULTS.json
 
 A job is `{"name", "flags", "batches"}`; `batches` is "ours" for those of `openclip-ext train`, "theirs" for OpenCLIP's,
-or "saved" to train nothing and save the rows of an epoch; "train" stands for `openclip-ext train` itself. Its result
-holds the `losses` of each step, `exit`, and `error`.
+or "saved" to train nothing and save the rows of an epoch; "train" stands for `openclip-ext train` itself. Optional
+is the `scale` that a gradient scaler begins with. Its result holds the `losses` of each step, `exit`, and `error`.
 """
 
 import contextlib
+import functools
 import io
 import json
 import sys
@@ -69,7 +70,9 @@ def run(job):
         return save_rows(job["flags"])
     if job["batches"] == "train":
         sys.exit(cli.main(["train", *job["flags"]]))
-    get_data = loop.get_data
+    get_data, scaler = loop.get_data, torch.amp.GradScaler
+    if "scale" in job:
+        torch.amp.GradScaler = functools.partial(scaler, init_scale=job["scale"])
     if job["batches"] == "ours":
         loop.get_data = lambda args, preprocess, epoch, tokenizer, naflex_data_config: {
             "train": OurBatches(args, preprocess[0], tokenizer)
@@ -77,7 +80,7 @@ def run(job):
     try:
         loop.main(job["flags"])
     finally:
-        loop.get_data = get_data
+        loop.get_data, torch.amp.GradScaler = get_data, scaler
 
 
 def recorded(forward, losses):

@@ -143,7 +143,10 @@ def results(folder, flags, data, copies, start, model_config):
         ("on-own", "train", flags("on-own", *gamma, *config, "--resume", checkpoint)),
     ]
     jobs += [(wrong, "ours", flags("wrong", *wrong.split())) for wrong in WRONG]
-    return start(copies["patched"], [dict(zip(("name", "batches", "flags"), job, strict=True)) for job in jobs])
+    todo = [dict(zip(("name", "batches", "flags"), job, strict=True)) for job in jobs]
+    skipping = flags("skipping", "--loss", "gamma_decomp", "--precision", "amp")
+    todo.append({"name": "skipping", "batches": "ours", "flags": skipping, "scale": 2.0**26})
+    return start(copies["patched"], todo)
 
 
 def checkpoint(folder, name, epoch):
@@ -197,6 +200,13 @@ def test_accumulated_batches_are_one_large_batch(results, folder):
     for key in ("state_dict", "loss"):
         torch.testing.assert_close(parts[key], whole[key], rtol=1e-4, atol=1e-6, equal_nan=True)
     assert "loss_optimizer" in whole and len(whole["optimizer"]["param_groups"]) == 2
+
+
+def test_a_step_that_the_gradient_scaler_skips_writes_no_state(results, folder):
+    assert results["skipping"]["error"] == "" and len(results["skipping"]["losses"]) == 24
+    content = checkpoint(folder, "skipping", 3)
+    taken = content["optimizer"]["state"][0]["step"]
+    assert 0 < taken < 24 and content["loss"]["base.steps_taken"] == taken
 
 
 def test_two_processes_equal_one(results, folder, flags, data, copies, start):
