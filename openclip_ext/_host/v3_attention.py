@@ -15,8 +15,8 @@ class LinearAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.num_heads, self.batch_first, self.dropout = attention.num_heads, attention.batch_first, attention.dropout
-        self.in_proj = _linear(attention.in_proj_weight, attention.in_proj_bias)
-        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        self.in_proj = linear(attention.in_proj_weight, attention.in_proj_bias)
+        self.out_proj = linear(attention.out_proj.weight, attention.out_proj.bias)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
@@ -37,7 +37,8 @@ class LinearAttention(nn.Module):
         return out if self.batch_first else out.transpose(0, 1), None
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A layer of these parameters."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight, layer.bias = weight, bias
     return layer

@@ -50,21 +50,26 @@ def tower_layers(model: nn.Module, tower: str) -> list[list[nn.Parameter]]:
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The Linear layers inside the blocks of both towers whose weights are trained, by name.
 
-    Attention of OpenCLIP's own blocks is replaced by `LinearAttention` first, which does the same. Embeddings, heads,
-    convolutions and CoCa's text decoder are left out, and so is the bare input projection of OpenCLIP's rarely used
+    Attention of OpenCLIP's own blocks, of version 3.3 or 4, is replaced first by a module that does the same. Left out
+    are embeddings, heads, convolutions, CoCa's text decoder, and the bare input projection of 3.3's rarely used
     `CustomResidualAttentionBlock`.
     """
     from torch.nn import Linear, MultiheadAttention
     from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
     from openclip_ext._host.v3_attention import LinearAttention
+    from openclip_ext._host.v4_attention import LinearSelfAttention, is_replaceable
 
     layers = [layer for tower in ("image", "text") for layer in tower_layers(model, tower)[:-1]]
     trained = {id(parameter) for layer in layers for parameter in layer if parameter.requires_grad}
     for module in list(model.modules()):
         attention = getattr(module, "attn", None)
-        if isinstance(attention, MultiheadAttention) and id(attention.in_proj_weight) in trained:
+        if id(getattr(attention, "in_proj_weight", None)) not in trained:
+            continue
+        if isinstance(attention, MultiheadAttention):
             module.attn = LinearAttention(attention)
+        elif is_replaceable(attention):
+            module.attn = LinearSelfAttention(attention)
     return {
         name: module
         for name, module in model.named_modules()
