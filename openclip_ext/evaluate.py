@@ -40,6 +40,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     out = args.out or default_path(model)
     report = describe(model) | {"tasks": {}}
+    _require_writable(out)
     for task in tasks:
         report["tasks"] |= run_tasks(model, [task])
         write_json(report, out)
@@ -74,11 +75,20 @@ def require_folder(path: str | None) -> None:
 
 def default_path(model: LoadedModel) -> str:
     """`eval-TIME.json` in the run's folder, where `report` and `export` find it, or `runs/eval/TIME-MODEL.json`."""
-    stamp = datetime.datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
+    stamp = datetime.datetime.now().strftime("%Y_%m_%d-%H_%M_%S_%f")
     if model.source and os.path.isdir(model.source):
         return os.path.join(model.source, f"eval-{stamp}.json")
     os.makedirs(os.path.join("runs", "eval"), exist_ok=True)
     return os.path.join("runs", "eval", f"{stamp}-{re.sub(r'[^A-Za-z0-9._-]+', '-', model.name)}.json")
+
+
+def _require_writable(out: str) -> None:
+    """Raises UserError: a report cannot be written there, which is better known before an hour of evaluation."""
+    try:
+        with open(out + ".partial", "w"):
+            os.remove(out + ".partial")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another file") from error
 
 
 def write_json(report: dict, path: str) -> None:

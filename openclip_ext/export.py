@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,10 +83,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists already; give another folder, or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        partial.chmod(0o755)  # as any folder: mkdtemp makes a private one
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
     try:
@@ -107,10 +108,8 @@ def _load_average(model: LoadedModel, flag: str) -> None:
 
 def _scores(run: RunFiles, model: LoadedModel, average: bool) -> Row:
     """What was measured of this checkpoint, or of its average of weights: in training and by `openclip-ext eval`."""
-    epoch = re.fullmatch(r"epoch_(\d+)", Path(model.path).stem)
-    last = run.validation[-1]["epoch"] if run.validation else None
     own = Path(model.path).resolve().parent.parent == run.folder
-    rows = [row for row in run.validation if own and row["epoch"] == (int(epoch[1]) if epoch else last)]
+    rows = [row for row in run.validation if own and row["epoch"] == model.epoch]
     measured = {name: value for row in rows for name, value in metrics(row).items()}
     if average:
         return {name.removeprefix(EMA): value for name, value in measured.items() if name.startswith(EMA)}

@@ -59,8 +59,9 @@ def run_interpolate(args: argparse.Namespace) -> dict[str, Any] | None:
         mixture = _mixture(model, first, second, alpha)
         row = {"alpha": alpha, "sha256": mixture.sha256, "tasks": run_tasks(mixture, tasks)}
         report["mixtures"].append(row)
+        write_json(report, str(out / "interpolation.json"))  # before a wrong --metric can end it
         report["metrics"] = shown_metrics(list(task_scores(row)), args.metric)
-        write_json(report, str(out / "interpolation.json"))
+    write_json(report, str(out / "interpolation.json"))
     _show(report, args, out)
     return report
 

@@ -21,6 +21,7 @@ from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import checkpoint_file, choose_device, load_model
 from openclip_ext.evaluation.structure import TITLES, Structure, structure_metrics
 from openclip_ext.options import NoOptions
+from openclip_ext.tensor_files import load_tensors
 from openclip_ext.terms.feature_separation import FeatureSeparationTerm
 from openclip_ext.training.log import report_skips, start_logging, stop_logging
 from openclip_ext.training.pair_model import PairModel
@@ -119,7 +120,8 @@ def _encode(path: str, label: str, args: argparse.Namespace, listing: ShardListi
     `…_private`."""
     loaded = load_model(path, name=args.model, device=args.device, precision="fp32", flag="--checkpoint")
     device, limit = loaded.device, args.num_samples
-    heads = _private_heads(loaded.loss_state, device)
+    loss_state = load_tensors(path, "--checkpoint", mapped=True).get("loss")
+    heads = _private_heads(loss_state if isinstance(loss_state, dict) else {}, device)
     paired = PairModel(loaded.model, trunk_features=heads is not None).eval()
     config = StreamConfig(
         source=listing,

@@ -352,6 +352,27 @@ def test_a_run_is_evaluated_as_it_was_trained(train_flags, tmp_path):
     torch.testing.assert_close(dict(model.model.state_dict()), dict(trained))
 
 
+def test_a_run_keeps_how_its_model_sees_images(train_flags, weights, tmp_path, monkeypatch):
+    """As the tag said that it began with, which its checkpoints do not know."""
+    start = {"hf_hub": "", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2), "interpolation": "bilinear",
+             "resize_mode": "squash"}  # fmt: skip
+    torch.save(weights, tmp_path / "start.pt")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-test", {"mine": start})
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *args, **kwargs: str(tmp_path / "start.pt"))
+    assert main(train_flags("--pretrained", "mine")) == 0
+    transform = load_model(str(tmp_path / "logs" / "run"), device="cpu").transform
+    expected = open_clip.create_model_and_transforms("tiny-test", "mine")[2]
+    picture = Image.fromarray(np.arange(90 * 40 * 3, dtype=np.uint8).reshape(90, 40, 3))
+    torch.testing.assert_close(transform(picture), expected(picture))
+
+
+def test_a_report_that_cannot_be_written_is_said_first(digit_run, digit_folders, tmp_path, capsys):
+    (tmp_path / "eval.json.partial").mkdir()
+    flags = ["--zero-shot", str(digit_folders), "--out", str(tmp_path / "eval.json")]
+    assert main(["eval", "--pretrained", str(digit_run), *flags]) == 2
+    assert "eval.json: cannot be written" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_weights_have_a_checksum_of_their_own(weights):
     model, other = (open_clip.create_model("tiny-test") for _ in range(2))
     model.load_state_dict(weights)

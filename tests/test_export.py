@@ -118,6 +118,18 @@ def test_the_average_of_weights_and_an_earlier_epoch_can_be_had(by_hand, tmp_pat
     assert "0.456" in card and "0.123" not in card and "0.789" not in card
 
 
+def test_a_mixture_has_no_scores_of_the_runs_epochs(by_hand, tmp_path):
+    path = by_hand / "checkpoints" / "epoch_1.pt"
+    path.with_name("results.jsonl").write_text('{"epoch": 1, "R@1": 0.123}\n')
+    torch.save(torch.load(path, weights_only=True)["state_dict"], path.with_name("mixed.pt"))
+    shown = []
+    for file in (path, path.with_name("mixed.pt")):
+        out = tmp_path / file.stem
+        assert main(["export", str(by_hand), "--to", "hf", "--checkpoint", str(file), "--out", str(out)]) == 0
+        shown.append("0.123" in (out / "README.md").read_text())
+    assert shown == [True, False]
+
+
 def test_a_checkpoint_from_elsewhere_takes_the_runs_architecture(by_hand, tmp_path):
     elsewhere = tmp_path / "mixed.pt"
     (by_hand / "checkpoints" / "epoch_1.pt").rename(elsewhere)

@@ -147,7 +147,6 @@ def test_one_task_and_one_mixture_can_be_drawn(trained, mix):
         (["{run}", "{run}", "--save", "0.5", "x.bin"], "must end in .pt"),
         (["{run}", "{run}", "--save", "0.5", "{run}/checkpoints/epoch_1.pt"], "exists already"),
         (["{run}", "{run}", "--save", "0.5", "{run}/nowhere/x.pt"], "no such folder"),
-        (["{run}", "{run}", "--metric", "nope"], "--metric nope: there is no such metric"),
         (["{run}", "{run}", "--out", "{run}/params.txt"], "cannot be made a folder"),
         (["{biased}", "{run}"], "only A has logit_bias"),
         (["{pickled}", "{run}"], "not a checkpoint of tensors and plain values"),
@@ -163,6 +162,13 @@ def test_a_wrong_input_is_one_line(by_hand, mix, tmp_path, capsys, arguments, ex
     error = capsys.readouterr().err.splitlines()
     assert code == 2 and report is None
     assert [expected in line for line in error if line.startswith("openclip-ext: ")] == [True]
+
+
+def test_a_wrong_metric_is_said_and_loses_nothing(by_hand, mix, capsys):
+    """What metrics there are is known after the first mixture."""
+    code, report = mix(by_hand, by_hand, "--metric", "nope")
+    assert code == 2 and "--metric nope: there is no such metric" in capsys.readouterr().err
+    assert len(report["mixtures"]) == 1
 
 
 def test_without_data_or_save_there_is_nothing_to_do(by_hand, mix, capsys):

@@ -113,6 +113,20 @@ def test_a_resumed_run_counts_its_last_word_and_a_torn_line_does_not(make_run):
     assert run.scores == {"text_to_image_R@1": 0.7}
 
 
+def test_what_eval_found_of_an_earlier_epoch_is_no_score_of_the_end(make_run, show, capsys):
+    folder = make_run("run", recall=(0.1, 0.2))
+    for epoch in (1, 2):
+        (folder / "checkpoints" / f"epoch_{epoch}.pt").touch()
+        checkpoint = {"source": str(folder), "path": f"elsewhere/run/checkpoints/epoch_{epoch}.pt"}
+        tasks = {f"pets-{epoch}": {"scores": {"top1": epoch / 10}}}
+        report = {"created": str(epoch), "checkpoint": checkpoint, "tasks": tasks}
+        (folder / f"eval-{epoch}.json").write_text(json.dumps(report))
+    (folder / "notes.json").write_text("none of ours")
+    assert read_run(str(folder)).scores == {"text_to_image_R@1": 0.2, "pets-2/top1": 0.2}
+    assert show(folder)[0] == 0
+    assert "eval found of epoch_1.pt is left out: epoch_2.pt came later" in capsys.readouterr().out
+
+
 def test_a_value_of_params_may_break_lines(make_run):
     folder = make_run("run", recall=(0.1,), caption_separator="\n", lr=3)
     assert read_run(str(folder)).params["caption_separator"] == "\n"

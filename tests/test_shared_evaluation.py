@@ -25,16 +25,19 @@ def sources(tmp_path_factory, pairs):
     """The same 50 pairs as two shards, as a table, and as shards with samples that cannot be used."""
     root = tmp_path_factory.mktemp("pairs")
     pack(pairs[300:350], str(root / "shards"), samples_per_shard=30, progress=False)
-    with open(root / "pairs.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["filepath", "title"])
+    broken = {3, *range(16, 24)}
+    with open(root / "pairs.csv", "w", newline="") as file, open(root / "rot.csv", "w", newline="") as rotten:
+        tables = csv.writer(file), csv.writer(rotten)
+        for table in tables:
+            table.writerow(["filepath", "title"])
         for number, (image, caption) in enumerate(pairs[300:350]):
             (root / f"{number}.png").write_bytes(image)
-            rows.writerow([root / f"{number}.png", caption])
+            tables[0].writerow([root / f"{number}.png", caption])
+            tables[1].writerow([root / ("pairs.csv" if number in broken else f"{number}.png"), caption])
     (root / "rot").mkdir()
     with tarfile.open(root / "rot" / "0.tar", "w") as shard:
         for number, (image, caption) in enumerate(pairs[300:350]):
-            for name, data in (("png", b"rot" if number in {3, *range(16, 24)} else image), ("txt", caption.encode())):
+            for name, data in (("png", b"rot" if number in broken else image), ("txt", caption.encode())):
                 info = tarfile.TarInfo(f"{number:03}.{name}")
                 info.size = len(data)
                 shard.addfile(info, io.BytesIO(data))
@@ -49,15 +52,17 @@ def sources(tmp_path_factory, pairs):
         ("shards", 3, 50),  # the second and the third rank have none
         ("pairs.csv", 2, 8),
         ("rot", 2, 8),  # the third batch of 7 has nothing that can be used
+        ("rot.csv", 2, 8),
     ],
 )
 def test_ranks_together_find_what_one_finds(ranks, model_config, sources, digit_folders, source, num_ranks, batch_size):
     job = (rank_jobs.evaluated, num_ranks, model_config, str(sources / source), batch_size, str(digit_folders))
     (first, skipped), *others = ranks.run(*job)
     expected, expected_skips = rank_jobs.evaluated(0, 1, *job[2:])
-    assert expected["num_samples"] == (41 if source == "rot" else 50)
+    rotten = source.startswith("rot")
+    assert expected["num_samples"] == (41 if rotten else 50)
     assert first == expected  # to the last bit
-    assert skipped == expected_skips and bool(skipped) == (source == "rot")
+    assert skipped == expected_skips and bool(skipped) == rotten
     assert others == [({}, [])] * (num_ranks - 1)
 
 

@@ -135,6 +135,13 @@ def autocast(precision: str, device):
     return get_autocast(precision, device_type=device.type)
 
 
+def preprocessing(model) -> dict[str, Any]:
+    """How the model is to see images, as OpenCLIP's `--image-…` flags say it: where none does, as its tag says."""
+    config = getattr(model.visual, "preprocess_cfg", {})
+    values = {f"image_{name}": config.get(name) for name in ("mean", "std", "interpolation", "resize_mode")}
+    return {flag: list(value) if isinstance(value, tuple) else value for flag, value in values.items() if value}
+
+
 def example_inputs(model, dtype):
     """One black picture and one empty caption as the model takes them. `dtype`: of images; None: float32."""
     import torch

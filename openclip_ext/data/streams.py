@@ -139,7 +139,10 @@ class TrainStream(IterableDataset):
 
 
 class TableStream(Dataset):
-    """Rows of a table as batches of the same form. A row that cannot be used is recorded and the next one taken."""
+    """Rows of a table as batches of the same form.
+
+    A row that cannot be used is recorded; in training the next one is taken, in evaluation it is left out.
+    """
 
     def __init__(self, config: StreamConfig, *, training: bool) -> None:
         self.config, self.training = config, training
@@ -152,8 +155,8 @@ class TableStream(Dataset):
     def __len__(self) -> int:
         return len(self.config.source)
 
-    def __getitem__(self, index: int) -> dict:
-        for attempt in range(len(self)):
+    def __getitem__(self, index: int) -> dict | None:
+        for attempt in range(len(self) if self.training else 1):
             row = (index + attempt) % len(self)
             try:
                 image, caption = self.config.source.load(row)
@@ -165,10 +168,13 @@ class TableStream(Dataset):
                 return self.config.evaluation_row(*pair) | {"position": index}
             with contextlib.nullcontext() if get_worker_info() else random_state_kept():
                 return _with_id(self.config, pair, self._epoch.value, row)
+        if not self.training:
+            return None
         raise UserError(f"{self.config.source.name}: none of its images can be opened")
 
-    def collate(self, rows: list[dict]) -> dict:
-        return self.config.batch(rows or padding(self.config)) | {"skipped": self._skips.flush()}
+    def collate(self, rows: list[dict | None]) -> dict:
+        usable = [row for row in rows if row is not None]
+        return self.config.batch(usable or padding(self.config)) | {"skipped": self._skips.flush()}
 
 
 class EvalStream(IterableDataset):

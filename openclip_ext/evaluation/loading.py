@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from openclip_ext import _host
+from openclip_ext.checkpoint_files import latest_checkpoint
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.run_files import PARAMS, read_params
 from openclip_ext.tensor_files import load_tensors
-from openclip_ext.training.checkpoint import latest_checkpoint
-from openclip_ext.training.flags import build_parser
 
 #: What a name that ends so must be.
 FILE_EXTENSIONS = (".pt", ".pth", ".bin", ".safetensors")
@@ -41,7 +40,7 @@ class LoadedModel(Encoder):
         sha256: of that file as `sha256sum` prints it; of the weights (`weights_sha256`) where there is no `path`.
         precision: OpenCLIP's name of what is computed in.
         flags: those of `RUN_FLAGS` that the model was made with.
-        loss_state: what the file holds of the loss that it was trained with.
+        epoch: completed ones of training; None: the file does not tell.
     """
 
     name: str
@@ -50,7 +49,7 @@ class LoadedModel(Encoder):
     sha256: str
     precision: str
     flags: dict[str, Any]
-    loss_state: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False)
+    epoch: int | None = None
 
 
 def load_model(
@@ -88,7 +87,6 @@ def load_model(
     weights = _require_weights(content, origin.path, flag) if origin.path else {}
     model, transform, tokenizer = _create(origin, weights, place, precision, cache_dir, flag)
     model.eval().requires_grad_(False)
-    loss_state = content.get("loss")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -102,13 +100,13 @@ def load_model(
         sha256=file_sha256(origin.path) if origin.path else weights_sha256(model),
         precision=precision,
         flags=origin.run_flags,
-        loss_state=loss_state if isinstance(loss_state, dict) else {},
+        epoch=content.get("epoch"),
     )
 
 
 def _create(origin: "_Origin", weights: dict, device: torch.device, precision: str, cache_dir: str | None, flag: str):
     """(model, evaluation transform, tokenizer). `weights`: what the file of `origin` holds, empty without a file."""
-    flags = build_parser().parse_args([])
+    flags = _host.build_parser().parse_args([])
     brought = origin.name.startswith(_host.SCHEMES)
     vars(flags).update(
         origin.run_flags,
@@ -159,6 +157,8 @@ class _Origin:
 
 def _origin(source: str | None, name: str | None, model_config: str | None, run: str | None, flag: str) -> _Origin:
     if source and source.startswith(_host.SCHEMES):
+        if name not in (None, source):
+            raise UserError(f"{flag} {source} --model {name}: {source} brings its own architecture; drop --model")
         source, name = None, source
     if source is None:
         if name is None or not name.startswith(_host.SCHEMES):

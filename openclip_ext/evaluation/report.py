@@ -68,6 +68,9 @@ def run_report(args: argparse.Namespace) -> dict:
         UserError: a folder that is no run or holds nothing to report, or a metric that no run has.
     """
     runs = [read_run(path) for path in _folders(args.runs)]
+    for run in runs:
+        for name in run.earlier:
+            print(f"{run.name}: what openclip-ext eval found of {name} is left out: {run.last_checkpoint} came later")
     report = compare(group(runs), args.metric)
     out = Path(args.out)
     try:

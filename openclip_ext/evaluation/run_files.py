@@ -1,11 +1,13 @@
 """What a run has left in its folder: flags, training rows, validation rows. Runs of stock OpenCLIP are read too."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
 from pathlib import Path
 
+from openclip_ext.checkpoint_files import latest_checkpoint
 from openclip_ext.errors import UserError
 
 Row = dict[str, float]
@@ -33,6 +35,7 @@ class RunFiles:
         training: rows with `step` (from 0), losses, `lr` and whatever else was reported, by step.
         validation: rows with `epoch` (completed ones) and metrics, by epoch.
         evaluations: reports of `openclip-ext eval` that were written into the folder, by the time of their creation.
+        last_checkpoint: name of the file of the last epoch, None where none is kept.
     """
 
     folder: Path
@@ -40,6 +43,7 @@ class RunFiles:
     training: list[Row]
     validation: list[Row]
     evaluations: list[dict]
+    last_checkpoint: str | None = None
 
     @property
     def name(self) -> str:
@@ -47,11 +51,25 @@ class RunFiles:
 
     @property
     def scores(self) -> Row:
-        """The metrics of the last evaluation during training, and as `task/score` those of `evaluations`."""
+        """The metrics of the last evaluation during training, and as `task/score` those of `evaluations` of its end."""
         scores = metrics(self.validation[-1]) if self.validation else {}
         for report in self.evaluations:
-            scores |= task_scores(report)
+            if self._is_of_the_end(report):
+                scores |= task_scores(report)
         return scores
+
+    @property
+    def earlier(self) -> list[str]:
+        """Checkpoints whose `evaluations` are not part of `scores`: the run has a later one."""
+        return sorted({Path(_scored(report)).name for report in self.evaluations if not self._is_of_the_end(report)})
+
+    def _is_of_the_end(self, report: dict) -> bool:
+        return self.last_checkpoint is None or Path(_scored(report)).name == self.last_checkpoint
+
+
+def _scored(report: dict) -> str:
+    """The file that a report of `openclip-ext eval` is about."""
+    return report["checkpoint"].get("path") or report["checkpoint"].get("source") or ""
 
 
 def metrics(row: Row) -> Row:
@@ -95,7 +113,11 @@ def read_run(path: str) -> RunFiles:
     folder = folder.resolve()
     params = read_params(folder / PARAMS)
     training = _read_rows(folder / TRAINING, "step") or _stock_training(folder / STOCK_LOG, params)
-    return RunFiles(folder, params, training, _read_rows(folder / VALIDATION, "epoch"), _evaluations(folder))
+    last = latest_checkpoint(str(folder / "checkpoints"), False) or latest_checkpoint(str(folder / "checkpoints"), True)
+    return RunFiles(
+        folder, params, training, _read_rows(folder / VALIDATION, "epoch"), _evaluations(folder),
+        last and Path(last).name,
+    )  # fmt: skip
 
 
 def read_params(path: Path) -> dict[str, str]:
@@ -132,7 +154,11 @@ def _read_rows(path: Path, key: str) -> list[Row]:
 
 def _evaluations(folder: Path) -> list[dict]:
     """The JSON files in the folder that `openclip-ext eval` has written, the oldest first."""
-    reports = [report for path in folder.glob("*.json") if (report := _evaluation(path))]
+    reports = []
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(UserError):  # whatever else lies there
+            reports.append(_evaluation(path))
+    reports = [report for report in reports if report]
     return sorted(reports, key=lambda report: report["created"])
 
 

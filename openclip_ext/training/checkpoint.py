@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from openclip_ext.tensor_files import load_tensors
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.lora import Adapters
-
-LATEST = "epoch_latest.pt"
 
 
 def save_checkpoint(
@@ -65,19 +62,19 @@ def save_checkpoint(
 def _weights(model, average: WeightAverage | None, adapters: Adapters | None, distributed: bool, keep: bool) -> dict:
     """`state_dict`, and if there are any `lora` and `state_dict_ema`; what was sharded is gathered."""
 
-    def states() -> tuple[dict, dict]:
+    def states(prefixed: bool) -> tuple[dict, dict]:
         state = model.state_dict() if adapters is None else adapters.merged_state_dict()
         own = {} if adapters is None else adapters.state_dict()
-        return sharding.whole(_host.checkpoint_from_state(state, distributed), keep), sharding.whole(own, keep)
+        return sharding.whole(_host.checkpoint_from_state(state, prefixed), keep), sharding.whole(own, keep)
 
     weights = {}
-    weights["state_dict"], own = states()
+    weights["state_dict"], own = states(distributed)
     if adapters is not None:
         weights["lora"] = {"options": adapters.options_dict(), "state_dict": own}
     if average is not None:
         with average.applied():
-            # Copied now: afterwards the same memory holds the model's own weights again.
-            state, own = map(_copied, states()) if keep else states()
+            # Without DDP's prefix, as OpenCLIP 4 reads it. Copied now: then the memory holds the model's own again.
+            state, own = map(_copied, states(False)) if keep else states(False)
         weights["state_dict_ema"] = state
         if adapters is not None:
             weights["lora"]["state_dict_ema"] = own
@@ -196,21 +193,6 @@ def load_checkpoint(path: str, flag: str = "--resume") -> Checkpoint:
     """
     content = load_tensors(path, flag)
     return Checkpoint(path, content.get("epoch", 0), content)
-
-
-def latest_checkpoint(folder: str, most_recent: bool) -> str | None:
-    """The checkpoint that `--resume latest` means, None if there is none.
-
-    Args:
-        folder: where the run keeps its checkpoints.
-        most_recent: the run uses `--save-most-recent`: its fixed file name counts, as in OpenCLIP.
-    """
-    if most_recent:
-        path = os.path.join(folder, LATEST)
-        return path if os.path.exists(path) else None
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    epochs = {int(match[1]): name for name in names if (match := re.fullmatch(r"epoch_(\d+)\.pt", name))}
-    return os.path.join(folder, epochs[max(epochs)]) if epochs else None
 
 
 def split_optimizer(state: dict) -> tuple[dict, dict]:

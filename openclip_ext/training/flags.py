@@ -157,8 +157,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name, remedy in REFUSED.items():
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: {remedy}")
+    if (args.pretrained or "").startswith(_host.SCHEMES) and not _given("--model", argv):
+        args.model, args.pretrained = args.pretrained, ""
     args.name_given = args.name is not None
-    args.precision_given = any(part.partition("=")[0] == "--precision" for part in argv)
+    args.precision_given = _given("--precision", argv)
     if args.dataset_type != "synthetic" and not any(
         (args.train_data, args.val_data, args.imagenet_val, args.imagenet_v2, args.probe_train)
     ):
@@ -188,6 +190,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--lr: give a learning rate with a timm optimizer")
     _require_tuning_makes_sense(args)
     return args
+
+
+def _given(flag: str, argv: Sequence[str]) -> bool:
+    return any(part.partition("=")[0] == flag for part in argv)
 
 
 def _require_views_agree(args: argparse.Namespace) -> None:

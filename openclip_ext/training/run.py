@@ -9,13 +9,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from openclip_ext import _host
+from openclip_ext.checkpoint_files import LATEST, latest_checkpoint
 from openclip_ext.data.listing import ShardListing
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.training import setup
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.build import build_trainer, seed_all
-from openclip_ext.training.checkpoint import LATEST, Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from openclip_ext.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from openclip_ext.training.learning_rates import describe
 from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
@@ -41,6 +42,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     model, train_transform, eval_transform, tokenizer = _host.create_model(
         args, accelerator.device, logit_bias="logit_bias" in plan.needs
     )
+    vars(args).update(_host.preprocessing(model))  # into params.txt: a checkpoint does not know its tag's
     evaluator = setup.make_evaluator(args, accelerator, tokenizer, eval_transform)
     if data is None:
         return _evaluate_only(args, accelerator, model, evaluator, checkpoint)
