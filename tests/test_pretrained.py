@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from conftest import TINY_MODEL
 from openclip_ext.cli import main
+from openclip_ext.training.flags import parse_args
 
 
 class Evil:
@@ -138,3 +139,10 @@ def test_a_tag_without_network_is_one_line(monkeypatch, train_flags, tmp_path, c
     line = refused(capsys, train_flags(*flags, "--cache-dir", tmp_path / "cache"))
     assert f"{flags[-2]} {flags[-1]}: could not be downloaded, and the cache does not hold it" in line
     assert not os.path.exists(tmp_path / "logs")
+
+
+def test_weights_that_bring_their_architecture_need_no_model():
+    args = parse_args(["--pretrained", "local-dir:some", "--train-data", "shards"])
+    assert args.model == "local-dir:some" and not args.pretrained
+    args = parse_args(["--pretrained", "local-dir:some", "--model=RN50", "--train-data", "shards"])
+    assert args.model == "RN50" and args.pretrained == "local-dir:some"  # refused when the model is made
