@@ -5,6 +5,7 @@ What such a loop does, `args` being its flags and `spec` what the entry point of
     hosted = spec.host(args)                                    # ValueError: one line about a flag
     loss = hosted.build(model, rank=…, world_size=…)            # before DDP and the optimizer see the model
     optimizer.add_param_group({"params": loss.parameters(), "weight_decay": 0.0})    # if it has any
+    remarks = hosted.restore(loss, checkpoint, path)            # if the run resumes; ValueError as above
     make_row = hosted.row_maker(image_transform, tokenizer)     # where hosted.needs has sample ids or second views
     …
     loss.begin_step(step=…, total_steps=…)                      # once per optimizer step, from here on
@@ -33,6 +34,7 @@ from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
 from openclip_ext.losses.objective import Objective
 from openclip_ext.options import parse_assignments, parse_terms
+from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.pair_model import feature_widths, pair_model, run_on_views
 from openclip_ext.training.setup import plan_objective, training_data
 
@@ -111,6 +113,9 @@ class Hosting:
             image_dtype: of images as the model takes them; None: float32.
 
         Every rank must call this with the same random state: heads are drawn from it.
+
+        Raises:
+            UserError: there is no room for the loss's state, or its file cannot be used.
         """
         if "logit_bias" not in self.needs and getattr(model, "logit_bias", None) is not None:
             model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
@@ -120,6 +125,19 @@ class Hosting:
         if loss.wants_widths:
             loss.set_widths(**feature_widths(pair_model(model, self.needs), image_dtype))
         return loss.to(device)
+
+    def restore(self, loss: Objective, checkpoint: dict, path: str) -> list[str]:
+        """Load the loss's state from a checkpoint's content; remarks for the log.
+
+        Args:
+            loss: what `build` returned, on its device.
+            checkpoint: the content; one without a state lets the loss start anew.
+            path: what `--resume` named, for messages.
+
+        Raises:
+            UserError: the state is another loss's, or another data set's.
+        """
+        return Checkpoint(path, checkpoint.get("epoch", 0), checkpoint).restore_loss(loss)
 
     def run(
         self,

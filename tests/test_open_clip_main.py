@@ -189,6 +189,8 @@ def test_our_loop_runs_on_this_version_and_either_resumes_the_other(results, fol
 
 def test_without_a_loss_it_resumes_too_and_another_loss_is_refused(results):
     assert results["without"]["error"] == "" and len(results["without"]["losses"]) == 8
+    assert results["other"]["exit"] == 2
+    assert "\nerror: --resume" in "\n" + results["other"]["error"]
     assert "epoch_1.pt: its loss state does not fit --loss and the data" in results["other"]["error"]
 
 

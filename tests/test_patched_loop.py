@@ -116,6 +116,33 @@ def test_losses_equal_ours_over_24_steps_and_after_resuming_either(
     assert_equal_losses(on, ours[8:])
 
 
+def test_state_of_another_loss_is_left_behind_or_refused_in_one_line(
+    monkeypatch, patched, run_patched, tmp_path, capsys
+):
+    stock.feed_our_batches(monkeypatch, patched)
+    run_patched("--loss", "gamma_decomp", "--name", "first")
+    resume = ("--resume", tmp_path / "logs/first/checkpoints/epoch_1.pt", "--epochs", 2)
+    assert len(run_patched("--loss", "clip", "--name", "stateless", *resume)) == 8
+    assert "starts anew" not in (tmp_path / "logs/stateless/out.log").read_text()
+    run_patched("--loss", "clip", "--name", "clip")
+    clip = ("--resume", tmp_path / "logs/clip/checkpoints/epoch_1.pt", "--epochs", 2)
+    assert len(run_patched("--loss", "gamma_decomp", "--name", "anew", *clip)) == 8
+    assert "epoch_1.pt: it holds no loss state: the loss starts anew" in (tmp_path / "logs/anew/out.log").read_text()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run_patched("--loss", "sogclr", "--name", "another", *resume)
+    assert exit.value.code == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert "epoch_1.pt: its loss state does not fit --loss and the data" in error
+
+
+def test_a_loss_that_cannot_be_built_is_one_line(run_patched, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_patched("--loss", "emc2", "--loss-arg", "bank_device=mmap", "--loss-arg", "bank_path=/nowhere/bank")
+    assert exit.value.code == 2
+    assert "\nerror: --loss-arg bank_path=/nowhere/bank: /nowhere is no folder" in "\n" + capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags",
     [
