@@ -136,11 +136,13 @@ def test_state_of_another_loss_is_left_behind_or_refused_in_one_line(
     assert "epoch_1.pt: its loss state does not fit --loss and the data" in error
 
 
-def test_a_loss_that_cannot_be_built_is_one_line(run_patched, capsys):
+def test_a_loss_that_cannot_be_built_is_one_line(run_patched, tmp_path, capsys):
+    (tmp_path / "bank").write_text("of something else")
     with pytest.raises(SystemExit) as exit:
-        run_patched("--loss", "emc2", "--loss-arg", "bank_device=mmap", "--loss-arg", "bank_path=/nowhere/bank")
+        run_patched("--loss", "emc2", "--loss-arg", "bank_device=mmap", "--loss-arg", f"bank_path={tmp_path / 'bank'}")
     assert exit.value.code == 2
-    assert "\nerror: --loss-arg bank_path=/nowhere/bank: /nowhere is no folder" in "\n" + capsys.readouterr().err
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert f"--loss-arg bank_path={tmp_path / 'bank'}: holds 17 bytes" in error
 
 
 @pytest.mark.parametrize(
@@ -303,6 +305,8 @@ WRONG = {
     "--loss gamma_decomp --loss-arg gamma=2": "--loss-arg gamma=2",
     "--loss gamma_decomp --loss-term nope=1": "--loss-term nope: no such loss term",
     "--loss emc2 --loss-arg bank=index": "--loss-arg bank=index: ",
+    "--loss emc2 --loss-arg bank_device=mmap": "--loss-arg bank_device=mmap: name the file with --loss-arg bank_path=",
+    "--loss gamma_decomp --loss-arg rate_device=mmap --loss-arg rate_path=/nowhere/r": "/nowhere is no folder",
     "--loss clip --siglip": "--siglip --loss clip: these exclude each other",
     "--loss clip --horovod": "--horovod --loss clip: ",
     "--loss clip --loss-term caption=1": "--loss-term caption: --model tiny-test makes no captions",
