@@ -20,8 +20,10 @@ keys that `openclip_ext.training.checkpoint` names.
 import argparse
 import contextlib
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
+import braceexpand
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -74,6 +76,8 @@ class Hosting:
         self.needs = self._plan.needs
         _require_agreement(args, self.needs)
         self._data = training_data(flags, self._plan)
+        if isinstance(self._data.source, ShardListing):
+            _require_braces(args.train_data, self._data.source.urls)
         self.sample_ids = _ids_by_shard(self._data.source, args) if self.needs & _OF_A_ROW else None
 
     def __repr__(self) -> str:
@@ -184,6 +188,24 @@ def _ids_by_shard(source: ShardListing | Table, args: argparse.Namespace) -> dic
             "WebDataset shards only; pack some with openclip-ext shards pack, or use openclip-ext train"
         )
     return {url: source.ids_of(url) for url in source.urls}
+
+
+def _require_braces(sources: str, urls: Sequence[str]) -> None:
+    """Raises UserError: `--train-data` has folders or globs, which OpenCLIP's pipeline takes for names of shards."""
+    expanded = {url for pattern in sources.split("::") for url in braceexpand.braceexpand(pattern)}
+    if not expanded.issuperset(urls):
+        raise UserError(
+            f"--train-data {sources}: OpenCLIP's loop expands neither folders nor globs; name shards with braces, such "
+            f"as --train-data '{_range_of(urls)}'"
+        )
+
+
+def _range_of(urls: Sequence[str]) -> str:
+    """From the first to the last, if their names differ in one number; `{00000..00003}.tar` is what it looks like."""
+    first, last = (re.fullmatch(r"(.*?)(\d+)(\D*)", url, re.DOTALL) for url in (urls[0], urls[-1]))
+    if not (first and last) or (first[1], first[3]) != (last[1], last[3]):
+        return "{" + ",".join(urls[:2]) + ",…}"
+    return f"{first[1]}{{{first[2]}..{last[2]}}}{first[3]}"
 
 
 def _require_agreement(args: argparse.Namespace, needs: frozenset[str]) -> None:

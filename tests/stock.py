@@ -106,8 +106,11 @@ def feed_our_batches(monkeypatch, main):
 
 
 def without_ours(flags):
-    """The command line of `openclip-ext train` for OpenCLIP's own, to which the model config is known."""
+    """The command line of `openclip-ext train` for OpenCLIP's own, which knows the model config and needs braces."""
     flags = list(flags[1:])
+    data = flags.index("--train-data") + 1
+    if Path(flags[data]).is_dir():
+        flags[data] += f"/{{00000..{len(list(Path(flags[data]).glob('*.tar'))) - 1:05}}}.tar"
     position = flags.index("--model-config")
     del flags[position : position + 2]
     return flags

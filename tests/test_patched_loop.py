@@ -327,6 +327,18 @@ def test_a_wrong_flag_is_one_line_before_anything_is_written(patched, train_flag
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize("pattern", ["{folder}", "{folder}/*.tar", "{folder}/{{00000..00002}}.tar::{folder}/*3.tar"])
+def test_folders_and_globs_are_refused_with_the_braces_to_use(patched, train_flags, shards, capsys, pattern):
+    flags = stock.without_ours(train_flags("--loss", "clip"))
+    data = flags.index("--train-data") + 1
+    braces, flags[data] = flags[data], pattern.format(folder=shards)
+    with pytest.raises(SystemExit) as exit:
+        patched.main(flags)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and "expands neither folders nor globs" in error
+    assert error.endswith(f"such as --train-data '{braces}'")
+
+
 def test_the_end_of_a_shard_in_newer_webdataset_is_no_file(patched):
     from open_clip_train.data import group_by_keys_nothrow
 
