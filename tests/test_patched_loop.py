@@ -210,29 +210,48 @@ def test_accumulated_batches_are_one_large_batch(run_patched, run_ours, two_shar
         torch.testing.assert_close(contents[1][key], contents[0][key], rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
-def test_two_processes_equal_one(copy, run_ours, train_flags, two_shards, tmp_path, model_config):
-    flags = [*ONE_STEP_PER_EPOCH.split(), "--train-data", two_shards]
-    reference = run_ours(*flags, "--batch-size", 32, "--name", "one")
+@pytest.fixture
+def run_two_processes(copy, train_flags, tmp_path, model_config):
+    """Runs the patched loop in two processes; returns what the loss returned in each step."""
     tests, losses = Path(__file__).parent, tmp_path / "losses.json"
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv_backend=c10d",
-        "--rdzv_endpoint=localhost:0",
-    ]
-    command = [sys.executable, *torchrun, str(tests / "patched_on_ranks.py"), "--", model_config, str(losses)]
-    command += stock.without_ours(train_flags(*flags, "--batch-size", 8, "--accum-freq", 2, "--name", "two"))
-    environment = os.environ | {"PYTHONPATH": f"{copy}:{tests.parent}", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
-    assert result.returncode == 0, result.stderr
-    assert "Process (global: 0, local 0), total 2." in result.stderr
-    assert_equal_losses(json.loads(losses.read_text()), reference)
-    one, two = (checkpoint(tmp_path, name, 20) for name in ("one", "two"))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend=c10d"]
+    launcher += ["--rdzv_endpoint=localhost:0", str(tests / "patched_on_ranks.py"), "--", model_config, str(losses)]
+
+    def run(*flags, batches):
+        command = [sys.executable, *launcher, batches, *stock.without_ours(train_flags(*flags))]
+        environment = os.environ | {"PYTHONPATH": f"{copy}:{tests.parent}", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+        assert result.returncode == 0, result.stderr
+        assert "Process (global: 0, local 0), total 2." in result.stderr
+        return json.loads(losses.read_text())
+
+    return run
+
+
+def assert_equal_runs(tmp_path, epoch):
+    one, two = (checkpoint(tmp_path, name, epoch) for name in ("one", "two"))
     weights = {key.removeprefix("module."): value for key, value in two["state_dict"].items()}
     torch.testing.assert_close(weights, one["state_dict"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_two_processes_equal_one(run_ours, run_two_processes, two_shards, tmp_path):
+    flags = [*ONE_STEP_PER_EPOCH.split(), "--train-data", two_shards]
+    reference = run_ours(*flags, "--batch-size", 32, "--name", "one")
+    rows = run_two_processes(*flags, "--batch-size", 8, "--accum-freq", 2, "--name", "two", batches="theirs")
+    assert_equal_losses(rows, reference)
+    assert_equal_runs(tmp_path, 20)
+
+
+def test_two_processes_draw_the_chains_of_one(run_ours, run_two_processes, tmp_path):
+    """The draws of `emc2` are among the gathered pairs in their order, so both runs have the same one."""
+    flags = "--loss emc2 --loss-arg bank_dtype=float32 --opt timm/sgd --eps 1e-8 --lr 0.01 --wd 0 --epochs 3"
+    flags = flags.split()
+    reference = run_ours(*flags, "--batch-size", 8, "--accum-freq", 4, "--name", "one")
+    rows = run_two_processes(*flags, "--batch-size", 8, "--accum-freq", 2, "--name", "two", batches="ours")
+    assert len(rows) == 24 and rows[-1]["stored_weight"] > 0
+    assert_equal_losses(rows, reference)
+    assert_equal_runs(tmp_path, 3)
 
 
 @pytest.mark.parametrize("extra", [[], ["--accum-freq", "2"], ["--siglip", "--grad-clip-norm", "0.5"]])
