@@ -5,6 +5,7 @@ What such a loop does, `args` being its flags and `spec` what the entry point of
     hosted = spec.host(args)                                    # ValueError: one line about a flag
     loss = hosted.build(model, rank=…, world_size=…)            # before DDP and the optimizer see the model
     optimizer.add_param_group({"params": loss.parameters(), "weight_decay": 0.0})    # if it has any
+    remarks = hosted.restore(loss, checkpoint, path)            # if the run resumes; ValueError as above
     make_row = hosted.row_maker(image_transform, tokenizer)     # where hosted.needs has sample ids or second views
     …
     loss.begin_step(step=…, total_steps=…)                      # once per optimizer step, from here on
@@ -19,8 +20,10 @@ keys that `openclip_ext.training.checkpoint` names.
 import argparse
 import contextlib
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
+import braceexpand
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -33,6 +36,7 @@ from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
 from openclip_ext.losses.objective import Objective
 from openclip_ext.options import parse_assignments, parse_terms
+from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.pair_model import feature_widths, pair_model, run_on_views
 from openclip_ext.training.setup import plan_objective, training_data
 
@@ -72,6 +76,8 @@ class Hosting:
         self.needs = self._plan.needs
         _require_agreement(args, self.needs)
         self._data = training_data(flags, self._plan)
+        if isinstance(self._data.source, ShardListing):
+            _require_braces(args.train_data, self._data.source.urls)
         self.sample_ids = _ids_by_shard(self._data.source, args) if self.needs & _OF_A_ROW else None
 
     def __repr__(self) -> str:
@@ -111,6 +117,9 @@ class Hosting:
             image_dtype: of images as the model takes them; None: float32.
 
         Every rank must call this with the same random state: heads are drawn from it.
+
+        Raises:
+            UserError: there is no room for the loss's state, or its file cannot be used.
         """
         if "logit_bias" not in self.needs and getattr(model, "logit_bias", None) is not None:
             model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
@@ -120,6 +129,19 @@ class Hosting:
         if loss.wants_widths:
             loss.set_widths(**feature_widths(pair_model(model, self.needs), image_dtype))
         return loss.to(device)
+
+    def restore(self, loss: Objective, checkpoint: dict, path: str) -> list[str]:
+        """Load the loss's state from a checkpoint's content; remarks for the log.
+
+        Args:
+            loss: what `build` returned, on its device.
+            checkpoint: the content; one without a state lets the loss start anew.
+            path: what `--resume` named, for messages.
+
+        Raises:
+            UserError: the state is another loss's, or another data set's.
+        """
+        return Checkpoint(path, checkpoint.get("epoch", 0), checkpoint).restore_loss(loss)
 
     def run(
         self,
@@ -166,6 +188,24 @@ def _ids_by_shard(source: ShardListing | Table, args: argparse.Namespace) -> dic
             "WebDataset shards only; pack some with openclip-ext shards pack, or use openclip-ext train"
         )
     return {url: source.ids_of(url) for url in source.urls}
+
+
+def _require_braces(sources: str, urls: Sequence[str]) -> None:
+    """Raises UserError: `--train-data` has folders or globs, which OpenCLIP's pipeline takes for names of shards."""
+    expanded = {url for pattern in sources.split("::") for url in braceexpand.braceexpand(pattern)}
+    if not expanded.issuperset(urls):
+        raise UserError(
+            f"--train-data {sources}: OpenCLIP's loop expands neither folders nor globs; name shards with braces, such "
+            f"as --train-data '{_range_of(urls)}'"
+        )
+
+
+def _range_of(urls: Sequence[str]) -> str:
+    """From the first to the last, if their names differ in one number; `{00000..00003}.tar` is what it looks like."""
+    first, last = (re.fullmatch(r"(.*?)(\d+)(\D*)", url, re.DOTALL) for url in (urls[0], urls[-1]))
+    if not (first and last) or (first[1], first[3]) != (last[1], last[3]):
+        return "{" + ",".join(urls[:2]) + ",…}"
+    return f"{first[1]}{{{first[2]}..{last[2]}}}{first[3]}"
 
 
 def _require_agreement(args: argparse.Namespace, needs: frozenset[str]) -> None:

@@ -15,7 +15,7 @@ from openclip_ext.errors import UserError
 
 NONE = "none"  # in place of a digest: there is no file
 
-_VERSION = re.compile(rb"^Version: (\S+)$", re.MULTILINE)
+_VERSION = re.compile(rb"^Version: (\S+)(?: at commit (\w+))?$", re.MULTILINE)
 _DIGESTS = re.compile(rb"^sha256: (\w+) -> (\w+) (\S+)$", re.MULTILINE)
 _FILE = re.compile(rb"^--- \S+\n\+\+\+ b/", re.MULTILINE)
 _HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+\d+(?:,\d+)? @@")
@@ -59,14 +59,21 @@ class Patch:
     Attributes:
         name: of its file.
         version: of OpenCLIP, as in `open_clip.__version__`.
+        commit: of OpenCLIP's repository, None where the version tells enough.
         files: what it touches.
         text: the whole file.
     """
 
     name: str
     version: str
+    commit: str | None
     files: tuple[FilePatch, ...]
     text: bytes
+
+    @property
+    def supported(self) -> str:
+        """The version with its commit, in words."""
+        return f"{self.version} at commit {self.commit}" if self.commit else self.version
 
 
 def digest(content: bytes) -> str:
@@ -84,7 +91,8 @@ def parse_patch(name: str, text: bytes) -> Patch:
         FilePatch(path.decode(), before.decode(), after.decode(), tuple(hunks[path.decode()]))
         for before, after, path in _DIGESTS.findall(header)
     )
-    return Patch(name, _VERSION.search(header)[1].decode(), files, text)
+    version, commit = _VERSION.search(header).groups()
+    return Patch(name, version.decode(), commit and commit.decode(), files, text)
 
 
 def _hunks(lines: list[bytes]) -> list[tuple[int, tuple[bytes, ...]]]:

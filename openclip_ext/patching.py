@@ -105,11 +105,22 @@ def apply(target: Target) -> Patch:
         try:
             _replace(target.root, contents)
         except BaseException:
-            shutil.rmtree(target.backup)
+            if _state(target.root, target.patch) == "clean":
+                shutil.rmtree(target.backup)
             raise
     except OSError as error:
-        raise UserError(f"{target}: cannot be written to, nothing was changed ({error})") from error
+        raise _unwritable(target, error) from error
     return target.patch
+
+
+def _unwritable(target: Target, error: OSError) -> UserError:
+    """What became of the files, which may have failed to be put back too."""
+    if _state(target.root, target.patch) == target.state != "half applied":
+        return UserError(f"{target}: cannot be written to, nothing was changed ({error})")
+    return UserError(
+        f"{target}: could be written to only in part ({error}); the originals are in {target.backup}: put them back "
+        f"with: openclip-ext patch revert --target {target.root}"
+    )
 
 
 def _original(root: Path, file: FilePatch) -> bytes:
@@ -126,8 +137,8 @@ def revert(target: Target) -> Patch:
     kept = {file.path: target.backup / file.path for file in target.patch.files if file.before != NONE}
     if not all(path.is_file() for path in kept.values()):
         raise UserError(
-            f"{target}: there is no backup in {target.backup}; take the patch back with: openclip-ext patch diff | "
-            "patch -R -p1, or reinstall OpenCLIP"
+            f"{target}: there is no backup in {target.backup}; take the patch back with: openclip-ext patch diff "
+            f"--target {target.root} | patch -R -p1 -d {target.root}, or reinstall OpenCLIP"
         )
     damaged = [file.path for file in target.patch.files if _digest_of(target.backup / file.path) != file.before]
     if damaged:
@@ -136,7 +147,7 @@ def revert(target: Target) -> Patch:
     try:
         _replace(target.root, contents)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written to, nothing was changed ({error})") from error
+        raise _unwritable(target, error) from error
     shutil.rmtree(target.backup, ignore_errors=True)
     return target.patch
 
@@ -145,15 +156,30 @@ def _require(target: Target, *states: str) -> None:
     """Raises UserError: it is in another state."""
     if target.state in states:
         return
-    supported = ", ".join(patch.version for patch in patches())
     if target.patch is None:
-        raise UserError(f"{target}: no patch for it; supported: {supported}")
+        raise UserError(unsupported(target))
     remedy = {
         "applied": "it is patched already; nothing to do",
         "clean": "it is not patched; nothing to revert",
-        "half applied": "a patch was interrupted; put the originals back with: openclip-ext patch revert",
-    }.get(target.state, f"{target.state}; supported are unchanged files of {supported}: reinstall it, or use a copy")
+        "half applied": "a patch was interrupted; put the originals back with: openclip-ext patch revert --target "
+        f"{target.root}",
+    }.get(target.state, f"{target.state}; supported are unchanged files of {_supported()}: reinstall it, or use a copy")
     raise UserError(f"{target}: {remedy}")
+
+
+def unsupported(target: Target) -> str:
+    """Why there is no patch for it, and what there is."""
+    for patch in patches():
+        if patch.version == target.version:
+            return (
+                f"{target}: its files differ from those of {patch.supported} (another commit, or line endings that git "
+                f"converted: core.autocrlf); supported are unchanged files of {_supported()}"
+            )
+    return f"{target}: no patch for it; supported: {_supported()}"
+
+
+def _supported() -> str:
+    return ", ".join(patch.supported for patch in patches())
 
 
 def _back_up(target: Target) -> None:
@@ -174,7 +200,7 @@ def _back_up(target: Target) -> None:
 
 
 def _replace(root: Path, contents: dict[str, bytes | None]) -> None:
-    """Give files a new content, or with None remove them; after an exception all are as they were."""
+    """Give files a new content, or with None remove them; after an exception all that can be written are as before."""
     before = {name: (root / name).read_bytes() if (root / name).exists() else None for name in contents}
     done = []
     try:
@@ -186,7 +212,8 @@ def _replace(root: Path, contents: dict[str, bytes | None]) -> None:
             _put(root / name, written.get(name))
     except BaseException:
         for name in done:
-            _put(root / name, None if before[name] is None else _write_beside(root / name, before[name]))
+            with contextlib.suppress(OSError):
+                _put(root / name, None if before[name] is None else _write_beside(root / name, before[name]))
         raise
     finally:
         for name in contents:

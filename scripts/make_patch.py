@@ -2,7 +2,8 @@
 
     python scripts/make_patch.py 3.3.0 ORIGINAL CHANGED > patches/open_clip_torch-3.3.0.patch
 
-Each tree is a folder that holds `open_clip_train/`. See patches/README.md.
+Each tree is a folder that holds `open_clip_train/`; a version that many commits share is "VERSION at commit HASH". See
+patches/README.md.
 """
 
 import argparse

@@ -4,7 +4,8 @@
 
 A job is `{"name", "flags", "batches"}`; `batches` is "ours" for those of `openclip-ext train`, "theirs" for OpenCLIP's,
 or "saved" to train nothing and save the rows of an epoch; "train" stands for `openclip-ext train` itself. Optional
-is the `scale` that a gradient scaler begins with. Its result holds the `losses` of each step, `exit`, and `error`.
+is the `scale` that a gradient scaler begins with. Its result holds the `losses` of each step, `exit`, `error`, and how
+often the scale was read.
 """
 
 import contextlib
@@ -92,10 +93,19 @@ def recorded(forward, losses):
     return training_forward
 
 
+def counted(get_scale, reads):
+    def counting(self):
+        reads.append(self)
+        return get_scale(self)
+
+    return counting
+
+
 def main(model_config, jobs, results):
     open_clip.add_model_config(model_config)
     torch.set_num_threads(1)
-    losses, done = [], {}
+    losses, reads, done = [], [], {}
+    torch.amp.GradScaler.get_scale = counted(torch.amp.GradScaler.get_scale, reads)
     classes = [CLIPTask]
     with contextlib.suppress(ImportError):  # a checkout without the patch has no use for it
         from openclip_ext._host.v4_task import LossTask
@@ -107,6 +117,7 @@ def main(model_config, jobs, results):
         todo = json.load(file)
     for job in todo:
         losses.clear()
+        reads.clear()
         result = {"exit": 0, "error": ""}
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             try:
@@ -115,7 +126,7 @@ def main(model_config, jobs, results):
                 result["exit"], result["error"] = exit.code, stderr.getvalue()
             except ValueError as error:
                 result["exit"], result["error"] = 1, str(error)
-        done[job["name"]] = result | {"losses": list(losses)}
+        done[job["name"]] = result | {"losses": list(losses), "scale_reads": len(reads)}
     with open(results, "w") as file:
         json.dump(done, file)
 

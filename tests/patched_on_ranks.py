@@ -1,4 +1,7 @@
-"""OpenCLIP's patched loop as `torchrun` starts it, with each step's losses kept: MODEL_CONFIG LOSSES FLAGS…"""
+"""OpenCLIP's patched loop as `torchrun` starts it, with each step's losses kept: MODEL_CONFIG LOSSES BATCHES FLAGS…
+
+BATCHES is `ours` for those of `openclip-ext train`, in its order, or `theirs` for OpenCLIP's own pipeline.
+"""
 
 import json
 import os
@@ -7,13 +10,17 @@ from pathlib import Path
 
 import open_clip
 
+import stock
+
 
 def main() -> None:
-    model_config, losses_file, *flags = sys.argv[1:]
+    model_config, losses_file, batches, *flags = sys.argv[1:]
     open_clip.add_model_config(model_config)
+    from open_clip_train import main as loop
     from open_clip_train.loss_plugins import LossPlugin
-    from open_clip_train.main import main as train
 
+    if batches == "ours":
+        loop.get_data = stock.our_data
     forward, rows = LossPlugin.forward, []
 
     def recording(self, *args):
@@ -22,7 +29,7 @@ def main() -> None:
         return losses, logit_scale
 
     LossPlugin.forward = recording
-    train(flags)
+    loop.main(flags)
     if os.environ["RANK"] == "0":
         Path(losses_file).write_text(json.dumps(rows))
 

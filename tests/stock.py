@@ -71,7 +71,10 @@ def imported_from(folder):
 
 
 class OurBatches:
-    """Our loader in the shape in which OpenCLIP's loop takes one, patched or not."""
+    """Our loader in the shape in which OpenCLIP's loop takes one, patched or not.
+
+    Several ranks take turns in it, `accum_freq` batches each, so that a step's gathered pairs are in one rank's order.
+    """
 
     def __init__(self, args, preprocess, tokenizer):
         plugin = getattr(args, "loss_plugin", None)
@@ -88,26 +91,35 @@ class OurBatches:
         )
         self.loader = train_loader(config, num_samples=source.length, workers=0)
         self.dataloader = self
-        self.num_batches, self.num_samples = self.loader.num_batches, self.loader.num_samples
+        self.num_batches, self.num_samples = self.loader.num_batches // args.world_size, self.loader.num_samples
+        self.is_mine = lambda index: index // args.accum_freq % args.world_size == args.rank
 
     def set_epoch(self, epoch):
         self.loader.set_epoch(epoch)
 
     def __iter__(self):
         names = [{"sample_ids": "sample_id"}.get(key, key) for key in self.keys]
-        return (tuple(batch[name] for name in ("image", "text", *names)) for batch in self.loader.batches)
+        for index, batch in enumerate(self.loader.batches):
+            if self.is_mine(index):
+                yield tuple(batch[name] for name in ("image", "text", *names))
+
+
+def our_data(args, preprocess, epoch, tokenizer):
+    """In place of OpenCLIP's `get_data`."""
+    return {"train": OurBatches(args, preprocess[0], tokenizer)}
 
 
 def feed_our_batches(monkeypatch, main):
     """Let OpenCLIP's loop train on our batches, whose order is a function of the seed."""
-    monkeypatch.setattr(main, "get_data", lambda args, preprocess, epoch, tokenizer: {
-        "train": OurBatches(args, preprocess[0], tokenizer)
-    })  # fmt: skip
+    monkeypatch.setattr(main, "get_data", our_data)
 
 
 def without_ours(flags):
-    """The command line of `openclip-ext train` for OpenCLIP's own, to which the model config is known."""
+    """The command line of `openclip-ext train` for OpenCLIP's own, which knows the model config and needs braces."""
     flags = list(flags[1:])
+    data = flags.index("--train-data") + 1
+    if Path(flags[data]).is_dir():
+        flags[data] += f"/{{00000..{len(list(Path(flags[data]).glob('*.tar'))) - 1:05}}}.tar"
     position = flags.index("--model-config")
     del flags[position : position + 2]
     return flags

@@ -243,7 +243,7 @@ def test_a_file_is_sparse_and_outlives_the_run(tmp_path):
     [
         (
             {"bank_device": "mmap"},
-            "name the file of the negative bank of 2 x 128 x 8 float32 with",
+            "--loss-arg bank_device=mmap: name the file with --loss-arg bank_path=FILE",
         ),
         ({"bank_device": "mmap", "bank_path": "/nowhere/bank"}, "/nowhere is no folder"),
     ],

@@ -39,6 +39,7 @@ ONE_STEP = (
     "--loss gamma_decomp --loss-term brownian_bridge=0.25 --loss-term feature_separation=0.5 --opt timm/sgd "
     "--lr 0.05 --epochs 6 --save-frequency 6 --grad-clip-norm 5"
 )
+PLAIN = "--accum-freq 2 --precision amp"
 COUNTERS = {"global_step", "samples_seen"}  # which OpenCLIP 4 adds to checkpoints
 WRONG = {
     "--loss nope": "error: --loss nope: no such loss; registered: batch_corrected, clip,",
@@ -129,7 +130,7 @@ def results(folder, flags, data, copies, start, model_config):
         ("on", "ours", flags("on", *PARITY["gamma_decomp"].split(), "--resume", checkpoint)),
         ("other", "ours", flags("other", "--loss", "emc2", "--resume", checkpoint)),
         ("without", "ours", flags("without", "--resume", checkpoint, "--epochs", 2)),
-        ("plain", "ours", flags("plain", "--accum-freq", 2)),
+        ("plain", "ours", flags("plain", *PLAIN.split())),
         ("whole", "theirs", flags("whole", *two)),
         ("parts", "theirs", flags("parts", *two, "--batch-size", 8, "--accum-freq", 4)),
         ("rows", "saved", flags("rows", "--loss", "sogclr", "--loss-term", "brownian_bridge=1", "--train-data",
@@ -189,6 +190,8 @@ def test_our_loop_runs_on_this_version_and_either_resumes_the_other(results, fol
 
 def test_without_a_loss_it_resumes_too_and_another_loss_is_refused(results):
     assert results["without"]["error"] == "" and len(results["without"]["losses"]) == 8
+    assert results["other"]["exit"] == 2
+    assert "\nerror: --resume" in "\n" + results["other"]["error"]
     assert "epoch_1.pt: its loss state does not fit --loss and the data" in results["other"]["error"]
 
 
@@ -222,8 +225,9 @@ def test_two_processes_equal_one(results, folder, flags, data, copies, start):
 
 
 def test_without_a_loss_training_is_what_it_was(results, folder, flags, copies, start):
-    job = {"name": "before", "batches": "ours", "flags": flags("before", "--accum-freq", 2)}
-    start(copies["stock"], [job])
+    job = {"name": "before", "batches": "ours", "flags": flags("before", *PLAIN.split())}
+    stock = start(copies["stock"], [job])
+    assert results["plain"]["scale_reads"] == stock["before"]["scale_reads"]  # each waits for the device
     before, after = checkpoint(folder, "before", 3), checkpoint(folder, "plain", 3)
     assert before.keys() == after.keys()
     torch.testing.assert_close(after["state_dict"], before["state_dict"], rtol=0, atol=0)

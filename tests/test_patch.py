@@ -104,6 +104,13 @@ def another_version(copy):
     (copy / "open_clip/version.py").write_text("__version__ = '3.2.0'\n")
 
 
+def with_other_line_endings(copy):
+    (copy / "open_clip").mkdir()
+    (copy / "open_clip/version.py").write_text("__version__ = '3.3.0'\n")
+    for path in copy.glob("open_clip_train/*.py"):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+
 def unknown(copy):
     for name in ("params", "data", "train", "main"):
         (copy / f"open_clip_train/{name}.py").write_text("# another version\n")
@@ -151,9 +158,12 @@ def untouched(copy):
         (another_version, "apply", "OpenCLIP 3.2.0 in {copy}: no patch for it; supported: 3.3.0"),
         (another_version, "diff", "OpenCLIP 3.2.0 in {copy}: no patch for it; supported: 3.3.0"),
         (unknown, "apply", "OpenCLIP of unknown version in {copy}: no patch for it; supported: 3.3.0"),
+        (with_other_line_endings, "apply", "OpenCLIP 3.3.0 in {copy}: its files differ from those of 3.3.0 (another"),
+        (with_other_line_endings, "diff", "supported are unchanged files of 3.3.0, 4.2.0.dev0 at commit 89fb801"),
         (applied_without_backup, "revert", "there is no backup in {copy}/open_clip_train/.openclip_ext_backup"),
+        (applied_without_backup, "revert", "patch diff --target {copy} | patch -R -p1 -d {copy}, or reinstall"),
         (applied_with_damaged_backup, "revert", "the backup of open_clip_train/main.py is not the original"),
-        (half_applied, "apply", "a patch was interrupted; put the originals back with: openclip-ext patch revert"),
+        (half_applied, "apply", "interrupted; put the originals back with: openclip-ext patch revert --target {copy}"),
         (gone, "status", "--target {copy}: holds neither open_clip_train/ nor src/open_clip_train/"),
     ],
 )
@@ -235,6 +245,30 @@ def test_a_disk_that_fails_between_two_files_is_rolled_back(copy, capsys, monkey
     assert "cannot be written to, nothing was changed ([Errno 5]" in capsys.readouterr().err
     assert contents(copy) == before
     assert patch(action, "--target", copy) == 0
+
+
+@pytest.mark.parametrize(("action", "good"), [("apply", 2), ("revert", 2), ("apply", 5)])
+def test_a_disk_that_fails_for_good_leaves_the_backup_and_says_so(copy, capsys, monkeypatch, action, good):
+    before = contents(copy)
+    if action == "revert":
+        applied(copy)
+    replace, calls = os.replace, []
+
+    def failing(source, destination):
+        if Path(source).name.endswith(".openclip_ext_new"):
+            calls.append(destination)
+            if len(calls) >= good:
+                raise OSError(5, "Input/output error", str(destination))
+        replace(source, destination)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", failing)
+        assert patch(action, "--target", copy) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "could be written to only in part ([Errno 5]" in error and f"{patching.BACKUP}: put them back" in error
+    assert patching.find_target(str(copy)).state == "half applied"
+    assert patch("revert", "--target", copy) == 0
+    assert contents(copy) == before
 
 
 @pytest.mark.parametrize("patch_file", patches(), ids=lambda patch_file: patch_file.name)

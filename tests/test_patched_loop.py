@@ -116,6 +116,35 @@ def test_losses_equal_ours_over_24_steps_and_after_resuming_either(
     assert_equal_losses(on, ours[8:])
 
 
+def test_state_of_another_loss_is_left_behind_or_refused_in_one_line(
+    monkeypatch, patched, run_patched, tmp_path, capsys
+):
+    stock.feed_our_batches(monkeypatch, patched)
+    run_patched("--loss", "gamma_decomp", "--name", "first")
+    resume = ("--resume", tmp_path / "logs/first/checkpoints/epoch_1.pt", "--epochs", 2)
+    assert len(run_patched("--loss", "clip", "--name", "stateless", *resume)) == 8
+    assert "starts anew" not in (tmp_path / "logs/stateless/out.log").read_text()
+    run_patched("--loss", "clip", "--name", "clip")
+    clip = ("--resume", tmp_path / "logs/clip/checkpoints/epoch_1.pt", "--epochs", 2)
+    assert len(run_patched("--loss", "gamma_decomp", "--name", "anew", *clip)) == 8
+    assert "epoch_1.pt: it holds no loss state: the loss starts anew" in (tmp_path / "logs/anew/out.log").read_text()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run_patched("--loss", "sogclr", "--name", "another", *resume)
+    assert exit.value.code == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert "epoch_1.pt: its loss state does not fit --loss and the data" in error
+
+
+def test_a_loss_that_cannot_be_built_is_one_line(run_patched, tmp_path, capsys):
+    (tmp_path / "bank").write_text("of something else")
+    with pytest.raises(SystemExit) as exit:
+        run_patched("--loss", "emc2", "--loss-arg", "bank_device=mmap", "--loss-arg", f"bank_path={tmp_path / 'bank'}")
+    assert exit.value.code == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert f"--loss-arg bank_path={tmp_path / 'bank'}: holds 17 bytes" in error
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -181,29 +210,48 @@ def test_accumulated_batches_are_one_large_batch(run_patched, run_ours, two_shar
         torch.testing.assert_close(contents[1][key], contents[0][key], rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
-def test_two_processes_equal_one(copy, run_ours, train_flags, two_shards, tmp_path, model_config):
-    flags = [*ONE_STEP_PER_EPOCH.split(), "--train-data", two_shards]
-    reference = run_ours(*flags, "--batch-size", 32, "--name", "one")
+@pytest.fixture
+def run_two_processes(copy, train_flags, tmp_path, model_config):
+    """Runs the patched loop in two processes; returns what the loss returned in each step."""
     tests, losses = Path(__file__).parent, tmp_path / "losses.json"
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv_backend=c10d",
-        "--rdzv_endpoint=localhost:0",
-    ]
-    command = [sys.executable, *torchrun, str(tests / "patched_on_ranks.py"), "--", model_config, str(losses)]
-    command += stock.without_ours(train_flags(*flags, "--batch-size", 8, "--accum-freq", 2, "--name", "two"))
-    environment = os.environ | {"PYTHONPATH": f"{copy}:{tests.parent}", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
-    assert result.returncode == 0, result.stderr
-    assert "Process (global: 0, local 0), total 2." in result.stderr
-    assert_equal_losses(json.loads(losses.read_text()), reference)
-    one, two = (checkpoint(tmp_path, name, 20) for name in ("one", "two"))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend=c10d"]
+    launcher += ["--rdzv_endpoint=localhost:0", str(tests / "patched_on_ranks.py"), "--", model_config, str(losses)]
+
+    def run(*flags, batches):
+        command = [sys.executable, *launcher, batches, *stock.without_ours(train_flags(*flags))]
+        environment = os.environ | {"PYTHONPATH": f"{copy}:{tests.parent}", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+        assert result.returncode == 0, result.stderr
+        assert "Process (global: 0, local 0), total 2." in result.stderr
+        return json.loads(losses.read_text())
+
+    return run
+
+
+def assert_equal_runs(tmp_path, epoch):
+    one, two = (checkpoint(tmp_path, name, epoch) for name in ("one", "two"))
     weights = {key.removeprefix("module."): value for key, value in two["state_dict"].items()}
     torch.testing.assert_close(weights, one["state_dict"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_two_processes_equal_one(run_ours, run_two_processes, two_shards, tmp_path):
+    flags = [*ONE_STEP_PER_EPOCH.split(), "--train-data", two_shards]
+    reference = run_ours(*flags, "--batch-size", 32, "--name", "one")
+    rows = run_two_processes(*flags, "--batch-size", 8, "--accum-freq", 2, "--name", "two", batches="theirs")
+    assert_equal_losses(rows, reference)
+    assert_equal_runs(tmp_path, 20)
+
+
+def test_two_processes_draw_the_chains_of_one(run_ours, run_two_processes, tmp_path):
+    """The draws of `emc2` are among the gathered pairs in their order, so both runs have the same one."""
+    flags = "--loss emc2 --loss-arg bank_dtype=float32 --opt timm/sgd --eps 1e-8 --lr 0.01 --wd 0 --epochs 3"
+    flags = flags.split()
+    reference = run_ours(*flags, "--batch-size", 8, "--accum-freq", 4, "--name", "one")
+    rows = run_two_processes(*flags, "--batch-size", 8, "--accum-freq", 2, "--name", "two", batches="ours")
+    assert len(rows) == 24 and rows[-1]["stored_weight"] > 0
+    assert_equal_losses(rows, reference)
+    assert_equal_runs(tmp_path, 3)
 
 
 @pytest.mark.parametrize("extra", [[], ["--accum-freq", "2"], ["--siglip", "--grad-clip-norm", "0.5"]])
@@ -276,6 +324,8 @@ WRONG = {
     "--loss gamma_decomp --loss-arg gamma=2": "--loss-arg gamma=2",
     "--loss gamma_decomp --loss-term nope=1": "--loss-term nope: no such loss term",
     "--loss emc2 --loss-arg bank=index": "--loss-arg bank=index: ",
+    "--loss emc2 --loss-arg bank_device=mmap": "--loss-arg bank_device=mmap: name the file with --loss-arg bank_path=",
+    "--loss gamma_decomp --loss-arg rate_device=mmap --loss-arg rate_path=/nowhere/r": "/nowhere is no folder",
     "--loss clip --siglip": "--siglip --loss clip: these exclude each other",
     "--loss clip --horovod": "--horovod --loss clip: ",
     "--loss clip --loss-term caption=1": "--loss-term caption: --model tiny-test makes no captions",
@@ -294,6 +344,18 @@ def test_a_wrong_flag_is_one_line_before_anything_is_written(patched, train_flag
     error = capsys.readouterr().err
     assert WRONG[flags] in error and len(error.splitlines()) == 1
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("pattern", ["{folder}", "{folder}/*.tar", "{folder}/{{00000..00002}}.tar::{folder}/*3.tar"])
+def test_folders_and_globs_are_refused_with_the_braces_to_use(patched, train_flags, shards, capsys, pattern):
+    flags = stock.without_ours(train_flags("--loss", "clip"))
+    data = flags.index("--train-data") + 1
+    braces, flags[data] = flags[data], pattern.format(folder=shards)
+    with pytest.raises(SystemExit) as exit:
+        patched.main(flags)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and "expands neither folders nor globs" in error
+    assert error.endswith(f"such as --train-data '{braces}'")
 
 
 def test_the_end_of_a_shard_in_newer_webdataset_is_no_file(patched):

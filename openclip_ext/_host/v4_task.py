@@ -3,8 +3,11 @@
 The only module here that imports OpenCLIP at its top: nothing but `Hosting.create_task` imports it.
 """
 
+import contextlib
 import dataclasses
 import logging
+import sys
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -56,12 +59,14 @@ class LossTask(CLIPTask):
         return self
 
     def prepare_fsdp(self, *args, **options) -> "LossTask":
-        """As `TrainingTask`. Raises UserError: the loss has what OpenCLIP's loop loses or cannot reach under FSDP2."""
+        """As `TrainingTask`; exits where the loss has what OpenCLIP's loop loses or cannot reach under FSDP2."""
         if self.loss.state_dict() or "trunk_features" in self.hosted.needs:
-            raise UserError(
-                "--fsdp: OpenCLIP's loop shards and saves the model alone, and this --loss or a term of it has a state "
-                "or looks into the towers; drop --fsdp, or launch openclip-ext train with accelerate launch --use_fsdp"
-            )
+            with _exit_on_user_error():
+                raise UserError(
+                    "--fsdp: OpenCLIP's loop shards and saves the model alone, and this --loss or a term of it has a "
+                    "state or looks into the towers; drop --fsdp, or launch openclip-ext train with accelerate launch "
+                    "--use_fsdp"
+                )
         return super().prepare_fsdp(*args, **options)
 
     def loss_parameters(self) -> list[nn.Parameter]:
@@ -155,12 +160,12 @@ class LossTask(CLIPTask):
     def on_load_checkpoint(self, checkpoint: dict, optimizer, path: str) -> None:
         """Restore the loss, and put its group back into `checkpoint["optimizer"]`.
 
-        Raises:
-            UserError: the state belongs to another loss or data set.
+        Exits where the state belongs to another loss or data set.
         """
-        content = Checkpoint(path, checkpoint.get("epoch", 0), checkpoint)
-        remarks = content.restore_loss(self.loss)
+        with _exit_on_user_error():
+            remarks = self.hosted.restore(self.loss, checkpoint, path)
         if optimizer is not None and "optimizer" in checkpoint:
+            content = Checkpoint(path, checkpoint.get("epoch", 0), checkpoint)
             checkpoint["optimizer"], more = content.optimizer_state(optimizer)
             remarks += more
         for remark in remarks:
@@ -176,6 +181,16 @@ class _Accumulated:
     report: dict[str, Tensor]
     gradients: dict
     parts_left: int
+
+
+@contextlib.contextmanager
+def _exit_on_user_error() -> Iterator[None]:
+    """One line and exit code 2, where OpenCLIP's loop would let the error end in a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _losses_and_report(outputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -204,7 +219,7 @@ def create_task(hosted: Hosting, args, model: nn.Module, *, teacher: nn.Module |
     """What `Hosting.create_task` returns."""
     from open_clip import get_input_dtype
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _exit_on_user_error():
         torch.default_generator.manual_seed(args.seed)  # heads of the loss are the same on all ranks
         loss = hosted.build(
             model,

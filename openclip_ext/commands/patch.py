@@ -33,11 +33,10 @@ def run(args: argparse.Namespace) -> int:
     target = patching.find_target(args.target)
     if args.action == "status":
         print(f"{target}: {target.state}" + (f", {target.patch.name}" if target.patch else ""))
-        print("supported: " + ", ".join(f"{patch.version} ({patch.name})" for patch in patches()))
+        print("supported: " + ", ".join(f"{patch.supported} ({patch.name})" for patch in patches()))
     elif args.action == "diff":
         if target.patch is None:
-            supported = ", ".join(patch.version for patch in patches())
-            raise UserError(f"{target}: no patch for it; supported: {supported}")
+            raise UserError(patching.unsupported(target))
         sys.stdout.write(target.patch.text.decode())
     else:
         change = patching.apply if args.action == "apply" else patching.revert

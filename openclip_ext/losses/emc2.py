@@ -52,6 +52,9 @@ class Options:
     )
     bank_path: str | None = option(None, "the file, for bank_device=mmap")
 
+    def __post_init__(self) -> None:
+        Placement(self.bank_device, self.bank_path)  # found wrong as early as other options
+
 
 class EMC2Loss(nn.Module):
     """Target: the decoupled global loss `mean_i log sum_{j != i} exp(s_ij - s_ii)`, directions averaged.

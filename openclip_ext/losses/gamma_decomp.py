@@ -44,6 +44,9 @@ class Options:
     )
     rate_path: str | None = option(None, "the file, for rate_device=mmap")
 
+    def __post_init__(self) -> None:
+        Placement(self.rate_device, self.rate_path, "rate")  # found wrong as early as other options
+
 
 class GammaDecompLoss(nn.Module):
     """Target: `L = mean_i log(iota + K Z_i)`, `Z_i = mean_{j != i} r_ij` over all N - 1 others, r_ij = exp(q_ij).

@@ -25,11 +25,24 @@ class Placement:
             machine, shared by its ranks.
         path: the file, for `mmap`.
         option: the options of a loss that say so are `<option>_device` and `<option>_path`; for messages.
+
+    Raises:
+        UserError: `mmap` without a file, or in a folder that does not exist.
     """
 
     kind: Literal["device", "cpu", "mmap"] = "device"
     path: str | None = None
     option: str = "bank"
+
+    def __post_init__(self) -> None:
+        if self.kind != "mmap":
+            return
+        option = f"--loss-arg {self.option}"
+        if not self.path:
+            raise UserError(f"{option}_device=mmap: name the file with {option}_path=FILE")
+        folder = os.path.dirname(os.path.abspath(self.path))
+        if not os.path.isdir(folder):
+            raise UserError(f"{option}_path={self.path}: {folder} is no folder; make it, or give another file")
 
 
 class Table(nn.Module):
@@ -121,17 +134,13 @@ class Table(nn.Module):
 
 
 def _file(placement: Placement, size: int, what: str) -> int:
-    path, flag = placement.path, f"--loss-arg {placement.option}_path"
-    if not path:
-        raise UserError(f"--loss-arg {placement.option}_device=mmap: name the file of the {what} with {flag}=FILE")
+    path = placement.path
     folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise UserError(f"{flag}={path}: {folder} is no folder; make it, or give another file")
     existing = os.path.getsize(path) if os.path.exists(path) else 0
     if existing not in (0, size):
         raise UserError(
-            f"{flag}={path}: holds {existing} bytes, and the {what} takes {size}; it belongs to other data or another "
-            "model: give another file, or delete this one"
+            f"--loss-arg {placement.option}_path={path}: holds {existing} bytes, and the {what} takes {size}; it "
+            "belongs to other data or another model: give another file, or delete this one"
         )
     if existing == 0:
         _require_room(placement, size, shutil.disk_usage(folder).free, folder, what)
