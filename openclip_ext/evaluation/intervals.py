@@ -3,23 +3,21 @@
 from collections.abc import Sequence
 
 import numpy as np
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond ten it is close to the normal one.
-_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+from scipy import stats
 
 
 def half_width(values: Sequence[float]) -> float | None:
     """Half the width of the 95 % confidence interval of the mean, by Student's t; None from a single value."""
     if len(values) < 2:
         return None
-    return float(_t95(len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def half_width_of_difference(values: Sequence[float], others: Sequence[float]) -> float | None:
     """Half the width of the 95 % confidence interval of `mean(values) - mean(others)`, two independent samples.
 
-    Welch's: the samples' variances may differ, and degrees of freedom come from Welch and Satterthwaite's formula,
-    rounded down. None where a sample has a single value.
+    Welch's: the samples' variances may differ, and degrees of freedom come from Welch and Satterthwaite's formula.
+    None where a sample has a single value.
     """
     if min(len(values), len(others)) < 2:
         return None
@@ -28,8 +26,4 @@ def half_width_of_difference(values: Sequence[float], others: Sequence[float]) -
     if not variance > 0:  # no spread; or no number, as of a run that diverged
         return variance
     degrees = variance**2 / sum(s**2 / (len(x) - 1) for s, x in zip(shares, (values, others), strict=True))
-    return float(_t95(int(degrees + 1e-9)) * variance**0.5)
-
-
-def _t95(degrees: int) -> float:
-    return _T95[degrees - 1] if degrees <= len(_T95) else 1.96
+    return float(stats.t.ppf(0.975, degrees) * variance**0.5)
