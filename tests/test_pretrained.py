@@ -146,3 +146,8 @@ def test_weights_that_bring_their_architecture_need_no_model():
     assert args.model == "local-dir:some" and not args.pretrained
     args = parse_args(["--pretrained", "local-dir:some", "--model=RN50", "--train-data", "shards"])
     assert args.model == "RN50" and args.pretrained == "local-dir:some"  # refused when the model is made
+
+
+def test_a_model_config_alone_names_the_model():
+    assert parse_args(["--model-config", "mine/small.json", "--train-data", "shards"]).model == "small"
+    assert parse_args(["--model-config", "small.json", "--model", "RN50", "--train-data", "shards"]).model == "RN50"

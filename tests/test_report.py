@@ -164,7 +164,7 @@ def test_trained_runs_are_compared_drawn_and_told_apart(train_flags, val_shards,
     assert code == 0
     a, b = report["groups"]
     assert [a["label"], b["label"]] == ["a", "b"] and len(a["runs"]) == 2
-    assert b["settings"] == {"loss_term": "['brownian_bridge=0.1']"}
+    assert b["settings"] == {"loss_term": "brownian_bridge=0.1"}
     assert report["metrics"] == ["image_to_text_R@1", "text_to_image_R@1", "clip_val_loss"]
     assert a["runs"][0]["epochs"] == 2 and a["runs"][0]["training"]["step"] == list(range(16))
     assert a["runs"][0]["scores"]["clip_val_loss"] == a["runs"][0]["validation"]["clip_val_loss"][-1]

@@ -248,7 +248,7 @@ BAD = [
     (["--horovod"], "--horovod: start several processes with accelerate launch"),
     (["--precision", "fp16"], "--precision fp16: needs a GPU"),
     (["--resume", "/nowhere.pt"], "--resume /nowhere.pt: no such file"),
-    (["--model", "ViT-B-33"], "--model ViT-B-33: no such model; near it: ViT-B-16"),
+    (["--model", "ViT-B-33"], "--model ViT-B-33: no such model; near it: ViT-B-32"),
     (["--model-config", "/nowhere.json"], "--model-config /nowhere.json: no such file"),
     (["--pretrained", "nope"], "nope"),
     (["--opt", "sgdd"], "--opt sgdd: no such optimizer"),

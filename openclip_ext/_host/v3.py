@@ -1,6 +1,7 @@
 """OpenCLIP 3.3: its flags, models, optimizer groups, schedules, checkpoints, and losses."""
 
 import argparse
+import difflib
 import math
 import os
 import types
@@ -266,7 +267,7 @@ def _model_error(args: argparse.Namespace, error: Exception) -> str:
 
     known = open_clip.list_models()
     if ":" not in args.model and args.model not in known:
-        near = [name for name in known if args.model.lower()[:5] == name.lower()[:5]][:8] or known[:8]
+        near = difflib.get_close_matches(args.model, known, n=8, cutoff=0.4) or known[:8]
         return (
             f"--model {args.model}: no such model; near it: {', '.join(near)}. Your own: --model-config FILE.json, or "
             "--model local-dir:FOLDER"

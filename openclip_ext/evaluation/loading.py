@@ -170,7 +170,7 @@ def _origin(source: str | None, name: str | None, model_config: str | None, run:
     flags = _run_flags(run) if run else {}
     if name not in (None, flags.get("model")):
         flags = {}  # its other flags were for another model
-    name = name or flags.get("model")
+    name = name or flags.get("model") or (model_config and Path(model_config).stem)
     if name is None:
         raise UserError(f"{flag} {source}: give the architecture with --model, such as --model ViT-B-32")
     if config := model_config or flags.get("model_config"):

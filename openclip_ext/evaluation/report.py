@@ -16,7 +16,7 @@ import numpy as np
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.intervals import half_width, half_width_of_difference
 from openclip_ext.evaluation.report_tables import tables
-from openclip_ext.evaluation.run_files import Row, RunFiles, is_run, read_run
+from openclip_ext.evaluation.run_files import Row, RunFiles, is_run, read_run, shown
 
 #: What is shown where `--metric` says nothing else: patterns of names, in this order.
 HEADLINES = ("*top1", "*R@1", "*acc1", "clip_val_loss")
@@ -28,7 +28,7 @@ _BOOKKEEPING = frozenset(
      "checkpoint_path", "resume", "report_to", "wandb", "wandb_notes", "wandb_project_name", "tensorboard", "debug",
      "save_logs", "save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase",
      "log_every_n_steps", "remote_sync", "remote_sync_frequency", "remote_sync_protocol", "cache_dir", "rank",
-     "local_rank", "loss_options", "loss_terms"}
+     "local_rank", "loss_options", "loss_terms", "lora_options"}
 )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def group(runs: Sequence[RunFiles]) -> list[Group]:
 
 
 def _settings(run: RunFiles) -> dict[str, str]:
-    return {name: value for name, value in run.params.items() if name not in _BOOKKEEPING}
+    return {name: shown(value) for name, value in run.params.items() if name not in _BOOKKEEPING}
 
 
 def _labels(groups: list[list[RunFiles]]) -> list[str]:

@@ -10,7 +10,11 @@ _SHARE = re.compile(r"R@\d+$|top\d+$|acc\d*$|recall|accuracy")
 def tables(report: dict) -> str:
     """Scores, differences to the first group, and the settings in which the groups differ."""
     groups, metrics = report["groups"], report["metrics"]
-    parts = [_scores(groups, metrics)] if metrics else ["No run has been evaluated.\n"]
+    parts = (
+        [_scores(groups, metrics)]
+        if metrics
+        else ["No run has been evaluated; train with --val-data, or use openclip-ext eval.\n"]
+    )
     if metrics and len(groups) > 1:
         parts.append(_differences(groups, metrics))
     if any(group["settings"] for group in groups):

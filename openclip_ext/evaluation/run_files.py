@@ -134,6 +134,11 @@ def read_params(path: Path) -> dict[str, str]:
     return params
 
 
+def shown(value: str) -> str:
+    """A value of `params` for people: of a list of words its words."""
+    return ", ".join(re.findall(r"'([^']*)'", value)) if re.fullmatch(r"\['.*'\]", value) else value
+
+
 def _read_rows(path: Path, key: str) -> list[Row]:
     """Rows of a JSONL file by `key`; numbers only, null is NaN. A last line that was never finished does not count."""
     lines = _text(path).split("\n")[:-1]

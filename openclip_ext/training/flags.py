@@ -1,6 +1,7 @@
 """Flags of `openclip-ext train`: OpenCLIP's own, plus ours. Imports no torch."""
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from openclip_ext import _host
@@ -75,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--caption-key", metavar="KEY", help="Where a sample's JSON holds its caption or captions, instead of its text."
     )
     ours.add_argument(
-        "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON, known by its file name."
+        "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON; --model is its file's name."
     )
     _add_image_flags(ours)
     _add_tuning_flags(parser.add_argument_group("added by openclip-ext for fine-tuning"))
@@ -159,6 +160,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')}: {remedy}")
     if (args.pretrained or "").startswith(_host.SCHEMES) and not _given("--model", argv):
         args.model, args.pretrained = args.pretrained, ""
+    elif args.model_config and not _given("--model", argv):
+        args.model = os.path.splitext(os.path.basename(args.model_config))[0]
     args.name_given = args.name is not None
     args.precision_given = _given("--precision", argv)
     if args.dataset_type != "synthetic" and not any(

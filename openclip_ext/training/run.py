@@ -130,6 +130,7 @@ class _Run:
                            self.args.loss)  # fmt: skip
             return
         self._report_skips(warm_start_pass(self.trainer, epoch=self.args.epochs), "warm start")
+        logger.info("warm start: loss %s has seen one epoch of the data", self.args.loss)
 
     def _report_skips(self, skipped: list[tuple[str, str, int]], when: str) -> None:
         report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, when)
