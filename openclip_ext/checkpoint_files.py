@@ -19,3 +19,9 @@ def latest_checkpoint(folder: str, most_recent: bool) -> str | None:
     names = os.listdir(folder) if os.path.isdir(folder) else []
     epochs = {int(match[1]): name for name in names if (match := re.fullmatch(r"epoch_(\d+)\.pt", name))}
     return os.path.join(folder, epochs[max(epochs)]) if epochs else None
+
+
+def last_checkpoint(run: str) -> str | None:
+    """The checkpoint of a run's last epoch, None if it keeps none."""
+    folder = os.path.join(run, "checkpoints")
+    return latest_checkpoint(folder, most_recent=False) or latest_checkpoint(folder, most_recent=True)

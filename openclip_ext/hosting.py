@@ -37,7 +37,7 @@ from openclip_ext.errors import UserError
 from openclip_ext.losses.objective import Objective
 from openclip_ext.options import parse_assignments, parse_terms
 from openclip_ext.training.checkpoint import Checkpoint
-from openclip_ext.training.pair_model import feature_widths, pair_model, run_on_views
+from openclip_ext.training.pair_model import feature_widths, freeze_unused_bias, pair_model, run_on_views
 from openclip_ext.training.setup import plan_objective, training_data
 
 _OF_A_ROW = frozenset({"sample_ids", "image_aug", "text_aug"})
@@ -121,8 +121,7 @@ class Hosting:
         Raises:
             UserError: there is no room for the loss's state, or its file cannot be used.
         """
-        if "logit_bias" not in self.needs and getattr(model, "logit_bias", None) is not None:
-            model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
+        freeze_unused_bias(model, self.needs)
         if "trunk_features" in self.needs:
             self._trunks = _host.find_trunks(model)
         loss = self._plan.build(self._data.size, rank, world_size).to(device)

@@ -19,6 +19,7 @@ from openclip_ext.evaluation.report import shown_metrics
 from openclip_ext.evaluation.report_tables import cell, markdown_table, percent, title
 from openclip_ext.evaluation.run_files import PARAMS, task_scores
 from openclip_ext.evaluation.tasks import run_tasks, tasks_from
+from openclip_ext.folders import make_out_folder
 
 Weights = dict[str, Tensor]
 
@@ -41,7 +42,7 @@ def run_interpolate(args: argparse.Namespace) -> dict[str, Any] | None:
     tasks = tasks_from(args, required=save is None)
     out = Path(args.out)
     if tasks:
-        _make_folder(out)
+        make_out_folder(out)
     common = {
         "name": args.model, "model_config": args.model_config, "cache_dir": args.cache_dir,
         "run": _run_of(args.b) or _run_of(args.a),
@@ -84,13 +85,6 @@ def _save_request(args: argparse.Namespace) -> tuple[float, Path] | None:
     if not path.absolute().parent.is_dir():
         raise UserError(f"--save {text} {name}: no such folder: {path.parent}")
     return alpha, path
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror}); give another") from error
 
 
 def _weights(source: str, flag: str, common: dict[str, Any]) -> tuple[dict, Weights]:

@@ -20,6 +20,7 @@ from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import checkpoint_file, choose_device, load_model
 from openclip_ext.evaluation.structure import TITLES, Structure, structure_metrics
+from openclip_ext.folders import make_out_folder
 from openclip_ext.options import NoOptions
 from openclip_ext.tensor_files import load_tensors
 from openclip_ext.terms.feature_separation import FeatureSeparationTerm
@@ -48,10 +49,7 @@ def run_structure(args: argparse.Namespace) -> dict:
     paths = [checkpoint_file(path, "--checkpoint") for path in args.checkpoint]
     if args.model_config:
         _host.register_model_config(args.model_config)
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be made a folder ({error.strerror}); give another") from error
+    make_out_folder(args.out)
     structures = []
     start_logging(None, console=True, debug=False)
     try:

@@ -17,6 +17,7 @@ from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pairs_from_csv
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.encoder import Encoder
+from openclip_ext.evaluation.labelled import opened
 
 
 class CaptionedFiles(Dataset):
@@ -30,11 +31,8 @@ class CaptionedFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]] | UserError:
         path, captions = self.rows[index]
-        try:
-            with Image.open(path) as picture:
-                return picture.convert("RGB"), captions
-        except tar.IMAGE_ERRORS as error:
-            return UserError(f"{path}: cannot be opened as a picture ({error})")
+        picture = opened(path)
+        return picture if isinstance(picture, UserError) else (picture, captions)
 
 
 class CaptionedShards(IterableDataset):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from openclip_ext.data.listing import is_local
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.loading import LoadedModel, weights_sha256
+from openclip_ext.evaluation.loading import LoadedModel, tensors_sha256, weights_sha256
 
 FORMAT = 1  # to be raised when features are computed in another way
 EXAMPLE = "Two dogs, 12 cats & a café: “ünïcode”!"  # tokenizers that differ differ here
@@ -131,7 +131,7 @@ def _read(path: str, described: str) -> dict[str, Tensor]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if metadata.get("identity") != described:
         raise ValueError("of another model or data set")
-    if metadata.get("sha256") != _tensors_sha256(tensors):
+    if metadata.get("sha256") != tensors_sha256(tensors):
         raise ValueError("its tensors are not what was written")
     return tensors
 
@@ -140,19 +140,11 @@ def _write(path: str, described: str, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     partial = f"{path}.{uuid.uuid4().hex}.partial"  # several machines may share the folder
     try:
-        save_file(tensors, partial, metadata={"identity": described, "sha256": _tensors_sha256(tensors)})
+        save_file(tensors, partial, metadata={"identity": described, "sha256": tensors_sha256(tensors)})
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):
             os.remove(partial)
-
-
-def _tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _settings(module: torch.nn.Module) -> dict[str, str]:

@@ -37,6 +37,15 @@ class LabelledSet:
     note: str = ""
 
 
+def opened(path: str) -> Image.Image | RankError:
+    """The picture in a file, or what to say of one that cannot be opened."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except tar.IMAGE_ERRORS as error:
+        return RankError(f"{path}: cannot be opened as a picture ({error})")
+
+
 class LabelledFiles(Dataset):
     """(picture, class index) of image files, or the error of one that cannot be opened."""
 
@@ -48,11 +57,8 @@ class LabelledFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int] | RankError:
         path, label = self.samples[index]
-        try:
-            with Image.open(path) as picture:
-                return picture.convert("RGB"), label
-        except tar.IMAGE_ERRORS as error:
-            return RankError(f"{path}: cannot be opened as a picture ({error})")
+        picture = opened(path)
+        return picture if isinstance(picture, RankError) else (picture, label)
 
 
 class LabelledShards(IterableDataset):

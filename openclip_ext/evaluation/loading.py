@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from openclip_ext import _host
-from openclip_ext.checkpoint_files import latest_checkpoint
+from openclip_ext.checkpoint_files import last_checkpoint
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.run_files import PARAMS, read_params
@@ -200,8 +200,7 @@ def checkpoint_file(path: str, flag: str) -> str:
         return path
     if not os.path.isdir(path):
         raise UserError(f"{flag} {path}: no such file; give a checkpoint, or the folder of a run")
-    folder = os.path.join(path, "checkpoints")
-    latest = latest_checkpoint(folder, most_recent=False) or latest_checkpoint(folder, most_recent=True)
+    latest = last_checkpoint(path)
     if latest is None:
         raise UserError(f"{flag} {path}: no checkpoints/epoch_N.pt in this folder; give the folder of a run")
     return latest
@@ -238,9 +237,14 @@ def file_sha256(path: str) -> str:
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all weights, in the order of their names."""
+    """`tensors_sha256` of all weights."""
+    return tensors_sha256(model.state_dict())
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

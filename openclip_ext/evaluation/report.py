@@ -17,6 +17,7 @@ from openclip_ext.errors import UserError
 from openclip_ext.evaluation.intervals import half_width, half_width_of_difference
 from openclip_ext.evaluation.report_tables import tables
 from openclip_ext.evaluation.run_files import Row, RunFiles, is_run, read_run, shown
+from openclip_ext.folders import make_out_folder
 
 #: What is shown where `--metric` says nothing else: patterns of names, in this order.
 HEADLINES = ("*top1", "*R@1", "*acc1", "clip_val_loss")
@@ -73,10 +74,7 @@ def run_report(args: argparse.Namespace) -> dict:
             print(f"{run.name}: what openclip-ext eval found of {name} is left out: {run.last_checkpoint} came later")
     report = compare(group(runs), args.metric)
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be made a folder ({error.strerror}); give another") from error
+    make_out_folder(out)
     write_report(report, out)
     return report
 

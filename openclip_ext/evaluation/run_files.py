@@ -7,7 +7,7 @@ import math
 import re
 from pathlib import Path
 
-from openclip_ext.checkpoint_files import latest_checkpoint
+from openclip_ext.checkpoint_files import last_checkpoint
 from openclip_ext.errors import UserError
 
 Row = dict[str, float]
@@ -113,7 +113,7 @@ def read_run(path: str) -> RunFiles:
     folder = folder.resolve()
     params = read_params(folder / PARAMS)
     training = _read_rows(folder / TRAINING, "step") or _stock_training(folder / STOCK_LOG, params)
-    last = latest_checkpoint(str(folder / "checkpoints"), False) or latest_checkpoint(str(folder / "checkpoints"), True)
+    last = last_checkpoint(str(folder))
     return RunFiles(
         folder, params, training, _read_rows(folder / VALIDATION, "epoch"), _evaluations(folder),
         last and Path(last).name,

@@ -17,7 +17,7 @@ from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.learning_rates import describe, scale_learning_rates, scaled
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.lora import Adapters
-from openclip_ext.training.pair_model import feature_widths, pair_model
+from openclip_ext.training.pair_model import feature_widths, freeze_unused_bias, pair_model
 from openclip_ext.training.views import SymmetricObjective, ViewsModel
 
 
@@ -69,8 +69,7 @@ def build_trainer(
 
 def _to_train(args, accelerator: Accelerator, plan, model, checkpoint) -> tuple[torch.nn.Module, Adapters | None]:
     """The model with the checkpoint's weights, and its adapters if it has some; neither copied nor sharded yet."""
-    if "logit_bias" not in plan.needs and getattr(model, "logit_bias", None) is not None:
-        model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
+    freeze_unused_bias(model, plan.needs)
     if args.use_bn_sync and accelerator.num_processes > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.pairs == "views":

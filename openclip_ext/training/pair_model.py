@@ -98,6 +98,12 @@ def feature_widths(model: nn.Module, dtype: torch.dtype | None) -> dict[str, int
     return {"embed": embed} | {name: embed if value is None else value.shape[1] for name, value in trunks.items()}
 
 
+def freeze_unused_bias(model: nn.Module, needs: frozenset[str]) -> None:
+    """Take the logit bias of a model that has one out of training where the loss does not use it."""
+    if "logit_bias" not in needs and getattr(model, "logit_bias", None) is not None:
+        model.logit_bias.requires_grad_(False)  # DDP would wait for its gradient
+
+
 def pair_model(model: nn.Module, needs: frozenset[str]) -> nn.Module:
     """The model itself where neither second views nor trunk features are needed, else a `PairModel`."""
     if not needs & {"image_aug", "text_aug", "trunk_features"}:
