@@ -13,7 +13,7 @@ from openclip_ext.errors import UserError
 from openclip_ext.options import NoOptions
 
 if TYPE_CHECKING:
-    from openclip_ext.hosting import Hosting
+    from openclip_ext.stock_loop.hosting import Hosting
 
 LOSSES = "open_clip.losses"
 TERMS = "open_clip.loss_terms"
@@ -80,7 +80,7 @@ class LossSpec:
         Raises:
             UserError: unknown name or option, a value that is not accepted, or flags that do not go together.
         """
-        from openclip_ext.hosting import Hosting
+        from openclip_ext.stock_loop.hosting import Hosting
 
         return Hosting(args)
 

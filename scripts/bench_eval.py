@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from openclip_ext import _host
+from openclip_ext import upstream
 from openclip_ext.data import digits
 from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.loading import choose_device
-from openclip_ext.evaluation.retrieval import retrieval_metrics
-from openclip_ext.evaluation.zero_shot import zero_shot_counts
+from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
+from openclip_ext.evaluation.metrics.zero_shot import zero_shot_counts
 
 
 def least_seconds(function: Callable[[], object], repeats: int, device: str) -> float:
@@ -49,7 +49,7 @@ def bench_zero_shot(args: argparse.Namespace) -> dict:
     model, _, transform = open_clip.create_model_and_transforms(args.model, precision=args.precision, device=device)
     encoder = Encoder(
         model=model.eval(), tokenizer=open_clip.get_tokenizer(args.model), transform=transform, device=device,
-        autocast=_host.autocast(args.precision, device), dtype=_host.input_dtype(args.precision),
+        autocast=upstream.autocast(args.precision, device), dtype=upstream.input_dtype(args.precision),
     )  # fmt: skip
     rows = digits.digit_splits()["train"][: args.batches * args.batch_size]
     images = torch.stack([transform(Image.open(io.BytesIO(image))) for image, _, _ in rows]).split(args.batch_size)

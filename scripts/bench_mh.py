@@ -20,7 +20,7 @@ from open_clip.loss import ClipLoss
 from torch.nn.functional import normalize
 
 from openclip_ext import create_loss
-from openclip_ext.ops.metropolis import metropolis_hastings
+from openclip_ext.losses.emc2.kernels import metropolis_hastings
 
 
 def column_loop(scores, burn_in):

@@ -19,8 +19,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from openclip_ext import create_loss
-from openclip_ext.evaluation.intervals import half_width
-from openclip_ext.evaluation.retrieval import retrieval_metrics
+from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
+from openclip_ext.report.intervals import half_width
 
 VALIDATION = 1000
 RECALLS = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]

@@ -1,4 +1,6 @@
-"""Write a patch of OpenCLIP, as `openclip_ext.patch_files` reads it, to stdout: from an original and a changed tree.
+"""Write a patch of OpenCLIP to stdout, from an original and a changed tree.
+
+Its form is what `openclip_ext.stock_loop.patch_files` reads.
 
     python scripts/make_patch.py 3.3.0 ORIGINAL CHANGED > patches/open_clip_torch-3.3.0.patch
 
@@ -11,7 +13,7 @@ import difflib
 import sys
 from pathlib import Path
 
-from openclip_ext.patch_files import NONE, digest
+from openclip_ext.stock_loop.patch_files import NONE, digest
 
 HEADER = """\
 OpenCLIP's training loop with losses of other packages: --loss, --loss-arg and --loss-term.

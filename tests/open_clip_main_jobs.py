@@ -108,7 +108,7 @@ def main(model_config, jobs, results):
     torch.amp.GradScaler.get_scale = counted(torch.amp.GradScaler.get_scale, reads)
     classes = [CLIPTask]
     with contextlib.suppress(ImportError):  # a checkout without the patch has no use for it
-        from openclip_ext._host.v4_task import LossTask
+        from openclip_ext.stock_loop.task_v4 import LossTask
 
         classes.append(LossTask)
     for task in classes:

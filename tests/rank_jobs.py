@@ -31,11 +31,11 @@ def sharded_model(rank, num_ranks, model_config):
     from torch.distributed.fsdp import FSDPModule
 
     import sharded_on_cpu  # noqa: F401
-    from openclip_ext import _host
+    from openclip_ext import upstream
     from openclip_ext.training import sharding
 
     torch.manual_seed(0)
-    model = open_clip.create_model(_host.register_model_config(model_config), output_dict=True).eval()
+    model = open_clip.create_model(upstream.register_model_config(model_config), output_dict=True).eval()
     text = torch.arange(24).view(2, 12)
 
     @torch.no_grad()
@@ -92,18 +92,18 @@ def evaluated(rank, num_ranks, model_config, source, batch_size, pictures):
 
     import open_clip
 
-    from openclip_ext import _host
+    from openclip_ext import upstream
     from openclip_ext.data.listing import list_shards
     from openclip_ext.data.pipeline import eval_loader
     from openclip_ext.data.streams import StreamConfig
     from openclip_ext.data.table import csv_table
-    from openclip_ext.evaluation.class_folders import probe_data
+    from openclip_ext.evaluation.datasets.labelled import LabelledBatches, LabelledFiles, class_folders
+    from openclip_ext.evaluation.datasets.probe_sets import probe_data
     from openclip_ext.evaluation.during_training import Evaluator
-    from openclip_ext.evaluation.labelled import LabelledBatches, LabelledFiles, class_folders
     from openclip_ext.evaluation.ranks import Ranks
 
     torch.manual_seed(0)
-    name = _host.register_model_config(model_config)
+    name = upstream.register_model_config(model_config)
     model, _, transform = open_clip.create_model_and_transforms(name, output_dict=True)
     tokenizer, ranks = open_clip.get_tokenizer(name), Ranks(rank, num_ranks)
     table = csv_table(source, "filepath", "title", ",") if source.endswith(".csv") else list_shards(source)
@@ -125,7 +125,7 @@ def evaluated(rank, num_ranks, model_config, source, batch_size, pictures):
         progress=False,
     )
     names = [f"the number {number}" for number in range(23)], ["a {}", "many {}s"]
-    with mock.patch.object(_host, "imagenet_names", lambda: names):
+    with mock.patch.object(upstream, "imagenet_names", lambda: names):
         return evaluator.evaluate(model, 1, True), sorted(evaluator.skipped)
 
 

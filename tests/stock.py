@@ -8,10 +8,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from openclip_ext import patching
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pipeline import train_loader
 from openclip_ext.data.streams import StreamConfig
+from openclip_ext.stock_loop import patching
 
 INSTALLED = Path(find_spec("open_clip_train").origin).parent
 

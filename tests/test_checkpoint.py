@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from openclip_ext import UserError
-from openclip_ext.checkpoint_files import latest_checkpoint
+from openclip_ext.files import latest_checkpoint
 from openclip_ext.training.checkpoint import load_checkpoint, save_checkpoint
 
 

@@ -87,7 +87,7 @@ def test_the_bias_is_below_a_quarter_of_openclips_and_dropping_stored_states_abo
     assert scale_bias(emc2(**options), features, full) < openclip / 4
 
     # As published: the positive's part stays, the stored negative's is dropped.
-    from openclip_ext.ops.chain import Chain
+    from openclip_ext.losses.emc2.chain import Chain
 
     complete = Chain.__init__
 

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from openclip_ext import _host
+from openclip_ext import upstream
 from openclip_ext.cli import main
 from openclip_ext.data import digits
-from openclip_ext.evaluation.imagenet import wnids
+from openclip_ext.evaluation.datasets.imagenet import wnids
 from openclip_ext.evaluation.loading import load_model, weights_sha256
 from openclip_ext.evaluation.tasks import add_task_arguments, run_tasks, tasks_from
 
@@ -229,8 +229,8 @@ def test_imagenet_equals_openclips_own_evaluation(evaluate, digit_run, imagenet,
 def test_sets_with_the_same_classes_share_a_classifier(evaluate, digit_run, digit_folders, tmp_path, monkeypatch):
     """And another model makes its own."""
     made = []
-    make = _host.zero_shot_weights
-    monkeypatch.setattr(_host, "zero_shot_weights", lambda *args, **flags: made.append(1) or make(*args, **flags))
+    make = upstream.zero_shot_weights
+    monkeypatch.setattr(upstream, "zero_shot_weights", lambda *args, **flags: made.append(1) or make(*args, **flags))
     shutil.copytree(digit_folders, tmp_path / "again")
     _, report = evaluate("--zero-shot", digit_folders, "--zero-shot", tmp_path / "again")
     first, second = report["tasks"].values()

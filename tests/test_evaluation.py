@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from openclip_ext import UserError
+from openclip_ext.evaluation.datasets.imagenet import imagenet_folder, wnids
+from openclip_ext.evaluation.datasets.labelled import LabelledBatches
 from openclip_ext.evaluation.encoder import Encoder
-from openclip_ext.evaluation.imagenet import imagenet_folder, wnids
-from openclip_ext.evaluation.labelled import LabelledBatches
-from openclip_ext.evaluation.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
+from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
 
 
 @pytest.fixture

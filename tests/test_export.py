@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from skimage import data
 
 from openclip_ext.cli import main
-from openclip_ext.model_card import training_command
+from openclip_ext.commands.export.model_card import training_command
 from openclip_ext.training.flags import parse_args
 
 FORCED = ("--force-quick-gelu", "--force-custom-text", "--force-image-size", 48, "--force-context-length", 9,

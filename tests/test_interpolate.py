@@ -10,9 +10,9 @@ from PIL import Image
 
 from openclip_ext import UserError
 from openclip_ext.cli import main
+from openclip_ext.commands.interpolate.mixing import interpolate, parse_alphas, require_same_architecture
 from openclip_ext.data import digits
-from openclip_ext.evaluation.imagenet import wnids
-from openclip_ext.evaluation.interpolation import interpolate, parse_alphas, require_same_architecture
+from openclip_ext.evaluation.datasets.imagenet import wnids
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 
-from openclip_ext import UserError, _host
+from openclip_ext import UserError, upstream
 from openclip_ext.cli import main
 from openclip_ext.training.flags import parse_args
 from openclip_ext.training.learning_rates import scale_learning_rates, scaled
@@ -16,7 +16,7 @@ from test_views import TOWERS, tower_model
 def depths(model, tower):
     """A parameter's name to the number of its layer."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    layers = _host.tower_layers(model, tower)
+    layers = upstream.tower_layers(model, tower)
     return {names[id(parameter)]: depth for depth, layer in enumerate(layers) for parameter in layer}, len(layers)
 
 
@@ -24,10 +24,10 @@ def depths(model, tower):
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_every_parameter_of_a_tower_has_one_layer_and_the_input_is_the_first(name, tower):
     model = tower_model(name)
-    listed = [parameter for layer in _host.tower_layers(model, tower) for parameter in layer]
+    listed = [parameter for layer in upstream.tower_layers(model, tower) for parameter in layer]
     assert len({id(p) for p in listed}) == len(listed)
-    assert {id(p) for p in listed} == {id(p) for p in _host.tower_parameters(model)[tower]}
-    towers = _host.tower_parameters(model)
+    assert {id(p) for p in listed} == {id(p) for p in upstream.tower_parameters(model)[tower]}
+    towers = upstream.tower_parameters(model)
     rest = {id(p) for p in model.parameters()} - {id(p) for p in towers["image"] + towers["text"]}
     assert rest == {id(model.logit_scale)}
     depth, count = depths(model, tower)
@@ -77,8 +77,8 @@ def test_a_tower_whose_order_is_not_known_is_refused_for_decay_only():
     model = tower_model("vit")
     model.visual = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match="the layers of Linear are not known"):
-        _host.tower_layers(model, "image")
-    assert len(_host.tower_parameters(model)["image"]) == 2
+        upstream.tower_layers(model, "image")
+    assert len(upstream.tower_parameters(model)["image"]) == 2
 
 
 @pytest.mark.parametrize("opt", ["adamw", "timm/lamb", "timm/lookahead_adamw"])
@@ -87,10 +87,10 @@ def test_rates_are_the_schedules_times_tower_and_depth(train_flags, deep, opt):
     args = parse_args(train_flags(*flags, *deep, "--epochs", 2)[1:])
     open_clip.add_model_config(deep[-1])
     model = open_clip.create_model("deep-test")
-    optimizer = _host.create_optimizer(args, model)
+    optimizer = upstream.create_optimizer(args, model)
     plain = [(p, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
     scale_learning_rates(args, model, optimizer)
-    schedule = scaled(_host.create_schedule(args, optimizer, steps_per_epoch=10), optimizer)
+    schedule = scaled(upstream.create_schedule(args, optimizer, steps_per_epoch=10), optimizer)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decays) == len(plain) and all(decays[id(p)] == decay for p, decay in plain)
     for step in (0, 7, 7, 19):

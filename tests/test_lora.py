@@ -7,10 +7,10 @@ import open_clip
 import pytest
 import torch
 
-from openclip_ext import UserError, _host
-from openclip_ext._host.v3_attention import LinearAttention
+from openclip_ext import UserError, upstream
 from openclip_ext.cli import main
 from openclip_ext.training.lora import Adapters, parse_lora
+from openclip_ext.upstream.attention_v3 import LinearAttention
 from test_views import TOWERS, inputs, tower_model
 
 pytest.importorskip("peft")
@@ -108,7 +108,7 @@ def test_a_text_tower_of_hugging_faces_is_adapted():
     )
     model = tower_model("text-last-token")
     model.text = HFTextEncoder("", 8, config=bert, proj_type="linear", pooler_type="mean_pooler")
-    names = {name.rpartition(".")[2] for name in _host.adaptable_layers(model) if name.startswith("text.")}
+    names = {name.rpartition(".")[2] for name in upstream.adaptable_layers(model) if name.startswith("text.")}
     assert names == {"query", "key", "value", "dense"}
 
 

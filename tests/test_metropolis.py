@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from openclip_ext.ops.metropolis import metropolis_hastings, resampled
+from openclip_ext.losses.emc2.kernels import metropolis_hastings, resampled
 
 
 def slow_chain(scores, start, proposals, noise, burn_in):

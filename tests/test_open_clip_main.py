@@ -13,12 +13,12 @@ import sys
 import pytest
 import torch
 
-from openclip_ext import patching
 from openclip_ext.cli import main
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
 from openclip_ext.data.pipeline import train_loader
 from openclip_ext.data.streams import StreamConfig
+from openclip_ext.stock_loop import patching
 
 CHECKOUT = os.environ.get("OPEN_CLIP_MAIN")
 HERE = pathlib.Path(__file__).parent

@@ -16,9 +16,9 @@ from openclip_ext.cli import main
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.losses.objective import total_loss
 from openclip_ext.training.flags import parse_args
+from openclip_ext.training.image_only import MomentumEncoder, SymmetricObjective, ViewsModel
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.run import train
-from openclip_ext.training.views import MomentumEncoder, SymmetricObjective, ViewsModel
 from test_launch import launch
 from test_probes import class_folders
 from test_views import tower_model

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import stock
-from openclip_ext import patching
 from openclip_ext.cli import main
-from openclip_ext.patch_files import NONE, parse_patch, patches
+from openclip_ext.stock_loop import patching
+from openclip_ext.stock_loop.patch_files import NONE, parse_patch, patches
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from openclip_ext.cli import main
-from openclip_ext.evaluation.intervals import half_width
-from openclip_ext.evaluation.probes import class_scores, few_shot_accuracies, knn_predictions, linear_probe
+from openclip_ext.evaluation.metrics.probes import class_scores, few_shot_accuracies, knn_predictions, linear_probe
+from openclip_ext.report.intervals import half_width
 from test_probes import class_folders
 
 

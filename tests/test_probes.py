@@ -13,8 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data import digits
-from openclip_ext.evaluation.class_folders import encoded, probe_data
-from openclip_ext.evaluation.probes import (
+from openclip_ext.evaluation.datasets.probe_sets import encoded, probe_data
+from openclip_ext.evaluation.metrics.probes import (
     class_scores,
     few_shot_accuracies,
     held_out_tenth,

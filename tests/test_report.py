@@ -10,9 +10,9 @@ from PIL import Image
 from scipy import stats
 
 from openclip_ext.cli import main
-from openclip_ext.evaluation.intervals import half_width, half_width_of_difference
-from openclip_ext.evaluation.report import compare, group
-from openclip_ext.evaluation.run_files import read_run
+from openclip_ext.report.compare import compare, group
+from openclip_ext.report.intervals import half_width, half_width_of_difference
+from openclip_ext.report.run_files import read_run
 
 STOCK_LOG = """\
 2026-01-01,00:00:00 | INFO | Start epoch 0

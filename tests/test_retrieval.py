@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
-from openclip_ext.evaluation.retrieval import retrieval_metrics
+from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
 
 WAYS = ("image_to_text", "text_to_image")
 

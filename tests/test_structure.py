@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 import oracles
 from openclip_ext.cli import main
+from openclip_ext.commands.structure.picture import draw_structure
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
 from openclip_ext.data.tar import Skips, decode_image, read_shard
-from openclip_ext.evaluation.structure import Structure, structure_metrics
-from openclip_ext.evaluation.structure_picture import draw_structure
+from openclip_ext.evaluation.metrics.structure import Structure, structure_metrics
 
 SHARED_KEYS = {
     "modality_gap", "alignment", "uniformity_image", "uniformity_text", "consistency_error_across",

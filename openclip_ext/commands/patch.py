@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openclip_ext import patching
-    from openclip_ext.patch_files import patches
+    from openclip_ext.stock_loop import patching
+    from openclip_ext.stock_loop.patch_files import patches
 
     target = patching.find_target(args.target)
     if args.action == "status":

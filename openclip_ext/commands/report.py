@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openclip_ext.evaluation.report import run_report
+    from openclip_ext.report.compare import run_report
 
     run_report(args)
     return 0

@@ -9,14 +9,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from openclip_ext import _host
+from openclip_ext import upstream
 from openclip_ext.errors import RankError
-from openclip_ext.evaluation.class_folders import ProbeData, encoded_batches, in_turn
+from openclip_ext.evaluation.datasets.probe_sets import ProbeData, encoded_batches, in_turn
 from openclip_ext.evaluation.encoder import Encoder
-from openclip_ext.evaluation.probes import knn_accuracy, linear_probe_accuracy
+from openclip_ext.evaluation.metrics.probes import knn_accuracy, linear_probe_accuracy
+from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
+from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
 from openclip_ext.evaluation.ranks import ALONE, Ranks
-from openclip_ext.evaluation.retrieval import retrieval_metrics
-from openclip_ext.evaluation.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
 
 
 @dataclasses.dataclass
@@ -82,7 +82,7 @@ class Evaluator:
         """`…-top1` and `…-top5` of each set."""
         encoder = Encoder(model=model, tokenizer=self.tokenizer, transform=None, device=self.device,
                           autocast=self.autocast, dtype=self.dtype)  # fmt: skip
-        names, templates = _host.imagenet_names()
+        names, templates = upstream.imagenet_names()
         classifier = zero_shot_classifier(encoder, names, templates, ranks=self.ranks, progress=self.progress)
         metrics = {}
         for prefix, batches in self.imagenet.items():

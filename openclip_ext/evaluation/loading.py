@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openclip_ext import _host
-from openclip_ext.checkpoint_files import last_checkpoint
+from openclip_ext import upstream
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.encoder import Encoder
-from openclip_ext.evaluation.run_files import PARAMS, read_params
-from openclip_ext.tensor_files import load_tensors
+from openclip_ext.files import last_checkpoint, load_tensors
+from openclip_ext.report.run_files import PARAMS, read_params
 
 #: What a name that ends so must be.
 FILE_EXTENSIONS = (".pt", ".pth", ".bin", ".safetensors")
@@ -92,8 +91,8 @@ def load_model(
         tokenizer=tokenizer,
         transform=transform,
         device=place,
-        autocast=_host.autocast(precision, place),
-        dtype=_host.input_dtype(precision),
+        autocast=upstream.autocast(precision, place),
+        dtype=upstream.input_dtype(precision),
         name=origin.name,
         source=source or origin.name,
         path=origin.path,
@@ -106,8 +105,8 @@ def load_model(
 
 def _create(origin: "_Origin", weights: dict, device: torch.device, precision: str, cache_dir: str | None, flag: str):
     """(model, evaluation transform, tokenizer). `weights`: what the file of `origin` holds, empty without a file."""
-    flags = _host.build_parser().parse_args([])
-    brought = origin.name.startswith(_host.SCHEMES)
+    flags = upstream.build_parser().parse_args([])
+    brought = origin.name.startswith(upstream.SCHEMES)
     vars(flags).update(
         origin.run_flags,
         model=origin.name,
@@ -119,9 +118,9 @@ def _create(origin: "_Origin", weights: dict, device: torch.device, precision: s
     bias = any(str(key).endswith("logit_bias") for key in weights)
     try:
         with _quiet():
-            model, _, transform, tokenizer = _host.create_model(flags, device, logit_bias=bias, require_weights=True)
+            model, _, transform, tokenizer = upstream.create_model(flags, device, logit_bias=bias, require_weights=True)
         if weights and origin.pretrained and brought:  # it took those that the name brings
-            _host.load_model_weights(model, weights, origin.pretrained, origin.name)
+            upstream.load_model_weights(model, weights, origin.pretrained, origin.name)
     except UserError as error:  # it knows the weights by flags of training
         raise UserError(str(error).replace("--pretrained", flag).replace("--resume", flag)) from error
     return model, transform, tokenizer
@@ -156,14 +155,14 @@ class _Origin:
 
 
 def _origin(source: str | None, name: str | None, model_config: str | None, run: str | None, flag: str) -> _Origin:
-    if source and source.startswith(_host.SCHEMES):
+    if source and source.startswith(upstream.SCHEMES):
         if name not in (None, source):
             raise UserError(f"{flag} {source} --model {name}: {source} brings its own architecture; drop --model")
         source, name = None, source
     if source is None:
-        if name is None or not name.startswith(_host.SCHEMES):
+        if name is None or not name.startswith(upstream.SCHEMES):
             raise UserError(f"{flag}: give the weights: a file, a run's folder, or one of OpenCLIP's tags")
-        return _Origin(name, None, _host.local_weights(name), {})
+        return _Origin(name, None, upstream.local_weights(name), {})
     is_file = os.path.exists(source) or source.endswith(FILE_EXTENSIONS) or os.sep in source
     path = checkpoint_file(source, flag) if is_file else None
     run = run or (os.path.dirname(os.path.dirname(os.path.abspath(path))) if path else None)
@@ -174,7 +173,7 @@ def _origin(source: str | None, name: str | None, model_config: str | None, run:
     if name is None:
         raise UserError(f"{flag} {source}: give the architecture with --model, such as --model ViT-B-32")
     if config := model_config or flags.get("model_config"):
-        _host.register_model_config(config)
+        upstream.register_model_config(config)
     return _Origin(name, path or source, path, {key: flags[key] for key in RUN_FLAGS if key in flags})
 
 

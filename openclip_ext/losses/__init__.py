@@ -5,9 +5,9 @@ from typing import Any
 
 from openclip_ext.errors import UserError
 from openclip_ext.losses.objective import Objective
+from openclip_ext.losses.weights import Weight, parse_weight
 from openclip_ext.options import build_options
 from openclip_ext.registry import TERMS, get_spec
-from openclip_ext.weights import Weight, parse_weight
 
 
 def create_loss(

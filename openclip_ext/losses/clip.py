@@ -1,8 +1,8 @@
 """OpenCLIP's own loss, as it is."""
 
-from openclip_ext._host import clip_loss
 from openclip_ext.losses.wrapped import WrappedLoss
 from openclip_ext.registry import LossSpec
+from openclip_ext.upstream import clip_loss
 
 
 def build(options, *, num_samples: int, rank: int, world_size: int) -> WrappedLoss:

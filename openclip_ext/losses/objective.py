@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from openclip_ext.weights import Weight
+from openclip_ext.losses.weights import Weight
 
 
 class Objective(nn.Module):

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from openclip_ext._host import distill_loss
 from openclip_ext.ops.gather import with_global_value
 from openclip_ext.ops.precision import promoted
 from openclip_ext.registry import LossSpec
+from openclip_ext.upstream import distill_loss
 
 
 class DistillTerm(nn.Module):

@@ -7,22 +7,23 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from openclip_ext import _host
+from openclip_ext import upstream
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.pipeline import TrainLoader, train_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
-from openclip_ext.training import setup, sharding
+from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.data import TrainingData, row_format
+from openclip_ext.training.image_only import SymmetricObjective, ViewsModel
 from openclip_ext.training.learning_rates import describe, scale_learning_rates, scaled
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.lora import Adapters
 from openclip_ext.training.pair_model import feature_widths, freeze_unused_bias, pair_model
-from openclip_ext.training.views import SymmetricObjective, ViewsModel
 
 
 def build_trainer(
-    args, accelerator: Accelerator, plan, data: setup.TrainingData, model, transform, tokenizer, checkpoint
+    args, accelerator: Accelerator, plan, data: TrainingData, model, transform, tokenizer, checkpoint
 ) -> tuple[Trainer, list[str]]:
     """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
     model, adapters = _to_train(args, accelerator, plan, model, checkpoint)
@@ -32,7 +33,7 @@ def build_trainer(
     seed_all(args.seed + accelerator.process_index)
     loader = _loader(args, accelerator, plan, data, transform, tokenizer)
     steps_per_epoch = loader.num_batches // args.accum_freq
-    optimizer = _host.create_optimizer(args, model)
+    optimizer = upstream.create_optimizer(args, model)
     scale_learning_rates(args, model, optimizer)
     prepared_model, prepared_optimizer = sharding.prepare(accelerator, paired, optimizer, list(loss.parameters()))
     remarks = [
@@ -54,12 +55,12 @@ def build_trainer(
         optimizer=prepared_optimizer,
         schedule=_schedule(args, optimizer, steps_per_epoch),
         loader=loader,
-        input_dtype=_host.input_dtype(args.precision),
+        input_dtype=upstream.input_dtype(args.precision),
         accum_freq=args.accum_freq,
         grad_clip_norm=args.grad_clip_norm,
         total_steps=steps_per_epoch * args.epochs,
         seed=args.seed,
-        teacher=_host.create_teacher(args, accelerator.device) if args.distill_model else None,
+        teacher=upstream.create_teacher(args, accelerator.device) if args.distill_model else None,
         hash_ids=HashIds(data.num_ids) if data.sample_id == "hash" else None,
         keys=keys,
         average=average,
@@ -73,7 +74,7 @@ def _to_train(args, accelerator: Accelerator, plan, model, checkpoint) -> tuple[
     if args.use_bn_sync and accelerator.num_processes > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.pairs == "views":
-        _host.freeze_text(model)  # so that it gets no adapters
+        upstream.freeze_text(model)  # so that it gets no adapters
     if checkpoint:
         checkpoint.restore_model(model, args.model)
     adapters = Adapters(model, args.lora_options) if args.lora_options else None
@@ -85,11 +86,11 @@ def _to_train(args, accelerator: Accelerator, plan, model, checkpoint) -> tuple[
 def _schedule(args, optimizer, steps_per_epoch: int) -> Callable[[int], float] | None:
     if args.skip_scheduler:
         return None
-    schedule = _host.create_schedule(args, optimizer, steps_per_epoch)
+    schedule = upstream.create_schedule(args, optimizer, steps_per_epoch)
     return scaled(schedule, optimizer) if describe(optimizer) else schedule
 
 
-def _objective(args, accelerator: Accelerator, plan, data: setup.TrainingData, paired):
+def _objective(args, accelerator: Accelerator, plan, data: TrainingData, paired):
     """The loss on the device, with room for the data's ids and for the widths of the model `paired`."""
 
     def build():
@@ -97,7 +98,7 @@ def _objective(args, accelerator: Accelerator, plan, data: setup.TrainingData, p
 
     loss, widths = build(), None
     if args.momentum_encoder is not None or loss.wants_widths:
-        widths = feature_widths(paired, _host.input_dtype(args.precision))
+        widths = feature_widths(paired, upstream.input_dtype(args.precision))
     if args.momentum_encoder is not None:
         loss = SymmetricObjective(loss, build(), widths["embed"])
     if data.num_ids != data.size:
@@ -108,7 +109,7 @@ def _objective(args, accelerator: Accelerator, plan, data: setup.TrainingData, p
     return loss.to(accelerator.device)
 
 
-def _loader(args, accelerator: Accelerator, plan, data: setup.TrainingData, transform, tokenizer) -> TrainLoader:
+def _loader(args, accelerator: Accelerator, plan, data: TrainingData, transform, tokenizer) -> TrainLoader:
     """Batches of this rank. Raises UserError: an epoch has fewer than an optimizer step takes."""
     config = StreamConfig(
         source=data.source,
@@ -118,7 +119,7 @@ def _loader(args, accelerator: Accelerator, plan, data: setup.TrainingData, tran
         seed=args.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        **setup.row_format(args, plan, transform, tokenizer),
+        **row_format(args, plan, transform, tokenizer),
     )
     pin_memory = accelerator.device.type == "cuda"
     loader = train_loader(config, num_samples=data.num_samples, workers=args.workers, pin_memory=pin_memory)

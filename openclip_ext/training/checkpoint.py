@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from openclip_ext import _host
+from openclip_ext import upstream
 from openclip_ext.errors import UserError
-from openclip_ext.tensor_files import load_tensors
+from openclip_ext.files import load_tensors
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.lora import Adapters
@@ -65,7 +65,7 @@ def _weights(model, average: WeightAverage | None, adapters: Adapters | None, di
     def states(prefixed: bool) -> tuple[dict, dict]:
         state = model.state_dict() if adapters is None else adapters.merged_state_dict()
         own = {} if adapters is None else adapters.state_dict()
-        return sharding.whole(_host.checkpoint_from_state(state, prefixed), keep), sharding.whole(own, keep)
+        return sharding.whole(upstream.checkpoint_from_state(state, prefixed), keep), sharding.whole(own, keep)
 
     weights = {}
     weights["state_dict"], own = states(distributed)
@@ -95,7 +95,7 @@ class Checkpoint:
 
     def restore_model(self, model, model_name: str) -> None:
         """Load the weights into a model that is not sharded. Raises UserError: they are another architecture's."""
-        _host.load_model_weights(model, self.content.get("state_dict", self.content), self.path, model_name)
+        upstream.load_model_weights(model, self.content.get("state_dict", self.content), self.path, model_name)
 
     def restore_adapters(self, adapters: Adapters | None) -> None:
         """Load what `--lora` trained, after `restore_model`. Raises UserError: the run and the file differ in it."""

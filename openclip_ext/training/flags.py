@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from openclip_ext import _host
+from openclip_ext import upstream
 from openclip_ext.errors import UserError
 from openclip_ext.options import parse_assignments, parse_terms
 from openclip_ext.training.lora import parse_lora
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="openclip-ext train",
-        parents=[_host.build_parser()],
+        parents=[upstream.build_parser()],
         conflict_handler="resolve",
         allow_abbrev=False,
         description="Train or fine-tune a CLIP model with any registered loss. OpenCLIP's flags, then ours.",
@@ -158,7 +158,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name, remedy in REFUSED.items():
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: {remedy}")
-    if (args.pretrained or "").startswith(_host.SCHEMES) and not _given("--model", argv):
+    if (args.pretrained or "").startswith(upstream.SCHEMES) and not _given("--model", argv):
         args.model, args.pretrained = args.pretrained, ""
     elif args.model_config and not _given("--model", argv):
         args.model = os.path.splitext(os.path.basename(args.model_config))[0]
@@ -188,7 +188,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     known = {"", "all", "tensorboard", "wandb"}
     if not set(args.report_to.replace(" ", "").split(",")) <= known:
         raise UserError(f"--report-to {args.report_to}: use tensorboard, wandb, or both joined by a comma")
-    _host.fill_optimizer_defaults(args)
+    upstream.fill_optimizer_defaults(args)
     if args.lr is None:
         raise UserError("--lr: give a learning rate with a timm optimizer")
     _require_tuning_makes_sense(args)

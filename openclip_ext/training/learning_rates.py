@@ -16,7 +16,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.optim import Optimizer
 
-from openclip_ext import _host
+from openclip_ext import upstream
 
 TOWERS = ("image", "text")
 
@@ -54,8 +54,8 @@ def _tower_scales(args: argparse.Namespace, model: nn.Module, tower: str) -> lis
         return []
     base = 1.0 if rate is None else rate / args.lr
     if decay is None:
-        return [(base, _host.tower_parameters(model)[tower])]
-    layers = _host.tower_layers(model, tower)
+        return [(base, upstream.tower_parameters(model)[tower])]
+    layers = upstream.tower_layers(model, tower)
     return [(base * decay ** (len(layers) - 1 - depth), layer) for depth, layer in enumerate(layers)]
 
 

@@ -20,9 +20,9 @@ from openclip_ext.errors import RankError, UserError
 from openclip_ext.losses.objective import total_loss
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.image_only import MomentumEncoder
 from openclip_ext.training.log import EpochLog
 from openclip_ext.training.lora import Adapters
-from openclip_ext.training.views import MomentumEncoder
 
 MAX_SKIPPED_STEPS = 100
 

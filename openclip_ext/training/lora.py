@@ -13,7 +13,7 @@ import dataclasses
 import importlib.util
 from typing import TYPE_CHECKING
 
-from openclip_ext import _host
+from openclip_ext import upstream
 from openclip_ext.errors import UserError
 from openclip_ext.options import build_options, option, parse_assignments
 
@@ -67,7 +67,7 @@ class Adapters:
         self.model, self.options = model, options
         scale = [p for p in (model.logit_scale, getattr(model, "logit_bias", None)) if p is not None]
         scale = [parameter for parameter in scale if parameter.requires_grad]
-        names = _chosen(_host.adaptable_layers(model), options.targets)
+        names = _chosen(upstream.adaptable_layers(model), options.targets)
         config = LoraConfig(
             r=options.r,
             lora_alpha=options.alpha,
@@ -84,13 +84,13 @@ class Adapters:
         import torch
 
         state = {
-            _host.plain_name(name.replace(".base_layer.", ".")): value
+            upstream.plain_name(name.replace(".base_layer.", ".")): value
             for name, value in self.model.state_dict().items()
             if ".lora_" not in name
         }
         with torch.no_grad():
             for name, layer in self._layers.items():
-                key = _host.plain_name(f"{name}.weight")
+                key = upstream.plain_name(f"{name}.weight")
                 state[key] = state[key] + layer.get_delta_weight(_ADAPTER)
         return state
 

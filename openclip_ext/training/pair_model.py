@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from openclip_ext import _host
+from openclip_ext import upstream
 
 
 class Wrapper(nn.Module):
@@ -39,7 +39,7 @@ class PairModel(Wrapper):
         super().__init__(model)
         self.trunk_features = trunk_features
         # Not as attributes of modules: their parts belong to the model already.
-        self._trunks = _host.find_trunks(model) if trunk_features else None
+        self._trunks = upstream.find_trunks(model) if trunk_features else None
         self.projected = [name for name in ("image", "text") if trunk_features and name not in self._trunks]
 
     def forward(
@@ -63,15 +63,16 @@ def run_on_views(
 
     Args:
         model: of images and texts; OpenCLIP's, or a wrapper that runs it.
-        trunks: of the model, by `_host.find_trunks`: their pooled outputs are returned as `<modality>_trunk_features`,
-            and projected features stand in for those of a tower that is not among them. None: none wanted.
+        trunks: of the model, by `upstream.find_trunks`: their pooled outputs are returned as
+            `<modality>_trunk_features`, and projected features stand in for those of a tower that is not among them.
+            None: none wanted.
         image, text: first views.
         image_aug, text_aug: second views, as many; None: none wanted.
     """
     inputs = {"image": image, "text": text}
     second = {name: x for name, x in (("image", image_aug), ("text", text_aug)) if x is not None}
     inputs |= {name: torch.cat([inputs[name], x]) for name, x in second.items()}
-    with _host.watched(trunks or {}) as seen:
+    with upstream.watched(trunks or {}) as seen:
         out = dict(model(inputs["image"], inputs["text"]))
     for name in inputs if trunks is not None else ():
         features = trunks[name].pool(seen[name], inputs[name]) if name in trunks else out[f"{name}_features"]
@@ -89,7 +90,7 @@ def feature_widths(model: nn.Module, dtype: torch.dtype | None) -> dict[str, int
     was_training = model.training
     model.eval()
     try:
-        image, text = _host.example_inputs(getattr(model, "model", model), dtype)
+        image, text = upstream.example_inputs(getattr(model, "model", model), dtype)
         embed = model.encode_image(image).shape[1]
         out = model(image, text) if getattr(model, "trunk_features", False) else {}
     finally:

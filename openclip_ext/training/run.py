@@ -8,18 +8,22 @@ from importlib.metadata import version
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from openclip_ext import _host
-from openclip_ext.checkpoint_files import LATEST, latest_checkpoint
+from openclip_ext import upstream
 from openclip_ext.data.listing import ShardListing
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.during_training import Evaluator
-from openclip_ext.training import setup
+from openclip_ext.files import LATEST, latest_checkpoint
+from openclip_ext.training.accelerator import make_accelerator
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.build import build_trainer, seed_all
 from openclip_ext.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from openclip_ext.training.data import TrainingData, require_sizes, training_data
+from openclip_ext.training.evaluator import make_evaluator
+from openclip_ext.training.folder import run_folder
 from openclip_ext.training.learning_rates import describe
 from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
+from openclip_ext.training.objective import plan_objective
 from openclip_ext.training.warm_start import warm_start_pass
 
 
@@ -29,21 +33,21 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     Raises:
         UserError: see each flag. Nothing has been written then, unless it came up during training.
     """
-    plan = setup.plan_objective(args)
-    data = setup.training_data(args, plan)
+    plan = plan_objective(args)
+    data = training_data(args, plan)
     if args.model_config:
-        _host.register_model_config(args.model_config)
-    accelerator = setup.make_accelerator(args)
-    folder = setup.run_folder(args, accelerator)
+        upstream.register_model_config(args.model_config)
+    accelerator = make_accelerator(args)
+    folder = run_folder(args, accelerator)
     checkpoint = _checkpoint(args, folder, accelerator)
     if args.check_shards and data and isinstance(data.source, ShardListing):
-        setup.require_sizes(data.source, accelerator.is_main_process)
+        require_sizes(data.source, accelerator.is_main_process)
     seed_all(args.seed)
-    model, train_transform, eval_transform, tokenizer = _host.create_model(
+    model, train_transform, eval_transform, tokenizer = upstream.create_model(
         args, accelerator.device, logit_bias="logit_bias" in plan.needs
     )
-    vars(args).update(_host.preprocessing(model))  # into params.txt: a checkpoint does not know its tag's
-    evaluator = setup.make_evaluator(args, accelerator, tokenizer, eval_transform)
+    vars(args).update(upstream.preprocessing(model))  # into params.txt: a checkpoint does not know its tag's
+    evaluator = make_evaluator(args, accelerator, tokenizer, eval_transform)
     if data is None:
         return _evaluate_only(args, accelerator, model, evaluator, checkpoint)
     trainer, remarks = build_trainer(args, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
@@ -77,7 +81,7 @@ class _Run:
         start_logging(self._log_path(), console=self.main, debug=args.debug)
         if self.folder and args.remote_sync:
             remote = os.path.join(args.remote_sync, args.name)
-            self._finish_sync = _host.start_remote_sync(
+            self._finish_sync = upstream.start_remote_sync(
                 self.folder, remote, args.remote_sync_protocol, args.remote_sync_frequency
             )
         if args.report_to and self.folder:
@@ -100,7 +104,7 @@ class _Run:
             return os.path.join(self.run_folder, f"out-{self.accelerator.process_index}.log")
         return os.path.join(self.run_folder, "out.log") if self.main else None
 
-    def say_start(self, data: setup.TrainingData, checkpoint: Checkpoint | None, remarks: list[str]) -> None:
+    def say_start(self, data: TrainingData, checkpoint: Checkpoint | None, remarks: list[str]) -> None:
         args, trainer, processes = self.args, self.trainer, self.accelerator.num_processes
         millions = sum(p.numel() for p in trainer.module.parameters()) / 1e6
         device = self.accelerator.device.type

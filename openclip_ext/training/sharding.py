@@ -12,7 +12,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from openclip_ext import _host
+from openclip_ext import upstream
 from openclip_ext.errors import UserError
 
 _COMPUTE_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -107,7 +107,7 @@ def _fit_plugin(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> Non
             raise UserError(
                 f"--fsdp_transformer_layer_cls_to_wrap {','.join(units)}: the model has no {', '.join(sorted(missing))}"
             )
-        plugin.transformer_cls_names_to_wrap = units or sorted(present & _host.BLOCKS)
+        plugin.transformer_cls_names_to_wrap = units or sorted(present & upstream.BLOCKS)
     plugin.ignored_modules = [nn.ParameterList(p for p in model.parameters() if p.numel() == 1)]
 
 

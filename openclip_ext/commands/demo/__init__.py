@@ -1,0 +1,23 @@
+"""`openclip-ext demo`."""
+
+import argparse
+
+HELP = "train on handwritten digits with several losses, on CPU, in minutes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="runs/demo", help="folder of data, runs and report (default: %(default)s)")
+    parser.add_argument(
+        "--losses", help="joined by commas, each a name, or a name and terms such as clip+brownian_bridge=0.25"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs per loss (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=8, help="per run (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32)
+
+
+def run(args: argparse.Namespace) -> int:
+    from openclip_ext.commands.demo.run import LOSSES, run_demo
+
+    losses = args.losses.split(",") if args.losses else LOSSES
+    run_demo(args.out, losses=losses, seeds=args.seeds, epochs=args.epochs, batch_size=args.batch_size)
+    return 0

@@ -1,0 +1,1 @@
+"""Pictures with classes or captions, on disk, as batches."""

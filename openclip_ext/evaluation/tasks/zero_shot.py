@@ -1,0 +1,159 @@
+"""Zero-shot classification as tasks of `openclip-ext eval`. Imports no torch: the flags are part of `--help`."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openclip_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from openclip_ext.evaluation.datasets.labelled import LabelledSet
+    from openclip_ext.evaluation.loading import LoadedModel
+
+TITLE = "zero-shot classification"
+CIFAR = (10, 100)
+#: By flag: what it is, and whether a part of the classes is all there is of it.
+IMAGENET_SETS = {
+    "imagenet_val": ("ImageNet's validation images", False),
+    "imagenet_v2": ("ImageNet-V2", False),
+    "imagenet_sketch": ("ImageNet-Sketch", False),
+    "imagenet_a": ("ImageNet-A", True),
+    "imagenet_r": ("ImageNet-R", True),
+    "imagenet_o": ("ImageNet-O", True),
+}
+
+
+def add_arguments(group) -> None:
+    for name, (title, _) in IMAGENET_SETS.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}", metavar="FOLDER", help=f"{title}: a folder per class, named by wnid or index"
+        )
+    group.add_argument(
+        "--classes",
+        choices=["present", "all"],
+        help="what an image may be taken for where a folder has a part of ImageNet's classes: those in the folder, or "
+        "all 1,000 (default: present for ImageNet-A, -R and -O; the others must have all)",
+    )
+    for num_classes in CIFAR:
+        group.add_argument(
+            f"--cifar{num_classes}", metavar="FOLDER",
+            help=f"CIFAR-{num_classes}'s test images in torchvision's files",
+        )  # fmt: skip
+    group.add_argument(
+        "--zero-shot", action="append", default=[], metavar="DATA",
+        help="any other set: a folder per class, or shards of a picture and a cls file per sample; repeatable",
+    )  # fmt: skip
+    group.add_argument(
+        "--class-names", metavar="FILE",
+        help="a name per line for the classes of --zero-shot (default: its classnames.txt, or its folders' names)",
+    )  # fmt: skip
+    group.add_argument(
+        "--templates", metavar="FILE",
+        help="a template per line for --zero-shot, with {} for the class; or openai or simple, OpenCLIP's 80 or 7 "
+        "(default: its zeroshot_classification_templates.txt, or openai)",
+    )  # fmt: skip
+    group.add_argument(
+        "--clip-benchmark", action="append", default=[], metavar="NAME=FOLDER",
+        help="a classification set that clip_benchmark knows, and where it is or is to be kept; repeatable; needs "
+        "openclip-ext[eval]",
+    )  # fmt: skip
+
+
+def tasks(args: argparse.Namespace) -> list["ZeroShotTask"]:
+    """What the flags ask for. Raises UserError: a path that does not fit."""
+    for flag, value in (("--class-names", args.class_names), ("--templates", args.templates)):
+        if value and not args.zero_shot:
+            raise UserError(f"{flag} {value}: is for --zero-shot; add one, or drop the flag")
+    if args.class_names and len(args.zero_shot) > 1:
+        raise UserError(
+            f"--class-names {args.class_names}: is for one --zero-shot; put a classnames.txt into each folder instead"
+        )
+    from openclip_ext.evaluation.datasets.imagenet import imagenet_folder
+    from openclip_ext.evaluation.datasets.labelled_sets import cifar, clip_benchmark_set, labelled_set
+
+    sets = []
+    for dest, (_, partial) in IMAGENET_SETS.items():
+        name, path = dest.replace("_", "-"), getattr(args, dest)
+        if path:
+            classes = args.classes or ("present" if partial else None)
+            sets.append((name, path, imagenet_folder(path, f"--{name}", classes)))
+    for num_classes in CIFAR:
+        name = f"cifar{num_classes}"
+        if path := getattr(args, name):
+            sets.append((name, path, cifar(path, f"--{name}", num_classes)))
+    for given in args.clip_benchmark:
+        name, _, path = given.partition("=")
+        if not path:
+            raise UserError(f"--clip-benchmark {given}: give the set and its folder, such as pets=data/pets")
+        sets.append((name, path, clip_benchmark_set(name, path, "--clip-benchmark")))
+    for path in args.zero_shot:
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        labelled = labelled_set(path, "--zero-shot", args.class_names, args.templates)
+        sets.append((Path(folder).resolve().name, path, labelled))
+    classifiers: dict[Any, _Classifier] = {}
+    found = []
+    for name, path, labelled in sets:
+        words = tuple(labelled.class_names), tuple(labelled.templates)
+        classifier = classifiers.setdefault(words, _Classifier(*words))
+        found.append(ZeroShotTask(name, path, labelled, classifier, args.batch_size, args.workers))
+    return found
+
+
+class _Classifier:
+    """The classifier of class names and templates: made once for all sets of a model that have the same."""
+
+    def __init__(self, class_names: Sequence[str], templates: Sequence[str | Callable[[str], str]]) -> None:
+        self.class_names, self.templates = class_names, templates
+        self._made_for, self._columns = None, None
+
+    def of(self, model: "LoadedModel") -> "Tensor":
+        """(D, C); see `zero_shot_classifier`. Raises UserError: it is not finite."""
+        from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier
+
+        identity = model.sha256, model.name, model.precision, model.device
+        if self._made_for != identity:
+            self._columns = zero_shot_classifier(model, self.class_names, self.templates)
+            self._made_for = identity
+        if not self._columns.isfinite().all():
+            raise UserError(f"{model.source}: its features are not finite; take a checkpoint from before it diverged")
+        return self._columns
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShotTask:
+    """Zero-shot classification of a labelled set.
+
+    Attributes:
+        name, dataset: see `Task`.
+        labelled: its pictures, class names and templates.
+        classifier: of those names and templates.
+        batch_size, workers: of loading.
+    """
+
+    name: str
+    dataset: str
+    labelled: "LabelledSet"
+    classifier: _Classifier
+    batch_size: int
+    workers: int
+
+    def run(self, model: "LoadedModel") -> dict[str, Any]:
+        """Beside samples and scores (`zero_shot_scores`): `num_classes`, `num_templates`, and a `note` if any."""
+        from openclip_ext.evaluation.datasets.labelled import LabelledBatches
+        from openclip_ext.evaluation.metrics.zero_shot import zero_shot_counts, zero_shot_scores
+
+        labelled = self.labelled
+        batches = LabelledBatches(labelled.pictures, model.transform, batch_size=self.batch_size, workers=self.workers)
+        counts = zero_shot_counts(model, self.classifier.of(model), batches, desc=self.name)
+        result = {
+            "num_samples": counts[:, 0].sum().item(),
+            "num_classes": len(labelled.class_names),
+            "num_templates": len(labelled.templates),
+            "scores": zero_shot_scores(counts),
+        }
+        return result | ({"note": labelled.note} if labelled.note else {})

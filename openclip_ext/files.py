@@ -1,0 +1,84 @@
+"""Files of a run and of tensors: their names, reading them so that nothing in them is run, and folders to write to."""
+
+import os
+import re
+import warnings
+import zipfile
+from typing import Any
+
+from openclip_ext.errors import UserError
+
+LATEST = "epoch_latest.pt"
+
+
+def latest_checkpoint(folder: str, most_recent: bool) -> str | None:
+    """The checkpoint that `--resume latest` means, None if there is none.
+
+    Args:
+        folder: where the run keeps its checkpoints.
+        most_recent: the run uses `--save-most-recent`: its fixed file name counts, as in OpenCLIP.
+    """
+    if most_recent:
+        path = os.path.join(folder, LATEST)
+        return path if os.path.exists(path) else None
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    epochs = {int(match[1]): name for name in names if (match := re.fullmatch(r"epoch_(\d+)\.pt", name))}
+    return os.path.join(folder, epochs[max(epochs)]) if epochs else None
+
+
+def last_checkpoint(run: str) -> str | None:
+    """The checkpoint of a run's last epoch, None if it keeps none."""
+    folder = os.path.join(run, "checkpoints")
+    return latest_checkpoint(folder, most_recent=False) or latest_checkpoint(folder, most_recent=True)
+
+
+def load_tensors(path: str, flag: str, *, mapped: bool = False) -> dict[str, Any]:
+    """What a `.safetensors` file, or a pickle of tensors and plain values, holds; on the CPU.
+
+    Args:
+        path: of the file.
+        flag: how it was named, for messages.
+        mapped: read values when they are looked at, not now, where the format allows.
+
+    Raises:
+        UserError: no such file, not such a file, or a pickle that holds more.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{flag} {path}: no such file")
+    try:
+        content = _load(path, mapped)
+    except Exception as error:  # bytes that are no such file make the readers raise anything
+        raise UserError(f"{flag} {path}: {_reason(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{flag} {path}: not a checkpoint (holds a {type(content).__name__})")
+    return content
+
+
+def _load(path: str, mapped: bool) -> Any:
+    if path.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_slice(key) if mapped else file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*TorchScript archive.*")  # which is refused
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
+
+
+def _reason(error: Exception) -> str:
+    if "TorchScript" in str(error):
+        return "a TorchScript archive, which is code; save the state_dict of what it holds"
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"not a checkpoint of tensors and plain values: it asks for {found[1]}, and is not read"
+    detail = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    return f"not a checkpoint of tensors and plain values ({detail})"
+
+
+def make_out_folder(path: str | os.PathLike) -> None:
+    """Make the folder of `--out` where there is none. Raises UserError: that cannot be done."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be made a folder ({error.strerror}); give another") from error

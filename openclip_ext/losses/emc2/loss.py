@@ -1,0 +1,258 @@
+"""Markov chains over the negatives of the whole training set, one per sample and direction."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from openclip_ext.errors import UserError
+from openclip_ext.losses.emc2.chain import Chain, chain_report
+from openclip_ext.losses.emc2.kernels import Visit, metropolis_hastings, resampled
+from openclip_ext.ops.counter_random import uniform
+from openclip_ext.ops.gather import global_mean
+from openclip_ext.ops.pairs import PairBatch, gather_pairs, weighted_pair_loss
+from openclip_ext.options import option
+from openclip_ext.registry import LossSpec
+from openclip_ext.state.negative_bank import NegativeBank
+from openclip_ext.state.rate_table import RateTable
+from openclip_ext.state.table import Placement
+
+KERNELS = ("mh", "isir")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    kernel: Literal["mh", "isir"] = option(
+        "isir", "how a chain moves: Metropolis-Hastings (the paper), or resampling, which averages over its draws"
+    )
+    burn_in: float = option(
+        0.5, "share of a visit's proposals left out of the gradient; mh only", allowed="in [0, 1)",
+        check=lambda share: 0 <= share < 1,
+    )  # fmt: skip
+    steps: int = option(
+        0, "R, proposals per visit; 0: as many as there are gathered negatives; mh only", allowed=">= 0",
+        check=lambda steps: steps >= 0,
+    )  # fmt: skip
+    decoupled: bool = option(True, "leave the positive out of the denominator, as the paper does")
+    gamma: float = option(
+        1.0, "weight of the current batch in the rate that tells the positive's share; only with decoupled=false",
+        allowed="in (0, 1]", check=lambda gamma: 0 < gamma <= 1,
+    )  # fmt: skip
+    negatives: int = option(
+        0, "K, negatives in the target loss; 0: all others of the training set", allowed=">= 0", check=lambda k: k >= 0
+    )
+    bank: Literal["embedding", "index"] = option(
+        "embedding", "what is kept of a state: its embedding, or its id alone, for callers that encode it again"
+    )
+    bank_dtype: Literal["float16", "bfloat16", "float32"] = option("float16", "of stored embeddings")
+    bank_device: Literal["device", "cpu", "mmap"] = option(
+        "device", "where embeddings are kept: with the model, in the CPU's memory, or in a file"
+    )
+    bank_path: str | None = option(None, "the file, for bank_device=mmap")
+
+    def __post_init__(self) -> None:
+        Placement(self.bank_device, self.bank_path)  # found wrong as early as other options
+
+
+class EMC2Loss(nn.Module):
+    """Target: the decoupled global loss `mean_i log sum_{j != i} exp(s_ij - s_ii)`, directions averaged.
+
+    Its gradient is `E_{j ~ p_i} grad s_ij - grad s_ii`, `p_i(j) ~ exp(s_ij)` over all N - 1 negatives. The expectation
+    is that over the states of a Markov chain per anchor, whose law is p_i at any batch size. The chain's state stays
+    with the sample between visits; both scores of an acceptance ratio use the current parameters.
+
+        candidates  negatives of the global batch, and the stored state with its stored embedding
+        kernel      mh: R uniform proposals from the candidates, accepted with probability min(1, exp(s_new - s_old));
+                    isir: the next state is drawn from the softmax of the candidates
+        weights     mh: share of kept steps spent at each candidate, the stored state included; isir: the softmax
+
+    Gradients flow through both sides of a pair of the batch, and through the anchor only for a stored embedding.
+
+    `decoupled=false` keeps the positive in the denominator: each anchor's term is multiplied by `K Z / (1 + K Z)`,
+    with Z the batch's mean of exp(s_ij - s_ii), or its running average for gamma < 1.
+
+    The value returned is the batch's estimate of the target, `mean_i log(K Z_i)`, or of `log(1 + K Z_i)`.
+
+    Source: Yau et al., "EMC2: Efficient MCMC Negative Sampling for Contrastive Learning with Global Convergence", ICML
+    2024. There proposals come from the batch alone, which leaves p_i invariant only for few of them; with the stored
+    state among them it is for any number (`openclip_ext.losses.emc2.kernels`).
+    """
+
+    def __init__(self, options: Options, *, num_samples: int, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.options, self.rank, self.world_size = options, rank, world_size
+        self.num_ids = num_samples
+        self.log_negatives = math.log(options.negatives or num_samples - 1)
+        self.register_buffer("kernel", torch.tensor(KERNELS.index(options.kernel)))
+        self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
+        self.rates = RateTable(num_samples) if options.gamma < 1 and not options.decoupled else None
+        self.bank: NegativeBank | None = None
+
+    def set_num_ids(self, num_ids: int) -> None:
+        """Let ids run to another number. To be called before `set_widths`."""
+        self.num_ids = num_ids
+
+    def set_widths(self, *, embed: int, **trunks: int) -> None:
+        """Make the bank, for features of width `embed`. Raises UserError: there is no room for it."""
+        options = self.options
+        self.bank = NegativeBank(
+            self.num_ids,
+            embed if options.bank == "embedding" else 0,
+            getattr(torch, options.bank_dtype),
+            Placement(options.bank_device, options.bank_path),
+            self.steps_taken.device,
+        )
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        *,
+        sample_ids: Tensor,
+        stored_features: Tensor | None = None,
+        output_dict: bool = True,
+    ) -> dict[str, Tensor] | Tensor:
+        """The loss of the global batch.
+
+        Args:
+            image_features: (B, D), unit norm.
+            text_features: (B, D), unit norm.
+            logit_scale: (), the inverse temperature.
+            sample_ids: (B,), in [0, num_samples).
+            stored_features: (2, B, D), embeddings of `stored_ids(sample_ids)`; with bank=index only.
+            output_dict: return a dict (default) or `contrastive_loss` alone.
+
+        Returns:
+            contrastive_loss: the batch's estimate of the target, with the chains' gradient.
+            acceptance, stored_weight, age_mean, age_max, effective_samples: see `ops.chain.chain_report`.
+
+        Raises:
+            IndexError: a sample id outside of the bank.
+        """
+        pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
+        chains, visits = self._move_chains(pairs, stored_features, self.steps_taken)
+        loss = self._loss(pairs, chains, visits)
+        if not output_dict:
+            return loss
+        ages = self.steps_taken - self.bank.stored_at.read(pairs.ids)
+        return {"contrastive_loss": loss} | chain_report(chains, visits, ages, self.world_size)
+
+    @torch.no_grad()
+    def warm_start(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        *,
+        sample_ids: Tensor,
+        stored_features: Tensor | None = None,
+    ) -> None:
+        """Write the states to which the batch's chains move on a visit before training, which counts as no step.
+
+        Arguments are those of `forward`.
+        """
+        pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
+        # Draws of their own, so that a sample's first step does not repeat them.
+        chains, _ = self._move_chains(pairs, stored_features, torch.full_like(self.steps_taken, -1))
+        self.bank.commit(self.steps_taken)
+        if self.rates is not None:
+            self._blended_rate(pairs, self._log_rate(chains))
+            self.rates.commit()
+
+    def stored_ids(self, sample_ids: Tensor) -> Tensor:
+        """Ids of the current states, (2, B), texts' of images first; -1: none yet."""
+        return self.bank.ids.read(sample_ids)
+
+    def commit(self) -> None:
+        """Write the chains' states of this step's samples."""
+        self.bank.commit(self.steps_taken)
+        if self.rates is not None:
+            self.rates.commit()
+        self.steps_taken += 1
+
+    def _move_chains(
+        self, pairs: PairBatch, stored_features: Tensor | None, step: Tensor
+    ) -> tuple[list[Chain], list[Visit]]:
+        """One visit of the own anchors' chains, per direction, with draws of `step` (); stages their new states."""
+        if self.bank is None:
+            self.set_widths(embed=pairs.image.shape[1])
+        self.bank.check(pairs.ids)
+        ids = self.bank.ids.read(pairs.ids)
+        stored = self.bank.embedding.read(pairs.ids) if self.bank.embedding is not None else stored_features
+        chains = [
+            Chain(pairs, direction, ids[direction], stored[direction].to(pairs.image.dtype)) for direction in range(2)
+        ]
+        visits = [self._visit(chain, pairs.ids, direction, step) for direction, chain in enumerate(chains)]
+        state = torch.stack([chain.moved_to(visit) for chain, visit in zip(chains, visits, strict=True)])
+        self.bank.stage(pairs.all_ids, pairs.gathered(state), (pairs.all_text, pairs.all_image))
+        return chains, visits
+
+    def _visit(self, chain: Chain, ids: Tensor, direction: int, step: Tensor) -> Visit:
+        if self.options.kernel == "isir":
+            return resampled(chain.scores, chain.start, uniform(step, ids, stream=direction))
+        columns = chain.scores.shape[1]
+        steps = self.options.steps or columns - 1
+        proposals, noise = (self._draws(step, ids, steps, 2 * direction + which) for which in range(2))
+        return metropolis_hastings(
+            chain.scores,
+            chain.start,
+            (proposals * columns).long().clamp_max(columns - 1),
+            -noise.clamp_min(2.0**-25).log(),
+            int(self.options.burn_in * steps),
+        )
+
+    @staticmethod
+    def _draws(step: Tensor, ids: Tensor, steps: int, stream: int) -> Tensor:
+        """Uniform draws (R, B), independent over the steps of each anchor: common ones, turned by the anchor's own."""
+        common = uniform(step, torch.arange(steps, device=ids.device), 2 * stream)
+        return (common[:, None] + uniform(step, ids, 2 * stream + 1)).frac()
+
+    def _log_rate(self, chains: list[Chain]) -> Tensor:
+        """log of K Z, (2, B)."""
+        return torch.stack([chain.log_mean_ratio for chain in chains]) + self.log_negatives
+
+    def _blended_rate(self, pairs: PairBatch, log_rate: Tensor) -> Tensor:
+        """Its running average after this visit, which it stages."""
+        log_rate = self.rates.blend(pairs.ids, log_rate, self.options.gamma)
+        self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
+        return log_rate
+
+    def _loss(self, pairs: PairBatch, chains: list[Chain], visits: list[Visit]) -> Tensor:
+        log_rate = self._log_rate(chains)
+        weights = [chain.in_batch(visit.weights) for chain, visit in zip(chains, visits, strict=True)]
+        value, share = log_rate, torch.ones_like(log_rate)
+        if not self.options.decoupled:
+            value = nn.functional.softplus(log_rate)
+            if self.rates is not None:
+                log_rate = self._blended_rate(pairs, log_rate)
+            share = log_rate.sigmoid()
+            weights = [weight * factor[:, None] for weight, factor in zip(weights, share, strict=True)]
+        loss = weighted_pair_loss(pairs, value=value, weights=weights)
+        # What a stored state adds to the gradient, and nothing to the value.
+        for chain, visit, factor in zip(chains, visits, share, strict=True):
+            term = factor * chain.stored_weight(visit) * chain.stored_gap
+            term = global_mean(term.sum(), len(term), self.world_size) / 2
+            loss = loss + (term - term.detach())
+        return loss
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        saved = state_dict.get(prefix + "kernel")
+        if saved is not None and saved.item() != self.kernel.item():
+            raise UserError(
+                f"--loss-arg kernel={self.options.kernel}: the checkpoint's chains were made by kernel="
+                f"{KERNELS[saved.item()]}; use that, or start from its weights with --pretrained"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+SPEC = LossSpec(
+    name="emc2",
+    summary="Markov chains sample negatives of the whole training set; a bank holds each sample's current one",
+    paper="Yau et al., ICML 2024",
+    options=Options,
+    needs=lambda options: frozenset({"sample_ids"} | ({"stored_features"} if options.bank == "index" else set())),
+    build=EMC2Loss,
+)

@@ -1,0 +1,264 @@
+"""`openclip-ext report`: runs beside each other, as tables, as JSON, and as a picture."""
+
+import argparse
+import dataclasses
+import datetime
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from openclip_ext.errors import UserError
+from openclip_ext.files import make_out_folder
+from openclip_ext.report.intervals import half_width, half_width_of_difference
+from openclip_ext.report.run_files import Row, RunFiles, is_run, read_run, shown
+from openclip_ext.report.tables import tables
+
+#: What is shown where `--metric` says nothing else: patterns of names, in this order.
+HEADLINES = ("*top1", "*R@1", "*acc1", "clip_val_loss")
+CURVE_POINTS = 500  # of a training curve in the report; a longer one is averaged within windows
+
+#: Parameters that do not change what a run learns or how it is scored: runs that differ only in these are one row.
+_BOOKKEEPING = frozenset(
+    {"seed", "name", "name_given", "precision_given", "logs", "log_local", "log_level", "log_path", "tensorboard_path",
+     "checkpoint_path", "resume", "report_to", "wandb", "wandb_notes", "wandb_project_name", "tensorboard", "debug",
+     "save_logs", "save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase",
+     "log_every_n_steps", "remote_sync", "remote_sync_frequency", "remote_sync_protocol", "cache_dir", "rank",
+     "local_rank", "loss_options", "loss_terms", "lora_options"}
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seed.
+
+    Attributes:
+        label: what tells it from the others, short.
+        settings: parameters in which the groups that have them differ.
+        runs: at least one.
+    """
+
+    label: str
+    settings: dict[str, str]
+    runs: list[RunFiles]
+
+    def values(self, metric: str) -> list[float]:
+        """The metric at the end of each run that has it."""
+        return [run.scores[metric] for run in self.runs if metric in run.scores]
+
+    def by_seed(self, metric: str) -> dict[str, float] | None:
+        """The metric by seed; None where a seed is unknown or occurs twice."""
+        seeds = [run.params.get("seed") for run in self.runs]
+        if None in seeds or len(set(seeds)) < len(seeds):
+            return None
+        return {run.params["seed"]: run.scores[metric] for run in self.runs if metric in run.scores}
+
+
+def run_report(args: argparse.Namespace) -> dict:
+    """Compare the runs, print the tables, write `report.md`, `report.json` and `report.png` into `--out`.
+
+    Returns:
+        What `report.json` holds; see `compare`.
+
+    Raises:
+        UserError: a folder that is no run or holds nothing to report, or a metric that no run has.
+    """
+    runs = [read_run(path) for path in _folders(args.runs)]
+    for run in runs:
+        for name in run.earlier:
+            print(f"{run.name}: what openclip-ext eval found of {name} is left out: {run.last_checkpoint} came later")
+    report = compare(group(runs), args.metric)
+    out = Path(args.out)
+    make_out_folder(out)
+    write_report(report, out)
+    return report
+
+
+def write_report(report: dict, out: Path) -> None:
+    """Write a report as Markdown, JSON and PNG into a folder, and print its tables."""
+    from openclip_ext.report.picture import draw_report
+
+    draw_report(report, str(out / "report.png"))
+    (out / "report.md").write_text(f"# Runs compared\n\n{tables(report)}\n![curves and scores](report.png)\n")
+    (out / "report.json").write_text(json.dumps(_without_nan(report), indent=1))
+    print(tables(report))
+    print(", ".join(str(out / f"report.{kind}") for kind in ("md", "json", "png")))
+
+
+def _folders(paths: Sequence[str]) -> list[str]:
+    """Folders of runs; a folder that is none stands for the runs in it.
+
+    Raises:
+        UserError: a folder is named twice.
+    """
+    folders: list[str] = []
+    for path in paths:
+        inside = sorted((str(folder) for folder in Path(path).glob("*/") if is_run(folder)), key=_natural)
+        folders += [path] if is_run(Path(path)) or not inside else inside
+    resolved = [os.path.realpath(folder) for folder in folders]
+    for folder, real in zip(folders, resolved, strict=True):
+        if resolved.count(real) > 1:
+            raise UserError(f"{folder}: is named twice; name each run once")
+    return folders
+
+
+def _natural(name: str) -> list:
+    """A key that sorts `run-10` after `run-9`."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def group(runs: Sequence[RunFiles]) -> list[Group]:
+    """Runs in groups that differ in more than the seed, in the order of their first runs.
+
+    A run without `params.txt` is a group of its own.
+
+    Raises:
+        UserError: a run has neither training rows nor scores.
+    """
+    for run in runs:
+        if not run.training and not run.scores:
+            raise UserError(f"{run.folder}: has reported neither a step nor an evaluation yet; leave it out")
+    members: dict[object, list[RunFiles]] = {}
+    for run in runs:
+        key = frozenset(_settings(run).items()) if run.params else run.folder
+        members.setdefault(key, []).append(run)
+    settings = [_settings(runs[0]) for runs in members.values()]
+    names = sorted({name for row in settings for name in row})
+    differing = [name for name in names if len({row[name] for row in settings if name in row}) > 1]
+    labels = _labels(list(members.values()))
+    return [
+        Group(label, {name: row[name] for name in differing if name in row}, runs)
+        for label, row, runs in zip(labels, settings, members.values(), strict=True)
+    ]
+
+
+def _settings(run: RunFiles) -> dict[str, str]:
+    return {name: shown(value) for name, value in run.params.items() if name not in _BOOKKEEPING}
+
+
+def _labels(groups: list[list[RunFiles]]) -> list[str]:
+    """What the names of a group's runs have in common, such as `clip` of `clip-0` and `clip-1`, made unique."""
+    labels = []
+    for runs in groups:
+        common = os.path.commonprefix([run.name for run in runs])
+        if len(runs) > 1:
+            common = re.sub(r"([-_ .]?(seed|s))?[-_ .=]*$", "", common)
+        labels.append(common or runs[0].name)
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[: index + 1].count(label)})"
+        for index, label in enumerate(labels)
+    ]
+
+
+def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> dict:
+    """Everything the report says, ready for JSON.
+
+    Args:
+        groups: the first is what the others are compared with.
+        patterns: of names of metrics to show, as the shell's; None: `HEADLINES`.
+
+    Returns:
+        `created`, `versions`; `metrics`: names of those shown in tables and picture; and `groups`, each with
+
+        * `label`, `settings` (parameters in which the groups differ, with this group's values),
+        * `runs`: `name, folder, seed, epochs` (completed ones at the last evaluation, None without any), `scores`
+          (all metrics at the end), `training` (columns such as `step`, `loss`, `lr`, at most 500 points, means over
+          windows where the run has more) and `validation` (columns `epoch` and metrics),
+        * `scores`: by metric `mean, std, interval, n` over the group's runs: sample standard deviation, and half the
+          width of the mean's 95 % confidence interval; both None from a single run,
+        * `differences`: by metric `mean, interval, paired, n`: what the group has more than the first one; `paired`
+          means over the `n` seeds that both have, else it is the difference of the means with Welch's interval.
+          Empty for the first group.
+
+    Raises:
+        UserError: a pattern fits no metric of any run.
+    """
+    names = {name: None for group in groups for run in group.runs for name in run.scores}  # a set that keeps order
+    return {
+        "created": datetime.datetime.now().isoformat(timespec="seconds"),
+        "versions": {"openclip-ext": version("openclip-ext")},
+        "metrics": shown_metrics(list(names), patterns),
+        "groups": [
+            {
+                "label": group.label,
+                "settings": group.settings,
+                "runs": [_run(run) for run in group.runs],
+                "scores": {name: _summary(values) for name in names if (values := group.values(name))},
+                "differences": {} if group is groups[0] else _differences(group, groups[0], list(names)),
+            }
+            for group in groups
+        ],
+    }
+
+
+def shown_metrics(names: list[str], patterns: Sequence[str] | None) -> list[str]:
+    """The names that the patterns fit, in their order; of `HEADLINES` where there are none, or else the first four.
+
+    Raises:
+        UserError: a pattern fits nothing.
+    """
+    shown: list[str] = []
+    for pattern in patterns or HEADLINES:
+        found = fnmatch.filter(names, pattern)
+        if patterns and not found:
+            raise UserError(f"--metric {pattern}: there is no such metric; there are: {', '.join(names) or 'none'}")
+        shown += [name for name in found if name not in shown]
+    return shown or names[:4]
+
+
+def _run(run: RunFiles) -> dict:
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "seed": run.params.get("seed"),
+        "epochs": run.validation[-1]["epoch"] if run.validation else None,
+        "scores": run.scores,
+        "training": _columns(run.training, CURVE_POINTS),
+        "validation": _columns(run.validation, len(run.validation)),
+    }
+
+
+def _columns(rows: list[Row], points: int) -> dict[str, list[float]]:
+    """Columns of rows, each value the mean over a window where there are more rows than points; NaN where missing."""
+    names = {name: None for row in rows for name in row}
+    windows = np.array_split(np.arange(len(rows)), min(points, len(rows))) if rows else []
+    columns = {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
+    return {name: [float(values[window].mean()) for window in windows] for name, values in columns.items()}
+
+
+def _summary(values: list[float]) -> dict:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "interval": half_width(values), "n": len(values)}
+
+
+def _differences(group: Group, first: Group, names: list[str]) -> dict[str, dict]:
+    differences = {name: _difference(group, first, name) for name in names}
+    return {name: difference for name, difference in differences.items() if difference}
+
+
+def _difference(group: Group, first: Group, metric: str) -> dict | None:
+    """What the group has more of the metric than the first; None where one of them has not been measured."""
+    own, base = group.by_seed(metric), first.by_seed(metric)
+    shared = sorted(own.keys() & base.keys()) if own and base else []
+    if shared and (len(shared) > 1 or len(own) == len(base) == 1):
+        values = [own[seed] - base[seed] for seed in shared]
+        return {"mean": float(np.mean(values)), "interval": half_width(values), "paired": True, "n": len(values)}
+    values, others = group.values(metric), first.values(metric)
+    if not values or not others:
+        return None
+    mean = float(np.mean(values) - np.mean(others))
+    return {"mean": mean, "interval": half_width_of_difference(values, others), "paired": False, "n": len(values)}
+
+
+def _without_nan(value):
+    """The same with None for what JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,207 @@
+"""What a run has left in its folder: flags, training rows, validation rows. Runs of stock OpenCLIP are read too."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+from openclip_ext.errors import UserError
+from openclip_ext.files import last_checkpoint
+
+Row = dict[str, float]
+
+PARAMS = "params.txt"
+TRAINING = "metrics.jsonl"
+VALIDATION = "checkpoints/results.jsonl"
+STOCK_LOG = "out.log"
+
+#: Where stock OpenCLIP reports training: in the lines of its log.
+_STOCK_LINE = re.compile(
+    r"Train Epoch: (?P<epoch>\d+) \[\s*(?P<seen>\d+)/(?P<epoch_samples>\d+) .*? LR: (?P<lr>\S+) "
+    r"Logit Scale: (?P<logit_scale>\S+) (?P<losses>.*)"
+)
+_STOCK_LOSS = re.compile(r"(\w*loss): (\S+) \(\S+\)", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFiles:
+    """A run's folder, read.
+
+    Attributes:
+        folder: where it is; or the file, of a report of `openclip-ext eval` that stands for a run without a folder.
+        params: flags and versions as `params.txt` has them, values as Python prints them; empty without that file.
+        training: rows with `step` (from 0), losses, `lr` and whatever else was reported, by step.
+        validation: rows with `epoch` (completed ones) and metrics, by epoch.
+        evaluations: reports of `openclip-ext eval` that were written into the folder, by the time of their creation.
+        last_checkpoint: name of the file of the last epoch, None where none is kept.
+    """
+
+    folder: Path
+    params: dict[str, str]
+    training: list[Row]
+    validation: list[Row]
+    evaluations: list[dict]
+    last_checkpoint: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.stem if self.folder.is_file() else self.folder.name
+
+    @property
+    def scores(self) -> Row:
+        """The metrics of the last evaluation during training, and as `task/score` those of `evaluations` of its end."""
+        scores = metrics(self.validation[-1]) if self.validation else {}
+        for report in self.evaluations:
+            if self._is_of_the_end(report):
+                scores |= task_scores(report)
+        return scores
+
+    @property
+    def earlier(self) -> list[str]:
+        """Checkpoints whose `evaluations` are not part of `scores`: the run has a later one."""
+        return sorted({Path(_scored(report)).name for report in self.evaluations if not self._is_of_the_end(report)})
+
+    def _is_of_the_end(self, report: dict) -> bool:
+        return self.last_checkpoint is None or Path(_scored(report)).name == self.last_checkpoint
+
+
+def _scored(report: dict) -> str:
+    """The file that a report of `openclip-ext eval` is about."""
+    return report["checkpoint"].get("path") or report["checkpoint"].get("source") or ""
+
+
+def metrics(row: Row) -> Row:
+    """A row of `validation` without what is no metric."""
+    return {name: value for name, value in row.items() if name not in ("epoch", "num_samples")}
+
+
+def task_scores(report: dict) -> Row:
+    """The scores in a report of `openclip-ext eval` as `task/score`."""
+    return {
+        f"{task}/{name}": value
+        for task, result in report["tasks"].items()
+        for name, value in result["scores"].items()
+        if isinstance(value, int | float)
+    }
+
+
+def is_run(folder: Path) -> bool:
+    """Whether any of a run's files lies in the folder."""
+    return any((folder / name).is_file() for name in (PARAMS, TRAINING, VALIDATION))
+
+
+def read_run(path: str) -> RunFiles:
+    """Read a run's folder. A run that was resumed wrote some steps and epochs twice: the last ones count.
+
+    A report of `openclip-ext eval` is read as a run that has nothing else.
+
+    Raises:
+        UserError: no such folder, not a run's, or a damaged file in it.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        report = _evaluation(folder)
+        if report is None:
+            raise UserError(f"{path}: not a report of openclip-ext eval; give one, or the folder of a run, logs/NAME")
+        return RunFiles(folder.resolve(), {}, [], [], [report])
+    if not folder.is_dir():
+        raise UserError(f"{path}: no such folder; give the folder of a run, logs/NAME")
+    if not is_run(folder):
+        raise UserError(f"{path}: not the folder of a run (none of {PARAMS}, {TRAINING}, {VALIDATION} is in it)")
+    folder = folder.resolve()
+    params = read_params(folder / PARAMS)
+    training = _read_rows(folder / TRAINING, "step") or _stock_training(folder / STOCK_LOG, params)
+    last = last_checkpoint(str(folder))
+    return RunFiles(
+        folder, params, training, _read_rows(folder / VALIDATION, "epoch"), _evaluations(folder),
+        last and Path(last).name,
+    )  # fmt: skip
+
+
+def read_params(path: Path) -> dict[str, str]:
+    """`name: value` lines; a line that is none continues the value before it, as in a separator that breaks lines."""
+    params: dict[str, str] = {}
+    last = None
+    for line in _text(path).splitlines():
+        match = re.match(r"([A-Za-z][\w-]*): (.*)", line)
+        if match:
+            last = match[1]
+            params[last] = match[2]
+        elif last is not None:
+            params[last] += "\n" + line
+    return params
+
+
+def shown(value: str) -> str:
+    """A value of `params` for people: of a list of words its words."""
+    return ", ".join(re.findall(r"'([^']*)'", value)) if re.fullmatch(r"\['.*'\]", value) else value
+
+
+def _read_rows(path: Path, key: str) -> list[Row]:
+    """Rows of a JSONL file by `key`; numbers only, null is NaN. A last line that was never finished does not count."""
+    lines = _text(path).split("\n")[:-1]
+    rows: dict[float, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            position = row[key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: line {number} is no JSON object with {key!r}; repair or remove it") from error
+        rows[position] = {
+            name: math.nan if value is None else value
+            for name, value in row.items()
+            if value is None or isinstance(value, int | float)
+        }
+    return [rows[position] for position in sorted(rows)]
+
+
+def _evaluations(folder: Path) -> list[dict]:
+    """The JSON files in the folder that `openclip-ext eval` has written, the oldest first."""
+    reports = []
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(UserError):  # whatever else lies there
+            reports.append(_evaluation(path))
+    reports = [report for report in reports if report]
+    return sorted(reports, key=lambda report: report["created"])
+
+
+def _evaluation(path: Path) -> dict | None:
+    """A report of `openclip-ext eval`; None: the file is something else."""
+    try:
+        report = json.loads(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error}); repair or remove it") from error
+    found = isinstance(report, dict) and {"created", "checkpoint", "tasks"} <= report.keys()
+    return report if found else None
+
+
+def _stock_training(path: Path, params: dict[str, str]) -> list[Row]:
+    """Training rows from the log of stock OpenCLIP; empty where it has none, or where the batch size is not known."""
+    try:
+        per_step = math.prod(int(params[name]) for name in ("batch_size", "accum_freq", "world_size"))
+    except (KeyError, ValueError):
+        return []
+    rows: dict[float, Row] = {}
+    for line in _text(path).splitlines():
+        match = _STOCK_LINE.search(line)
+        if not match:
+            continue
+        epoch, seen, epoch_samples = (int(match[name]) for name in ("epoch", "seen", "epoch_samples"))
+        step = (epoch * epoch_samples + seen) // per_step - 1
+        losses = {name.lower(): float(value) for name, value in _STOCK_LOSS.findall(match["losses"])}
+        rows[step] = {
+            "step": step, "epoch": epoch, "lr": float(match["lr"]), "logit_scale": float(match["logit_scale"]), **losses
+        }  # fmt: skip
+    return [rows[step] for step in sorted(rows)]
+
+
+def _text(path: Path) -> str:
+    """A file's text; empty where there is no such file."""
+    if not path.is_file():
+        return ""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from error

@@ -1,0 +1,221 @@
+"""Losses in a training loop that is not ours, such as OpenCLIP's own once it is patched (`patches/`).
+
+What such a loop does, `args` being its flags and `spec` what the entry point of `--loss` in `open_clip.losses` names:
+
+    hosted = spec.host(args)                                    # ValueError: one line about a flag
+    loss = hosted.build(model, rank=…, world_size=…)            # before DDP and the optimizer see the model
+    optimizer.add_param_group({"params": loss.parameters(), "weight_decay": 0.0})    # if it has any
+    remarks = hosted.restore(loss, checkpoint, path)            # if the run resumes; ValueError as above
+    make_row = hosted.row_maker(image_transform, tokenizer)     # where hosted.needs has sample ids or second views
+    …
+    loss.begin_step(step=…, total_steps=…)                      # once per optimizer step, from here on
+    out = hosted.run(model, image, text, …)                     # in place of model(image, text)
+    outputs = loss(**out, sample_ids=…, output_dict=True)       # backward: the sum of what ends in `_loss`
+    loss.commit()                                               # where the optimizer's step was taken
+
+Gradients of the loss's parameters are to be averaged over ranks, and its `state_dict` kept in checkpoints, under the
+keys that `openclip_ext.training.checkpoint` names.
+"""
+
+import argparse
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Sequence
+
+import braceexpand
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+
+from openclip_ext import upstream
+from openclip_ext.data.listing import ShardListing
+from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
+from openclip_ext.data.table import Table
+from openclip_ext.errors import UserError
+from openclip_ext.losses.objective import Objective
+from openclip_ext.options import parse_assignments, parse_terms
+from openclip_ext.training.checkpoint import Checkpoint
+from openclip_ext.training.data import training_data
+from openclip_ext.training.objective import plan_objective
+from openclip_ext.training.pair_model import feature_widths, freeze_unused_bias, pair_model, run_on_views
+
+_OF_A_ROW = frozenset({"sample_ids", "image_aug", "text_aug"})
+RowMaker = Callable[[Image.Image, str, int, int], dict[str, Tensor]]
+
+
+class Hosting:
+    """A loss and its terms as another loop's flags name them.
+
+    Args:
+        args: see `openclip_ext.registry.LossSpec.host`.
+
+    Attributes:
+        needs: what the loop has to provide, some of `openclip_ext.registry.NEEDS`: `sample_ids`, `image_aug` and
+            `text_aug` (rows have them), `logit_bias` (a model that has one), `teacher_features` (what the teacher
+            returns, each name preceded by `dist_`). `run` provides the others.
+        sample_ids: by the names of the shards the range of their samples' ids, in order; what a shard has beyond them
+            repeats them. None where neither ids nor second views are needed.
+
+    Raises:
+        UserError: unknown name or option, a value that is not accepted, or flags that do not go together.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        flags = vars(args) | {
+            "loss_options": parse_assignments(args.loss_arg, "--loss-arg"),
+            "loss_terms": parse_terms(args.loss_term),
+            "pairs": "captions",
+            "sample_id": "index",
+            "caption_key": None,
+        }
+        flags = argparse.Namespace(**flags)
+        self._plan = plan_objective(flags)
+        self._seed = args.seed
+        self._trunks: dict | None = None
+        self.needs = self._plan.needs
+        _require_agreement(args, self.needs)
+        self._data = training_data(flags, self._plan)
+        if isinstance(self._data.source, ShardListing):
+            _require_braces(args.train_data, self._data.source.urls)
+        self.sample_ids = _ids_by_shard(self._data.source, args) if self.needs & _OF_A_ROW else None
+
+    def __repr__(self) -> str:
+        return f"<loss {self._plan.spec.name}>"
+
+    def row_maker(self, image_transform: Callable[[Image.Image], Tensor], tokenizer: Callable) -> RowMaker:
+        """A function `make(picture, caption, sample_id, epoch)` of the data pipeline, which can be pickled.
+
+        It returns the sample's `image` (3, H, W) and `text` (L,), and what is needed of `sample_ids` (a number),
+        `image_aug` and `text_aug`. Views are those of `openclip-ext train`, a function of seed, epoch and sample id.
+        """
+        rows = RowFormat(
+            image_transform=image_transform,
+            tokenizer=tokenizer,
+            image_aug_transform=image_transform if "image_aug" in self.needs else None,
+            text_aug="text_aug" in self.needs,
+        )
+
+        return functools.partial(_make_row, rows, self._seed, "sample_ids" in self.needs)
+
+    def build(
+        self,
+        model: nn.Module,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        image_dtype: torch.dtype | None = None,
+    ) -> Objective:
+        """The loss, on the device, with heads of the model's widths.
+
+        Args:
+            model: OpenCLIP's, not wrapped yet. A logit bias that the loss does not use is frozen.
+            rank: of this process.
+            world_size: number of processes.
+            device: where losses are computed.
+            image_dtype: of images as the model takes them; None: float32.
+
+        Every rank must call this with the same random state: heads are drawn from it.
+
+        Raises:
+            UserError: there is no room for the loss's state, or its file cannot be used.
+        """
+        freeze_unused_bias(model, self.needs)
+        if "trunk_features" in self.needs:
+            self._trunks = upstream.find_trunks(model)
+        loss = self._plan.build(self._data.size, rank, world_size).to(device)
+        if loss.wants_widths:
+            loss.set_widths(**feature_widths(pair_model(model, self.needs), image_dtype))
+        return loss.to(device)
+
+    def restore(self, loss: Objective, checkpoint: dict, path: str) -> list[str]:
+        """Load the loss's state from a checkpoint's content; remarks for the log.
+
+        Args:
+            loss: what `build` returned, on its device.
+            checkpoint: the content; one without a state lets the loss start anew.
+            path: what `--resume` named, for messages.
+
+        Raises:
+            UserError: the state is another loss's, or another data set's.
+        """
+        return Checkpoint(path, checkpoint.get("epoch", 0), checkpoint).restore_loss(loss)
+
+    def run(
+        self,
+        model: Callable[[Tensor, Tensor], dict[str, Tensor]],
+        image: Tensor,
+        text: Tensor,
+        image_aug: Tensor | None = None,
+        text_aug: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What the loss takes of the model: its output, with trunk features and those of second views where needed.
+
+        `model` runs what `build` was given, wrapped or not. See `openclip_ext.training.pair_model.run_on_views`.
+        """
+        return run_on_views(model, self._trunks, image, text, image_aug, text_aug)
+
+    def create_task(self, args: argparse.Namespace, model: nn.Module, *, teacher: nn.Module | None = None):
+        """OpenCLIP 4's `TrainingTask` with this loss, which does all that a loop has to.
+
+        Args:
+            args: OpenCLIP's flags, with `rank`, `world_size` and `device`.
+            model: OpenCLIP's, not wrapped yet.
+            teacher: of distillation, None: there is none.
+        """
+        from openclip_ext.stock_loop.task_v4 import create_task
+
+        return create_task(self, args, model, teacher=teacher)
+
+
+def _make_row(
+    rows: RowFormat, seed: int, with_id: bool, picture: Image.Image, caption: str, sample_id: int, epoch: int
+) -> dict[str, Tensor]:
+    # Without workers this runs in the training process, whose random state must not depend on it.
+    with contextlib.nullcontext() if get_worker_info() else random_state_kept():
+        row = rows.training_row(picture, [caption], row_seed(seed, epoch, sample_id))
+    if with_id:
+        row["sample_ids"] = sample_id
+    return {name: value[0] for name, value in rows.batch([row]).items()}
+
+
+def _ids_by_shard(source: ShardListing | Table, args: argparse.Namespace) -> dict[str, range]:
+    if not isinstance(source, ShardListing):
+        raise UserError(
+            f"--loss {args.loss}: it or a term of it needs sample ids or second views, which OpenCLIP's loop has for "
+            "WebDataset shards only; pack some with openclip-ext shards pack, or use openclip-ext train"
+        )
+    return {url: source.ids_of(url) for url in source.urls}
+
+
+def _require_braces(sources: str, urls: Sequence[str]) -> None:
+    """Raises UserError: `--train-data` has folders or globs, which OpenCLIP's pipeline takes for names of shards."""
+    expanded = {url for pattern in sources.split("::") for url in braceexpand.braceexpand(pattern)}
+    if not expanded.issuperset(urls):
+        raise UserError(
+            f"--train-data {sources}: OpenCLIP's loop expands neither folders nor globs; name shards with braces, such "
+            f"as --train-data '{_range_of(urls)}'"
+        )
+
+
+def _range_of(urls: Sequence[str]) -> str:
+    """From the first to the last, if their names differ in one number; `{00000..00003}.tar` is what it looks like."""
+    first, last = (re.fullmatch(r"(.*?)(\d+)(\D*)", url, re.DOTALL) for url in (urls[0], urls[-1]))
+    if not (first and last) or (first[1], first[3]) != (last[1], last[3]):
+        return "{" + ",".join(urls[:2]) + ",…}"
+    return f"{first[1]}{{{first[2]}..{last[2]}}}{first[3]}"
+
+
+def _require_agreement(args: argparse.Namespace, needs: frozenset[str]) -> None:
+    """Raises UserError: flags of OpenCLIP's own loop that do not go with the loss."""
+    if args.siglip and args.loss != "siglip":
+        raise UserError(f"--siglip --loss {args.loss}: these exclude each other; drop one")
+    if getattr(args, "horovod", False):
+        raise UserError(f"--horovod --loss {args.loss}: does not average the loss's gradients; use torchrun")
+    for name in ("torchcompile", "torchscript"):
+        if "trunk_features" in needs and getattr(args, name, False):
+            raise UserError(
+                f"--{name}: hides the towers' inner outputs, which --loss {args.loss} or a term of it needs; drop it"
+            )

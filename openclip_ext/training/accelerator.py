@@ -1,0 +1,104 @@
+"""Device, processes and precision, as OpenCLIP's flags or Accelerate's configuration say."""
+
+import argparse
+import datetime
+import os
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    ProjectConfiguration,
+    is_tensorboard_available,
+    is_wandb_available,
+)
+
+from openclip_ext.errors import UserError
+from openclip_ext.training import sharding
+
+_MIXED = {"amp": "fp16", "amp_bf16": "bf16", "amp_bfloat16": "bf16"}
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Device, processes and precision as OpenCLIP's flags or Accelerate's configuration say.
+
+    Without a GPU the default, fp16 autocast, becomes fp32.
+
+    Raises:
+        UserError: the two disagree, the precision needs a GPU, or Accelerate is to split the model in a way that this
+            loop does not support.
+    """
+    _agree_with_accelerate(args)
+    cpu = args.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if cpu and args.precision in ("fp16", "pure_fp16"):
+        raise UserError(f"--precision {args.precision}: needs a GPU; use fp32 or amp_bf16 on CPU")
+    if cpu and args.precision == "amp":
+        args.precision = "fp32"
+    if torch.cuda.is_available() and not cpu:
+        torch.backends.cuda.matmul.allow_tf32 = True  # as OpenCLIP does
+        torch.backends.cudnn.benchmark = True
+        _choose_gpu(args.device)
+    mixed = _MIXED.get(args.precision, "no")
+    plugin = sharding.fsdp_plugin(mixed)
+    # The first rank fits probes and writes checkpoints while the others wait.
+    group = {"backend": args.dist_backend, "init_method": args.dist_url, "timeout": datetime.timedelta(hours=6)}
+    handlers = [
+        DistributedDataParallelKwargs(static_graph=args.ddp_static_graph),
+        InitProcessGroupKwargs(**{key: value for key, value in group.items() if value is not None}),
+    ]
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=mixed,
+        # Nothing here is divided by accumulation steps: the loop accumulates inside one backward call.
+        gradient_accumulation_steps=1,
+        kwargs_handlers=handlers,
+        fsdp_plugin=plugin,
+        log_with=_trackers(args.report_to) or None,
+        project_config=ProjectConfiguration(logging_dir=args.logs),  # of trackers; the run's folder once it is known
+    )
+    if plugin and args.pairs == "views":
+        raise UserError("--pairs views: does not go with FSDP; launch without it: accelerate launch --multi_gpu")
+    if plugin and not accelerator.is_fsdp2:
+        raise UserError(
+            "Accelerate is configured for FSDP, which it has for GPUs only; launch without it: accelerate launch "
+            "--multi_gpu"
+        )
+    return accelerator
+
+
+def _choose_gpu(device: str) -> None:
+    """`--device cuda:N` for a single process; several are placed by their local rank. Raises UserError: no such GPU."""
+    _, _, index = device.partition(":")
+    if not index or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    if not index.isdigit() or int(index) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
+    torch.cuda.set_device(int(index))
+
+
+def _trackers(report_to: str) -> list[str]:
+    """What `--report-to` names. Raises UserError: one of them is not installed."""
+    available = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
+    wanted = [name for name in available if name in report_to or "all" in report_to]
+    for name in wanted:
+        if not available[name]:
+            raise UserError(f"--report-to {report_to}: {name} is not installed; pip install {name}")
+    return wanted
+
+
+def _agree_with_accelerate(args: argparse.Namespace) -> None:
+    """Take the precision from `accelerate launch` where no flag gives it. Raises UserError where both do and differ."""
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if configured in ("fp16", "bf16"):
+        if args.precision_given and _MIXED.get(args.precision) != configured:
+            raise UserError(
+                f"--precision {args.precision}: Accelerate is configured for {configured}; drop the flag, or launch "
+                "with accelerate launch --mixed_precision no"
+            )
+        args.precision = "amp" if configured == "fp16" else "amp_bf16"
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "auto", str(args.accum_freq)):
+        raise UserError(
+            f"--accum-freq {args.accum_freq}: Accelerate is configured for {steps} gradient accumulation steps; give "
+            f"--accum-freq {steps}, or launch with accelerate launch --gradient_accumulation_steps 1"
+        )
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # else Accelerate divides gradients by it

@@ -1,0 +1,80 @@
+"""Every touch of OpenCLIP's internals. A version is in a module's name where 3.3 and 4 differ.
+
+The functions below are the whole interface. Nothing here imports torch, or OpenCLIP, before it is
+needed: `attention_v3`, which imports torch, is imported by what needs it.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from openclip_ext.upstream import v3, v4
+from openclip_ext.upstream.export import model_card, save_pretrained
+from openclip_ext.upstream.layers import adaptable_layers, plain_name, tower_layers, tower_parameters
+from openclip_ext.upstream.loop import autocast, create_schedule, input_dtype, start_remote_sync
+from openclip_ext.upstream.losses import clip_loss, distill_loss, siglip_loss
+from openclip_ext.upstream.models import (
+    create_teacher,
+    example_inputs,
+    freeze_text,
+    load_model_weights,
+    local_weights,
+    preprocessing,
+    register_model_config,
+)
+from openclip_ext.upstream.trunks import find_trunks, watched
+from openclip_ext.upstream.weights import SCHEMES
+from openclip_ext.upstream.zero_shot import CLASSES_PER_BATCH, imagenet_names, imagenet_templates, zero_shot_weights
+
+
+def _major_version() -> int:
+    """Of the `open_clip` that an import would find, which may be a checkout in front of the installed one."""
+    spec = importlib.util.find_spec("open_clip")
+    text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    found = re.search(r"__version__ = ['\"](\d+)\.", text)
+    return int(found[1]) if found else 3
+
+
+_own = v4 if _major_version() >= 4 else v3
+BLOCKS = _own.BLOCKS
+build_parser = _own.build_parser
+checkpoint_from_state = _own.checkpoint_from_state
+create_model = _own.create_model
+create_optimizer = _own.create_optimizer
+fill_optimizer_defaults = _own.fill_optimizer_defaults
+
+__all__ = [
+    "SCHEMES",
+    "BLOCKS",
+    "CLASSES_PER_BATCH",
+    "adaptable_layers",
+    "autocast",
+    "build_parser",
+    "checkpoint_from_state",
+    "clip_loss",
+    "create_model",
+    "create_optimizer",
+    "create_schedule",
+    "create_teacher",
+    "distill_loss",
+    "example_inputs",
+    "fill_optimizer_defaults",
+    "find_trunks",
+    "freeze_text",
+    "imagenet_names",
+    "imagenet_templates",
+    "input_dtype",
+    "load_model_weights",
+    "local_weights",
+    "model_card",
+    "plain_name",
+    "preprocessing",
+    "register_model_config",
+    "save_pretrained",
+    "siglip_loss",
+    "start_remote_sync",
+    "tower_layers",
+    "tower_parameters",
+    "watched",
+    "zero_shot_weights",
+]
