@@ -26,7 +26,7 @@ LAUNCHERS = {
                    "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "openclip_ext"],
     "fsdp": ["accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2",
              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-             str(pathlib.Path(__file__).with_name("sharded_on_cpu.py"))],
+             str(pathlib.Path(__file__).parent.parent / "sharded_on_cpu.py")],
     "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "-m", "--", "openclip_ext"],
 }  # fmt: skip
 

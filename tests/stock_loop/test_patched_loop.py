@@ -11,6 +11,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from test_open_clip_flags import coca_flags
 
 import stock
 from openclip_ext.cli import main
@@ -18,7 +19,6 @@ from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
 from openclip_ext.data.pipeline import train_loader
 from openclip_ext.data.streams import StreamConfig
-from test_flags import coca_flags
 
 LOSSES = {
     "gamma_decomp": ["--loss", "gamma_decomp", "--loss-arg", "gamma=0.3"],
@@ -213,7 +213,7 @@ def test_accumulated_batches_are_one_large_batch(run_patched, run_ours, two_shar
 @pytest.fixture
 def run_two_processes(copy, train_flags, tmp_path, model_config):
     """Runs the patched loop in two processes; returns what the loss returned in each step."""
-    tests, losses = Path(__file__).parent, tmp_path / "losses.json"
+    tests, losses = Path(__file__).parent.parent, tmp_path / "losses.json"
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend=c10d"]
     launcher += ["--rdzv_endpoint=localhost:0", str(tests / "patched_on_ranks.py"), "--", model_config, str(losses)]
 

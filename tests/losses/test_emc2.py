@@ -5,13 +5,13 @@ import os
 
 import pytest
 import torch
+from test_bias import B, D, N
 from torch.nn.functional import normalize
 
 import oracles
 from openclip_ext import UserError, create_loss
 from openclip_ext.cli import main
 from openclip_ext.state.table import Placement, Table
-from test_bias import B, D, N
 
 SCALE = 10.0
 BOTH_KERNELS = pytest.mark.parametrize("options", [{"kernel": "isir"}, {"kernel": "mh"}], ids=["isir", "mh"])

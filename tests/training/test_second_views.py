@@ -8,13 +8,13 @@ import tarfile
 import open_clip
 import pytest
 import torch
+from test_pipeline import as_codes, config, epoch, noisy
 from torch.nn.functional import normalize
 
 from openclip_ext.cli import main
 from openclip_ext.data.captions import CaptionFormat, changed_words, two_views
 from openclip_ext.data.tar import Skips
 from openclip_ext.training.pair_model import PairModel, feature_widths, pair_model
-from test_pipeline import as_codes, config, epoch, noisy
 
 ALL_TERMS = (
     "--loss-term", "brownian_bridge=0.25", "--loss-term", "geometric_consistency=0.1",

@@ -1,6 +1,6 @@
 """Fixed-seed loss curves, kept in `golden.json`: a change of any of them must be meant.
 
-To accept a change: python tests/test_golden.py
+To accept a change: python tests/losses/test_golden.py
 """
 
 import json

@@ -7,6 +7,8 @@ import types
 import open_clip
 import pytest
 import torch
+from test_launch import TERMS, launch
+from test_stock_parity import moving, stock_losses
 
 import rank_jobs
 from openclip_ext import UserError
@@ -14,8 +16,6 @@ from openclip_ext.cli import main
 from openclip_ext.data.pack import pack
 from openclip_ext.training import sharding
 from stock import without_ours
-from test_launch import TERMS, launch
-from test_stock_parity import moving, stock_losses
 
 LEARNED = """
 import dataclasses, torch, openclip_ext

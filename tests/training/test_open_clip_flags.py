@@ -6,10 +6,10 @@ import pathlib
 import open_clip
 import pytest
 import torch
+from test_stock_parity import stock_losses
 
 from openclip_ext.cli import main
 from stock import without_ours
-from test_stock_parity import stock_losses
 
 COCA = {
     "embed_dim": 16,

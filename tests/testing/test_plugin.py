@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+README = pathlib.Path(__file__).parent.parent.parent / "README.md"
 
 
 def readme_files():

@@ -21,7 +21,7 @@ from openclip_ext.data.streams import StreamConfig
 from openclip_ext.stock_loop import patching
 
 CHECKOUT = os.environ.get("OPEN_CLIP_MAIN")
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parent.parent
 
 pytestmark = pytest.mark.skipif(
     not CHECKOUT, reason="the environment variable OPEN_CLIP_MAIN names no checkout of OpenCLIP's main branch"

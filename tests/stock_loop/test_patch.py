@@ -16,7 +16,7 @@ from openclip_ext.cli import main
 from openclip_ext.stock_loop import patching
 from openclip_ext.stock_loop.patch_files import NONE, parse_patch, patches
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def contents(folder):

@@ -9,6 +9,7 @@ import tarfile
 import open_clip
 import pytest
 import torch
+from test_launch import launch
 from torchvision.transforms import ToTensor
 
 import rank_jobs
@@ -17,7 +18,6 @@ from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
 from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
-from test_launch import launch
 
 
 @pytest.fixture(scope="module")
