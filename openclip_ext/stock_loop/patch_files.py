@@ -18,7 +18,7 @@ NONE = "none"  # in place of a digest: there is no file
 _VERSION = re.compile(rb"^Version: (\S+)(?: at commit (\w+))?$", re.MULTILINE)
 _DIGESTS = re.compile(rb"^sha256: (\w+) -> (\w+) (\S+)$", re.MULTILINE)
 _FILE = re.compile(rb"^--- \S+\n\+\+\+ b/", re.MULTILINE)
-_HUNK = re.compile(rb" -(\d+)(?:,(\d+))? \+\d+(?:,\d+)? ")
+_HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+\d+(?:,\d+)? @@")
 
 
 @dataclasses.dataclass(frozen=True)
