@@ -1,14 +1,39 @@
 """Files of a run and of tensors: their names, reading them so that nothing in them is run, and folders to write to."""
 
+import contextlib
+import json
 import os
 import re
+import uuid
 import warnings
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 from openclip_ext.errors import UserError
 
 LATEST = "epoch_latest.pt"
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[str]:
+    """The name of a file to write in the block; it replaces `path` when that ends, and is removed where it fails.
+
+    So `path` is there whole or as it was. The name differs between processes: several machines may share a folder.
+    """
+    partial = f"{os.fspath(path)}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(partial)
+
+
+def write_json(content: Any, path: str | os.PathLike) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic(path) as partial, open(partial, "w") as file:
+        json.dump(content, file, indent=1)
 
 
 def latest_checkpoint(folder: str, most_recent: bool) -> str | None:

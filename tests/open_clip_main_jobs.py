@@ -25,8 +25,6 @@ from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pipeline import train_loader
 from openclip_ext.data.streams import StreamConfig
 
-NAMES = {"sample_id": "sample_ids"}  # ours to theirs, where they differ
-
 
 class OurBatches:
     """Our loader in the shape in which OpenCLIP's loop takes one."""
@@ -53,7 +51,7 @@ class OurBatches:
     def __iter__(self):
         for batch in self.loader.batches:
             del batch["skipped"]
-            yield {NAMES.get(name, name): value for name, value in batch.items()}
+            yield batch
 
 
 def save_rows(flags):

@@ -98,10 +98,9 @@ class OurBatches:
         self.loader.set_epoch(epoch)
 
     def __iter__(self):
-        names = [{"sample_ids": "sample_id"}.get(key, key) for key in self.keys]
         for index, batch in enumerate(self.loader.batches):
             if self.is_mine(index):
-                yield tuple(batch[name] for name in ("image", "text", *names))
+                yield tuple(batch[name] for name in ("image", "text", *self.keys))
 
 
 def our_data(args, preprocess, epoch, tokenizer):

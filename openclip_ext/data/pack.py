@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from openclip_ext.data import tar
 from openclip_ext.data.listing import SIZES_FILE
 from openclip_ext.errors import UserError
+from openclip_ext.files import write_json
 
 _EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -192,7 +192,4 @@ def index(folder: str, *, progress: bool = True) -> dict[str, int]:
 
 def write_sizes(folder: str, sizes: dict[str, int]) -> None:
     """Write `sizes.json`, whole or not at all."""
-    path = os.path.join(folder, SIZES_FILE)
-    with open(path + ".partial", "w") as file:
-        json.dump(sizes, file, indent=1)
-    os.replace(path + ".partial", path)
+    write_json(sizes, os.path.join(folder, SIZES_FILE))

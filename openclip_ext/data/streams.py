@@ -50,7 +50,7 @@ class TrainStream(IterableDataset):
     """Batches of one epoch: dicts of `image` (B, 3, H, W), `text` (B, L), and `skipped`; no `text` without
     captions.
 
-    If asked for, they hold second views, `image_aug` and `text_aug`, and `sample_id` (B,). `skipped` lists (kind,
+    If asked for, they hold second views, `image_aug` and `text_aug`, and `sample_ids` (B,). `skipped` lists (kind,
     shard, count) of what could not be used since the last batch. A worker whose shards hold no full batch yields
     `{"error": message}`. Batches are always full; a worker that runs out starts over in another order, as in OpenCLIP.
     """
@@ -231,4 +231,4 @@ def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Im
 def _with_id(config: StreamConfig, pair: tuple[Image.Image, list[str]], epoch: int, sample_id: int) -> dict:
     """A training row: a function of seed, epoch and sample, on whichever worker and rank it is made."""
     row = config.training_row(*pair, seed=row_seed(config.seed, epoch, sample_id))
-    return row | {"sample_id": sample_id} if config.sample_id else row
+    return row | {"sample_ids": sample_id} if config.sample_id else row

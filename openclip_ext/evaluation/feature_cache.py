@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sys
-import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from openclip_ext.data.listing import is_local
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import LoadedModel, tensors_sha256, weights_sha256
+from openclip_ext.files import atomic
 
 FORMAT = 1  # to be raised when features are computed in another way
 EXAMPLE = "Two dogs, 12 cats & a café: “ünïcode”!"  # tokenizers that differ differ here
@@ -138,13 +138,8 @@ def _read(path: str, described: str) -> dict[str, Tensor]:
 
 def _write(path: str, described: str, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    partial = f"{path}.{uuid.uuid4().hex}.partial"  # several machines may share the folder
-    try:
+    with atomic(path) as partial:
         save_file(tensors, partial, metadata={"identity": described, "sha256": tensors_sha256(tensors)})
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
 
 
 def _settings(module: torch.nn.Module) -> dict[str, str]:

@@ -1,14 +1,13 @@
 """Checkpoints in OpenCLIP's format, with the loss's state beside the model's."""
 
 import dataclasses
-import os
 from typing import Any
 
 import torch
 
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
-from openclip_ext.files import load_tensors
+from openclip_ext.files import atomic, load_tensors
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.lora import Adapters
@@ -55,8 +54,8 @@ def save_checkpoint(
         content["momentum_encoder"] = keys.state_dict()
     if loss_optimizer is not None:
         content["loss_optimizer"] = loss_optimizer
-    torch.save(content, path + ".partial")
-    os.replace(path + ".partial", path)
+    with atomic(path) as partial:
+        torch.save(content, partial)
 
 
 def _weights(model, average: WeightAverage | None, adapters: Adapters | None, distributed: bool, keep: bool) -> dict:

@@ -123,7 +123,7 @@ class Trainer:
             if error is not None:
                 raise UserError(error) if number < workers else RankError(error)
             if self.hash_ids is not None:
-                batch["sample_id"] = self.hash_ids(batch["sample_id"])
+                batch["sample_ids"] = self.hash_ids(batch["sample_ids"])
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             for key in ("image", "image_aug"):
                 if self.input_dtype is not None and key in batch:
@@ -176,7 +176,7 @@ class Trainer:
 
     def constants(self, batch: dict) -> dict[str, Tensor]:
         """What the loss is given that has no gradient."""
-        constants = {"sample_ids": batch["sample_id"]} if "sample_id" in batch else {}
+        constants = {"sample_ids": batch["sample_ids"]} if "sample_ids" in batch else {}
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 teacher_out = self.teacher(batch["image"], batch["text"])

@@ -45,7 +45,7 @@ def epoch(folder, *, workers=0, number=0, num_samples=256, **changes):
 
 
 def ids_of(batches):
-    return torch.cat([batch["sample_id"] for batch in batches]).tolist()
+    return torch.cat([batch["sample_ids"] for batch in batches]).tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -59,7 +59,7 @@ def test_an_epoch_has_every_sample_once_under_its_own_id(shards, workers):
             originals[len(originals)] = decode_image(sample, record), decode_caption(sample, record)
     for batch in batches:
         assert not batch["skipped"]
-        for image, text, sample_id in zip(batch["image"], batch["text"], batch["sample_id"].tolist(), strict=True):
+        for image, text, sample_id in zip(batch["image"], batch["text"], batch["sample_ids"].tolist(), strict=True):
             picture, caption = originals[sample_id]
             assert torch.equal(image, to_tensor(picture)) and torch.equal(text, as_codes([caption])[0])
 
@@ -92,7 +92,7 @@ def test_augmentation_depends_on_sample_and_epoch_only(shards):
     def images(**changes):
         batches = epoch(shards, image_transform=noisy, **changes)
         return {
-            i: image for batch in batches for i, image in zip(batch["sample_id"].tolist(), batch["image"], strict=True)
+            i: image for batch in batches for i, image in zip(batch["sample_ids"].tolist(), batch["image"], strict=True)
         }
 
     alone, shared = images(), images(workers=2) | images(rank=1, world_size=2)
@@ -182,11 +182,11 @@ def test_hashed_ids_depend_on_the_key_alone(shards):
     digest = hashlib.blake2b(b"000000000", digest_size=8).digest()
     assert len(set(hashes)) == 256 and int.from_bytes(digest, "big") >> 1 in hashes
     ids = HashIds(1000)
-    table = torch.cat([ids(batch["sample_id"]) for batch in batches])
+    table = torch.cat([ids(batch["sample_ids"]) for batch in batches])
     assert table.min() >= 0 and table.max() < 1000
     assert ids.collisions == 256 - len(table.unique())
     before = ids.collisions
-    assert torch.equal(ids(batches[0]["sample_id"]), table[:16]) and ids.collisions - before <= before
+    assert torch.equal(ids(batches[0]["sample_ids"]), table[:16]) and ids.collisions - before <= before
 
 
 @pytest.mark.parametrize("workers", [0, 2])

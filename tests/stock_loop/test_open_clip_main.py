@@ -246,11 +246,11 @@ def test_ids_and_views_of_their_pipeline_are_ours(results, folder, data):
     loader = train_loader(config, num_samples=40, workers=0)
     loader.set_epoch(2)
     (ours,) = (
-        {name: torch.cat([batch[name] for batch in batches]) for name in ("image", "text", "sample_id", "image_aug")}
+        {name: torch.cat([batch[name] for batch in batches]) for name in ("image", "text", "sample_ids", "image_aug")}
         for batches in [list(loader.batches)]
     )
     assert sorted(rows["sample_ids"].tolist()) == list(range(40))
-    theirs_order, our_order = rows["sample_ids"].argsort(), ours["sample_id"].argsort()
+    theirs_order, our_order = rows["sample_ids"].argsort(), ours["sample_ids"].argsort()
     for name in ("image", "text", "image_aug"):
         assert torch.equal(rows[name][theirs_order], ours[name][our_order]), name
 

@@ -310,7 +310,7 @@ def test_ids_are_positions_in_the_shards_and_views_are_ours(patched, train_flags
     )  # fmt: skip
     ours = train_loader(config, num_samples=200, workers=0)
     ours.set_epoch(2)
-    names = ("image", "text", "sample_id", "image_aug")
+    names = ("image", "text", "sample_ids", "image_aug")
     reference = by_id(tuple(batch[name] for name in names) for batch in ours.batches)
     assert set(range(40)) - {13} >= theirs.keys() and len(theirs) > 20
     for sample_id, (images, text) in theirs.items():

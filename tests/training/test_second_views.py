@@ -88,7 +88,7 @@ def test_views_are_a_function_of_seed_epoch_and_sample(shards):
     def by_id(**changes):
         found = {}
         for batch in epoch(shards, **(wanted | changes)):
-            for index, sample_id in enumerate(batch["sample_id"].tolist()):
+            for index, sample_id in enumerate(batch["sample_ids"].tolist()):
                 found[sample_id] = {name: batch[name][index] for name in ("image", "image_aug", "text", "text_aug")}
         return found
 
@@ -105,7 +105,7 @@ def test_views_are_a_function_of_seed_epoch_and_sample(shards):
 def test_only_what_is_asked_for_is_made_and_the_first_view_does_not_change(shards):
     plain = epoch(shards, image_transform=noisy)
     both = epoch(shards, image_transform=noisy, image_aug_transform=noisy)
-    assert set(plain[0]) == {"image", "text", "sample_id", "skipped"} and set(both[0]) - set(plain[0]) == {"image_aug"}
+    assert set(plain[0]) == {"image", "text", "sample_ids", "skipped"} and set(both[0]) - set(plain[0]) == {"image_aug"}
     assert all(torch.equal(x["image"], y["image"]) for x, y in zip(plain, both, strict=True))
 
 

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openclip_ext.commands.demo.run import LOSSES, run_demo
+    from openclip_ext.commands.demo.body import LOSSES, run_demo
 
     losses = args.losses.split(",") if args.losses else LOSSES
     run_demo(args.out, losses=losses, seeds=args.seeds, epochs=args.epochs, batch_size=args.batch_size)

@@ -35,7 +35,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openclip_ext.commands.eval.run import run_eval
+    from openclip_ext.commands.eval.body import run_eval
 
     run_eval(args)
     return 0

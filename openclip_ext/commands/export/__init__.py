@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openclip_ext.commands.export.run import run_export
+    from openclip_ext.commands.export.body import run_export
 
     run_export(args)
     return 0

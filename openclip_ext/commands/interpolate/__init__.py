@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openclip_ext.commands.interpolate.run import run_interpolate
+    from openclip_ext.commands.interpolate.body import run_interpolate
 
     run_interpolate(args)
     return 0

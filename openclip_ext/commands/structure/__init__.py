@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from openclip_ext.commands.structure.run import run_structure
+    from openclip_ext.commands.structure.body import run_structure
 
     run_structure(args)
     return 0

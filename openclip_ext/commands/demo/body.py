@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from openclip_ext.commands.eval.run import describe, write_json
+from openclip_ext.commands.eval.body import describe
 from openclip_ext.data import digits
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
@@ -21,6 +21,7 @@ from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import load_model
 from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
 from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
+from openclip_ext.files import write_json
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.report.compare import compare, group, write_report
 from openclip_ext.report.run_files import read_run

@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import json
 import os
 import re
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from typing import Any
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import LoadedModel, load_model
 from openclip_ext.evaluation.tasks import run_tasks, table, tasks_from
+from openclip_ext.files import write_json
 
 PACKAGES = ("openclip-ext", "open_clip_torch", "torch", "torchvision", "timm", "numpy")
 
@@ -89,10 +89,3 @@ def _require_writable(out: str) -> None:
             os.remove(out + ".partial")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another file") from error
-
-
-def write_json(report: dict, path: str) -> None:
-    """Whole or not at all."""
-    with open(path + ".partial", "w") as file:
-        json.dump(report, file, indent=1)
-    os.replace(path + ".partial", path)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from openclip_ext.commands.eval.run import describe, write_json
+from openclip_ext.commands.eval.body import describe
 from openclip_ext.commands.interpolate.mixing import interpolate, parse_alphas, require_same_architecture, require_share
 from openclip_ext.commands.interpolate.picture import draw_interpolation
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import LoadedModel, load_model, weights_sha256
 from openclip_ext.evaluation.tasks import run_tasks, tasks_from
-from openclip_ext.files import make_out_folder
+from openclip_ext.files import atomic, make_out_folder, write_json
 from openclip_ext.report.compare import shown_metrics
 from openclip_ext.report.run_files import PARAMS, task_scores
 from openclip_ext.report.tables import cell, markdown_table, percent, title
@@ -114,10 +113,9 @@ def _mixture(model: LoadedModel, first: Weights, second: Weights, alpha: float) 
 def _save(first: Weights, second: Weights, alpha: float, path: Path, sources: tuple[str, str]) -> None:
     """Write the mixture as a checkpoint that OpenCLIP's `--pretrained` takes."""
     state = {name: interpolate(first, second, alpha, name).to(second[name].dtype) for name in second}
-    partial = path.with_name(path.name + ".partial")
     origin = {"a": sources[0], "b": sources[1], "alpha": alpha}
-    torch.save({"name": path.stem, "state_dict": state, "interpolation": origin}, partial)
-    os.replace(partial, path)
+    with atomic(path) as partial:
+        torch.save({"name": path.stem, "state_dict": state, "interpolation": origin}, partial)
     print(f"{path}: alpha {alpha:g}")
 
 
