@@ -5,9 +5,10 @@ names a `LossSpec`. Nothing is imported until a spec is asked for.
 """
 
 import dataclasses
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from openclip_ext.errors import UserError
 from openclip_ext.options import NoOptions
@@ -19,19 +20,80 @@ LOSSES = "open_clip.losses"
 TERMS = "open_clip.loss_terms"
 _KIND = {LOSSES: "loss", TERMS: "loss term"}
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Need:
+    """Something that a loss may ask for.
+
+    Attributes:
+        meaning: what it is, in words that follow "it needs".
+        provider: who has it: `data` (rows of batches), `model`, `teacher`, or `caller` (who encodes samples again).
+        arguments: the keyword arguments of a loss's `forward` that hold it; none: it is part of `LossContext`.
+        batch_keys: what batches hold for it.
+        of_views: whether images alone have it, with two views of each.
+    """
+
+    meaning: str
+    provider: Literal["data", "model", "teacher", "caller"]
+    arguments: tuple[str, ...] = ()
+    batch_keys: tuple[str, ...] = ()
+    of_views: bool = False
+
+
 #: What a loss may ask of the loop and of the data pipeline; what none asks for is not computed.
-NEEDS = frozenset(
-    {
-        "sample_ids",
-        "logit_bias",
-        "teacher_features",
-        "caption_logits",
-        "image_aug",
-        "text_aug",
-        "trunk_features",
-        "stored_features",
-    }  # fmt: skip
-)
+NEEDS: Mapping[str, Need] = types.MappingProxyType({
+    "num_samples": Need(meaning="the number of pairs in the training set", provider="data", of_views=True),
+    "sample_ids": Need(
+        meaning="the ids of the samples, (B,), from 0 to num_samples - 1", provider="data",
+        arguments=("sample_ids",), batch_keys=("sample_ids",), of_views=True,
+    ),
+    "image_aug": Need(
+        meaning="features of second views of the images", provider="data",
+        arguments=("image_features_aug",), batch_keys=("image_aug",),
+    ),
+    "text_aug": Need(
+        meaning="features of second views of the texts", provider="data",
+        arguments=("text_features_aug",), batch_keys=("text_aug",),
+    ),
+    "widths": Need(meaning="the widths of the features", provider="model", of_views=True),
+    "logit_bias": Need(
+        meaning="the model's logit_bias, which one made with init_logit_bias=-10 has", provider="model",
+        arguments=("logit_bias",), of_views=True,
+    ),
+    "trunk_features": Need(
+        meaning="the towers' pooled outputs before their projections", provider="model",
+        arguments=("image_trunk_features", "text_trunk_features"),
+    ),
+    "caption_logits": Need(
+        meaning="logits and labels of caption tokens, from a CoCa model", provider="model",
+        arguments=("logits", "labels"),
+    ),
+    "teacher_features": Need(
+        meaning="features and logit scale of a teacher", provider="teacher",
+        arguments=("dist_image_features", "dist_text_features", "dist_logit_scale"),
+    ),
+    "stored_features": Need(
+        meaning="embeddings, encoded again, of the samples that the loss's stored_ids names", provider="caller",
+        arguments=("stored_features",),
+    ),
+})  # fmt: skip
+
+
+def arguments(needs: Iterable[str]) -> set[str]:
+    """The keyword arguments of a loss's `forward` that satisfy these needs.
+
+    Who needs both trunk features and the second view of a modality gets the trunk features of that view too.
+    """
+    needs = frozenset(needs)
+    names = {argument for need in needs for argument in NEEDS[need].arguments}
+    if "trunk_features" in needs:
+        names |= {f"{modality}_trunk_features_aug" for modality in ("image", "text") if f"{modality}_aug" in needs}
+    return names
+
+
+def batch_keys(needs: Iterable[str] = NEEDS) -> set[str]:
+    """What batches hold for these needs, besides `image` and `text`."""
+    return {key for need in needs for key in NEEDS[need].batch_keys}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +103,8 @@ class LossSpec:
     Attributes:
         name: what follows `--loss`; equal to the name of the entry point.
         summary: what it does, in one line.
-        build: `build(options, *, num_samples, rank, world_size) -> torch.nn.Module`; a class with this signature does.
+        build: `build(options, context) -> torch.nn.Module`, context an `openclip_ext.LossContext`; a class with this
+            signature does, such as a subclass of `openclip_ext.Loss`.
         options: keyword-only dataclass whose fields are declared by `openclip_ext.option`.
         paper: where it was published.
         needs: a subset of `NEEDS`, what its forward must be given beyond features and logit scale; or a function of
@@ -63,7 +126,7 @@ class LossSpec:
     def needs_for(self, options: Any) -> frozenset[str]:
         """What it needs with these options. Raises ValueError: something that nobody can provide."""
         needs = frozenset(self.needs(options) if callable(self.needs) else self.needs)
-        unknown = needs - NEEDS
+        unknown = needs - NEEDS.keys()
         if unknown:
             raise ValueError(f"loss {self.name!r} needs {sorted(unknown)}; what can be provided: {sorted(NEEDS)}")
         return needs

@@ -14,19 +14,19 @@ OURS = ["batch_corrected", "clip", "dcl", "emc2", "gamma_decomp", "siglip", "sog
 PLUGIN = """
 import dataclasses
 import torch
-from openclip_ext import LossSpec, option
+from openclip_ext import Loss, LossSpec, option
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     margin: float = option(0.2, "the margin")
 
-class Theirs(torch.nn.Module):
-    def __init__(self, options, *, num_samples, rank, world_size):
-        super().__init__()
+class Theirs(Loss):
+    def __init__(self, options, context):
+        super().__init__(options, context)
         self.margin = torch.nn.Parameter(torch.tensor(options.margin))
         self.register_buffer("steps", torch.zeros(()))
 
-    def forward(self, image_features, text_features, logit_scale, *, output_dict=True):
+    def compute(self, image_features, text_features, logit_scale):
         gap = (image_features - text_features).square().sum(1).mean()
         return {"KEY": gap + self.margin, "margin": self.margin.detach()}
 

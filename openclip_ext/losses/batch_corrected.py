@@ -1,12 +1,12 @@
 """The global contrastive loss, estimated from one batch."""
 
 import dataclasses
-import math
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
-from openclip_ext.ops.pairs import gather_pairs, log_mean_ratio, pair_loss
+from openclip_ext.losses.base import LossContext, PairLoss
+from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
 
@@ -18,7 +18,7 @@ class Options:
     )
 
 
-class BatchCorrectedLoss(nn.Module):
+class BatchCorrectedLoss(PairLoss):
     """`mean_i log(1 + K mean_{j != i} r_ij)`, r_ij = exp(s_ij - s_ii), both directions averaged.
 
     With K = N - 1 the batch stands for the whole training set of N pairs, so an anchor is pushed as hard as in the
@@ -26,24 +26,14 @@ class BatchCorrectedLoss(nn.Module):
     is the batch's own.
     """
 
-    def __init__(self, options: Options, *, num_samples: int, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.rank, self.world_size = rank, world_size
-        self.log_negatives = math.log(options.negatives or num_samples - 1)
+    def __init__(self, options: Options, context: LossContext) -> None:
+        super().__init__(options, context)
+        self.log_negatives = context.log_negatives(options.negatives)
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        *,
-        output_dict: bool = True,
-    ) -> dict[str, Tensor] | Tensor:
-        """Features (B, D) of unit norm, logit scale (). Returns `contrastive_loss`, the global mean."""
-        pairs = gather_pairs(image_features, text_features, logit_scale, None, self.rank, self.world_size)
-        log_rate = softplus(self.log_negatives + log_mean_ratio(pairs))  # log(1 + K mean r)
-        loss = pair_loss(pairs, value=log_rate, log_weight=self.log_negatives - log_rate)
-        return {"contrastive_loss": loss} if output_dict else loss
+    def anchor_terms(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """`log(1 + K mean r)`, weighted by `K / (1 + K mean r)`."""
+        log_rate = softplus(self.log_negatives + log_mean)
+        return log_rate, self.log_negatives - log_rate
 
 
 SPEC = LossSpec(
@@ -51,5 +41,6 @@ SPEC = LossSpec(
     summary="same-batch estimate of the loss over the whole training set; no memory",
     paper="the limit gamma = 1 of gamma_decomp",
     options=Options,
+    needs=lambda options: frozenset() if options.negatives else frozenset({"num_samples"}),
     build=BatchCorrectedLoss,
 )

@@ -1,16 +1,19 @@
 """OpenCLIP's own loss, as it is."""
 
+from openclip_ext.losses.base import LossContext
 from openclip_ext.losses.wrapped import WrappedLoss
+from openclip_ext.options import NoOptions
 from openclip_ext.registry import LossSpec
 from openclip_ext.upstream import clip_loss
 
 
-def build(options, *, num_samples: int, rank: int, world_size: int) -> WrappedLoss:
+def build(options: NoOptions, context: LossContext) -> WrappedLoss:
     """`open_clip.ClipLoss`, gathered with gradient, so that N ranks equal one.
 
     Value: mean of the two cross entropies of `logit_scale * image @ text.T` over the global batch.
     """
-    return WrappedLoss(clip_loss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size), world_size)
+    world = {"rank": context.rank, "world_size": context.world_size}
+    return WrappedLoss(clip_loss(local_loss=True, gather_with_grad=True, **world), context)
 
 
 SPEC = LossSpec(

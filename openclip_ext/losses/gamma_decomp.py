@@ -5,13 +5,16 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import softplus
 
+from openclip_ext.losses.base import LossContext
+from openclip_ext.losses.placement import named_flags, require_placement
+from openclip_ext.losses.rates import RateLoss
 from openclip_ext.ops.counter_random import log_gamma_mean
-from openclip_ext.ops.pairs import PairBatch, gather_pairs, log_mean_ratio, pair_loss
+from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
-from openclip_ext.state.rate_table import RateTable
 from openclip_ext.state.table import Placement
 
 
@@ -45,10 +48,10 @@ class Options:
     rate_path: str | None = option(None, "the file, for rate_device=mmap")
 
     def __post_init__(self) -> None:
-        Placement(self.rate_device, self.rate_path, "rate")  # found wrong as early as other options
+        require_placement("rate", self.rate_device, self.rate_path)  # found wrong as early as other options
 
 
-class GammaDecompLoss(nn.Module):
+class GammaDecompLoss(RateLoss):
     """Target: `L = mean_i log(iota + K Z_i)`, `Z_i = mean_{j != i} r_ij` over all N - 1 others, r_ij = exp(q_ij).
 
     q_ij = s_ij - s_ii, directions are averaged, iota is 1, or 0 if `decoupled`. Since `1/x = integral of exp(-u x) du`,
@@ -65,83 +68,47 @@ class GammaDecompLoss(nn.Module):
     NeurIPS 2022. The rate memory and its schedule follow SogCLR (ICML 2022) and FastCLIP (2024).
     """
 
-    def __init__(self, options: Options, *, num_samples: int, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.rank, self.world_size = rank, world_size
-        self.options = options
-        self.log_negatives = math.log(options.negatives or num_samples - 1)
-        self.rates = RateTable(num_samples, Placement(options.rate_device, options.rate_path, "rate"))
+    def __init__(self, options: Options, context: LossContext) -> None:
+        with named_flags("rate"):
+            super().__init__(options, context, Placement(options.rate_device, options.rate_path))
+        self.log_negatives = context.log_negatives(options.negatives)
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
-        self.gamma_now = options.gamma
+        self._gamma = options.gamma
 
     def begin_step(self, *, step: int, total_steps: int) -> None:
         """Set the weight of the current batch: a cosine from 1 to `gamma` over the first `gamma_decay` of training."""
         gamma, decay_steps = self.options.gamma, self.options.gamma_decay * total_steps
         progress = min(step / decay_steps, 1.0) if decay_steps > 0 else 1.0
-        self.gamma_now = gamma + (1 - gamma) * (1 + math.cos(math.pi * progress)) / 2
+        self._gamma = gamma + (1 - gamma) * (1 + math.cos(math.pi * progress)) / 2
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        *,
-        sample_ids: Tensor,
-        output_dict: bool = True,
-    ) -> dict[str, Tensor] | Tensor:
-        """The loss of the global batch.
+    @property
+    def scheduled(self) -> bool:
+        """Whether the weight of the current batch changes over training."""
+        return self.options.gamma < 1 and self.options.gamma_decay > 0
 
-        Args:
-            image_features: (B, D), unit norm.
-            text_features: (B, D), unit norm.
-            logit_scale: (), the inverse temperature.
-            sample_ids: (B,), in [0, num_samples).
-            output_dict: return a dict (default) or `contrastive_loss` alone.
+    @property
+    def batch_weight(self) -> float:
+        return self._gamma
 
-        Returns:
-            contrastive_loss: the current estimate of L, with the M-step gradient.
-            gamma: the weight of the current batch in the rates.
-            first_visits: the share of the batch that was never seen before.
+    def estimate(self, log_mean: Tensor) -> Tensor:
+        """`log(iota + K mean r)`."""
+        log_estimate = self.log_negatives + log_mean
+        return log_estimate if self.options.decoupled else softplus(log_estimate)
 
-        Raises:
-            IndexError: a sample id outside of the table.
-        """
-        pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
-        log_rate = self._blended_rate(pairs)
-        log_u = self._log_draws(pairs.ids) - log_rate
-        loss = pair_loss(pairs, value=log_rate, log_weight=self.log_negatives + log_u)
-        if not output_dict:
-            return loss
+    def anchor_terms(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """`log R`, weighted by `u K`."""
+        log_rate = self.visit(pairs, log_mean)
+        return log_rate, self.log_negatives + self._log_draws(pairs.ids) - log_rate
+
+    def report(self, pairs: PairBatch) -> dict[str, Tensor]:
+        """`gamma`, the weight of the current batch; `first_visits`, the share of the batch never seen before."""
         first_visits = self.rates.read(pairs.all_ids)[0].isnan().float().mean()
-        return {"contrastive_loss": loss, "gamma": torch.tensor(self.gamma_now), "first_visits": first_visits}
-
-    @torch.no_grad()
-    def warm_start(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, sample_ids: Tensor
-    ) -> None:
-        """Write the batch's own rates before training, as at a first visit; no step is counted.
-
-        Arguments are those of `forward`. The memory counts only where the weight of a batch is below 1: early in
-        training that takes `gamma_decay` = 0.
-        """
-        self._blended_rate(
-            gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
-        )
-        self.rates.commit()
+        return {"gamma": torch.tensor(self._gamma), "first_visits": first_visits}
 
     def commit(self) -> None:
         """Write the rates of this step's samples."""
-        self.rates.commit()
+        super().commit()
         self.steps_taken += 1
-
-    def _blended_rate(self, pairs: PairBatch) -> Tensor:
-        """log R after this visit, (2, B), which it stages."""
-        log_estimate = self.log_negatives + log_mean_ratio(pairs)
-        if not self.options.decoupled:
-            log_estimate = nn.functional.softplus(log_estimate)  # log(1 + K mean r)
-        log_rate = self.rates.blend(pairs.ids, log_estimate, self.gamma_now)
-        self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
-        return log_rate
 
     def _log_draws(self, ids: Tensor) -> Tensor | float:
         """log of Gamma(m, m) draws for anchors of both directions, (2, B); 0 for draws = 0."""

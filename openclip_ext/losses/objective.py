@@ -1,36 +1,49 @@
 """What the training loop calls: a base loss plus weighted terms, with the hooks of a step."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from openclip_ext.errors import UserError
+from openclip_ext.losses.base import Loss, LossContext
 from openclip_ext.losses.weights import Weight
+from openclip_ext.registry import NEEDS, arguments
+
+#: Calls without `commit` after which a loop is taken to have forgotten it: a gradient scaler may skip some first steps.
+_UNCOMMITTED = 20
 
 
-class Objective(nn.Module):
+class Objective(Loss):
     """A base loss and additive terms behind one call.
 
-    Hands each part only what its spec says it needs, multiplies the terms by their weights, and passes `begin_step`
-    and `commit` on to the parts that have them.
+    Hands each part only what its spec says it needs, multiplies the terms by their weights, and passes the hooks on to
+    the parts that have them. A part may be any `torch.nn.Module` that is called as a loss of OpenCLIP's is.
 
     Attributes:
         needs: what `forward` must be given besides features and logit scale (see `openclip_ext.registry.NEEDS`).
     """
 
-    def __init__(self, base: nn.Module, needs: frozenset[str], weight: float = 1.0) -> None:
-        super().__init__()
+    def __init__(
+        self, name: str, base: nn.Module, needs: frozenset[str], context: LossContext, weight: float = 1.0
+    ) -> None:
+        super().__init__(context=context)
         self.base = base
         self.terms = nn.ModuleDict()
         self._needs = {"base": needs}
+        self._titles = {"base": f"loss {name}"}
         self._weights = {"base": Weight(weight, weight)}
         self._weights_now = {"base": weight}
+        self._told_time, self._uncommitted = False, 0
 
     def add_term(self, name: str, term: nn.Module, needs: frozenset[str], weight: Weight) -> None:
         """Add `weight` times the term, which returns `{"<name>_loss": tensor}`."""
         self.terms[name] = term
         self._needs[name] = needs
+        self._titles[name] = f"loss term {name}"
         self._weights[name] = weight
         self._weights_now[name] = weight.end
 
@@ -38,111 +51,119 @@ class Objective(nn.Module):
     def needs(self) -> frozenset[str]:
         return frozenset().union(*self._needs.values())
 
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, output_dict: bool = True, **extra
-    ) -> dict[str, Tensor] | Tensor:
-        """Losses and report scalars by name; without `output_dict`, the sum of the losses.
+    def compute(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **extra: Any
+    ) -> dict[str, Tensor]:
+        """Losses and report scalars by name.
 
         Raises:
-            TypeError: something a part needs is missing from `extra`.
+            UserError: an argument that a part needs is missing, or one of another type or size than it must be.
         """
+        _require_usable(image_features, text_features, logit_scale, extra)
+        if self.training and torch.is_grad_enabled():
+            self._warn_of_missing_calls()
         outputs: dict[str, Tensor] = {}
         with _float32(image_features.device):
-            for name, part in {"base": self.base, **self.terms}.items():
-                for key, value in self._call(name, part, image_features, text_features, logit_scale, extra).items():
+            for name, part in self._parts().items():
+                given = self._given(name, extra)
+                found = part(image_features, text_features, logit_scale, **given, output_dict=True)
+                for key, value in found.items():
                     outputs[key] = self._weights_now[name] * value if key.endswith("_loss") else value
                 if not self._weights[name].constant:
                     outputs[f"{name}_weight"] = torch.tensor(self._weights_now[name])
-        return outputs if output_dict else total_loss(outputs)
+        return outputs
 
-    def _call(self, name, module, image_features, text_features, logit_scale, extra):
-        given = self._given(name, module, extra)
-        return module(image_features, text_features, logit_scale, **given, output_dict=True)
-
-    def _given(self, name: str, module: nn.Module, extra: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _given(self, name: str, extra: dict[str, Any]) -> dict[str, Tensor]:
         names = arguments(self._needs[name])
-        missing = sorted(names - extra.keys())
-        if missing:
-            raise TypeError(f"{type(module).__name__} needs {', '.join(missing)}")
+        if missing := sorted(key for key in names if extra.get(key) is None):
+            meanings = {argument: need.meaning for need in NEEDS.values() for argument in need.arguments}
+            raise UserError(
+                f"{self._titles[name]} needs {missing[0]}=…, {meanings.get(missing[0], 'as the first view has it')}"
+            )
         return {key: extra[key] for key in names}
+
+    def _warn_of_missing_calls(self) -> None:
+        if self.scheduled and not self._told_time:
+            self._told_time = True
+            warnings.warn(
+                f"{self._titles['base']} has a schedule: call loss.begin_step(step=…, total_steps=…) before each "
+                "optimizer step; until then it acts as at the end of training",
+                stacklevel=5,
+            )
+        self._uncommitted += 1
+        if self.has_state and self._uncommitted == _UNCOMMITTED:
+            warnings.warn(
+                f"{self._titles['base']} or a term of it keeps a state, which only loss.commit() writes: call it after "
+                f"each optimizer step; {_UNCOMMITTED} calls passed without",
+                stacklevel=5,
+            )
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a weight or a part has a schedule."""
+        constant = all(weight.constant for weight in self._weights.values())
+        return not constant or any(loss.scheduled for loss in self._losses())
+
+    @property
+    def has_state(self) -> bool:
+        """Whether any part writes something on `commit`."""
+        return any(loss.has_state for loss in self._losses())
 
     @property
     def wants_warm_start(self) -> bool:
         """Whether any part has use for `warm_start`."""
-        return any(hasattr(part, "warm_start") for part in self._parts())
+        return any(loss.wants_warm_start for loss in self._losses())
 
     @torch.no_grad()
-    def warm_start(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **extra) -> None:
+    def warm_start(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **extra: Any) -> None:
         """Let the parts that have state write what a batch tells before training; it counts as no step.
 
         Arguments are those of `forward`; to be called on every rank.
         """
         with _float32(image_features.device):
-            for name, part in {"base": self.base, **self.terms}.items():
-                if hasattr(part, "warm_start"):
-                    part.warm_start(image_features, text_features, logit_scale, **self._given(name, part, extra))
-
-    def set_num_ids(self, num_ids: int) -> None:
-        """Let sample ids run from 0 to `num_ids` - 1 where they are no positions: the number of samples stays."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "set_num_ids"):
-                module.set_num_ids(num_ids)
-
-    @property
-    def wants_widths(self) -> bool:
-        """Whether any part has use for `set_widths`."""
-        return any(hasattr(part, "set_widths") for part in self._parts())
-
-    def set_widths(self, *, image_trunk: int, text_trunk: int, embed: int) -> None:
-        """Let the parts that have heads, or a memory of embeddings, make them.
-
-        Args:
-            image_trunk: width of `image_trunk_features`, the image tower's pooled output before its projection.
-            text_trunk: width of `text_trunk_features`.
-            embed: width of `image_features` and `text_features`.
-        """
-        for part in self._parts():
-            if hasattr(part, "set_widths"):
-                part.set_widths(image_trunk=image_trunk, text_trunk=text_trunk, embed=embed)
+            for name, part in self._parts().items():
+                if isinstance(part, Loss):
+                    part.warm_start(image_features, text_features, logit_scale, **self._given(name, extra))
 
     def begin_step(self, *, step: int, total_steps: int) -> None:
         """Tell weights and parts that have a schedule the time. Call before each optimizer step."""
+        self._told_time = True
         self._weights_now = {name: weight.at(step, total_steps) for name, weight in self._weights.items()}
-        for part in self._parts():
-            if hasattr(part, "begin_step"):
-                part.begin_step(step=step, total_steps=total_steps)
+        for loss in self._losses():
+            loss.begin_step(step=step, total_steps=total_steps)
 
     def commit(self) -> None:
         """Let the parts that have state write what `forward` staged. Call once after each optimizer step taken."""
-        for part in self._parts():
-            if hasattr(part, "commit"):
-                part.commit()
+        self._uncommitted = 0
+        for loss in self._losses():
+            loss.commit()
 
-    def _parts(self) -> tuple[nn.Module, ...]:
-        return (self.base, *self.terms.values())
+    def _parts(self) -> dict[str, nn.Module]:
+        return {"base": self.base, **self.terms}
 
-
-_ARGUMENTS = {
-    "sample_ids": ("sample_ids",),
-    "logit_bias": ("logit_bias",),
-    "teacher_features": ("dist_image_features", "dist_text_features", "dist_logit_scale"),
-    "caption_logits": ("logits", "labels"),
-    "image_aug": ("image_features_aug",),
-    "text_aug": ("text_features_aug",),
-    "stored_features": ("stored_features",),
-    "trunk_features": ("image_trunk_features", "text_trunk_features"),
-}
+    def _losses(self) -> Iterator[Loss]:
+        return (part for part in self._parts().values() if isinstance(part, Loss))
 
 
-def arguments(needs: frozenset[str]) -> set[str]:
-    """The keyword arguments of `forward` that satisfy these needs.
-
-    Who needs both trunk features and the second view of a modality gets the trunk features of that view too.
-    """
-    names = {argument for need in needs for argument in _ARGUMENTS[need]}
-    if "trunk_features" in needs:
-        names |= {f"{modality}_trunk_features_aug" for modality in ("image", "text") if f"{modality}_aug" in needs}
-    return names
+def _require_usable(image_features: Any, text_features: Any, logit_scale: Any, extra: dict[str, Any]) -> None:
+    """Raises UserError: an argument that a slip of the caller's has made no tensor, or one of another length."""
+    named = {"image_features": image_features, "text_features": text_features, "logit_scale": logit_scale}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            fix = "model.logit_scale.exp()" if name == "logit_scale" else "what the model returns"
+            raise UserError(f"{name}={value!r}: must be a tensor, such as {fix}")
+    if len(image_features) != len(text_features):
+        raise UserError(
+            f"image_features {tuple(image_features.shape)} and text_features {tuple(text_features.shape)}: must hold "
+            "as many rows, one per pair"
+        )
+    ids = extra.get("sample_ids")
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        raise UserError(f"sample_ids={ids!r}: must be a tensor of whole numbers, such as torch.tensor([0, 1, 2])")
+    if ids.shape != (len(image_features),):
+        raise UserError(f"sample_ids {tuple(ids.shape)}: must be one id per pair, ({len(image_features)},)")
 
 
 @contextlib.contextmanager
@@ -158,8 +179,3 @@ def _float32(device: torch.device) -> Iterator[None]:
     finally:
         if tf32:
             matmul.allow_tf32 = True
-
-
-def total_loss(outputs: dict[str, Tensor]) -> Tensor:
-    """The sum of the entries whose name ends in `_loss`."""
-    return sum(value for name, value in outputs.items() if name.endswith("_loss"))

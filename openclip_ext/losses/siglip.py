@@ -1,16 +1,18 @@
 """OpenCLIP's own sigmoid loss, as it is."""
 
+from openclip_ext.losses.base import LossContext
 from openclip_ext.losses.wrapped import WrappedLoss
+from openclip_ext.options import NoOptions
 from openclip_ext.registry import LossSpec
 from openclip_ext.upstream import siglip_loss
 
 
-def build(options, *, num_samples: int, rank: int, world_size: int) -> WrappedLoss:
+def build(options: NoOptions, context: LossContext) -> WrappedLoss:
     """`open_clip.loss.SigLipLoss`, averaged over ranks.
 
     Value: `-1/G sum_ij log sigmoid(y_ij (logit_scale <v_i, t_j> + logit_bias))`, y_ij = 1 for i = j, else -1.
     """
-    return WrappedLoss(siglip_loss(rank=rank, world_size=world_size), world_size)
+    return WrappedLoss(siglip_loss(rank=context.rank, world_size=context.world_size), context)
 
 
 SPEC = LossSpec(

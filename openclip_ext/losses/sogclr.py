@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from openclip_ext.ops.pairs import PairBatch, gather_pairs, log_mean_ratio, pair_loss
+from openclip_ext.losses.rates import RateLoss
+from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
-from openclip_ext.state.rate_table import RateTable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +17,7 @@ class Options:
     )
 
 
-class SogCLRLoss(nn.Module):
+class SogCLRLoss(RateLoss):
     """Target: `mean_i log mean_{j != i} r_ij` over all N pairs, both directions averaged.
 
     `U_i <- (1 - gamma) U_i + gamma mean_{j in batch} r_ij`, then the gradient `mean_j r_ij / U_i grad q_ij` with the
@@ -28,45 +27,14 @@ class SogCLRLoss(nn.Module):
     pairs with one normaliser per sample and direction.
     """
 
-    def __init__(self, options: Options, *, num_samples: int, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.rank, self.world_size = rank, world_size
-        self.gamma = options.gamma
-        self.rates = RateTable(num_samples)
+    @property
+    def batch_weight(self) -> float:
+        return self.options.gamma
 
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        *,
-        sample_ids: Tensor,
-        output_dict: bool = True,
-    ) -> dict[str, Tensor] | Tensor:
-        """Features (B, D) of unit norm, logit scale (), ids (B,). Returns `contrastive_loss`, the global mean."""
-        pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
-        log_rate = self._blended_rate(pairs)
-        loss = pair_loss(pairs, value=log_rate, log_weight=-log_rate)
-        return {"contrastive_loss": loss} if output_dict else loss
-
-    @torch.no_grad()
-    def warm_start(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, sample_ids: Tensor
-    ) -> None:
-        """Write the batch's own normalisers before training, as at a first visit. Arguments as of `forward`."""
-        self._blended_rate(
-            gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
-        )
-        self.rates.commit()
-
-    def commit(self) -> None:
-        self.rates.commit()
-
-    def _blended_rate(self, pairs: PairBatch) -> Tensor:
-        """log of the normalisers after this visit, (2, B), which it stages."""
-        log_rate = self.rates.blend(pairs.ids, log_mean_ratio(pairs), self.gamma)
-        self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
-        return log_rate
+    def anchor_terms(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """`log U`, weighted by one over U."""
+        log_rate = self.visit(pairs, log_mean)
+        return log_rate, -log_rate
 
 
 SPEC = LossSpec(

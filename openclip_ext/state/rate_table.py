@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.state.table import Placement, Table
-
-BESIDE_THE_MODEL = Placement(option="rate")
 
 
 class RateTable(Table):
@@ -22,15 +21,17 @@ class RateTable(Table):
     Args:
         num_samples: N, how many samples there are; ids run from 0 to N - 1. Memory: 8 N bytes.
         placement: where to keep it.
+        device: where the module is.
+
+    Raises:
+        NoRoomError, WrongFileError: as of `Table`.
     """
 
-    def __init__(self, num_samples: int, placement: Placement = BESIDE_THE_MODEL) -> None:
-        super().__init__((2, num_samples), torch.float32, math.nan, "rate table", placement)
+    def __init__(
+        self, num_samples: int, placement: Placement | None = None, device: torch.device | None = None
+    ) -> None:
+        super().__init__((2, num_samples), torch.float32, math.nan, "rate table", placement or Placement(), device)
         self._staged: tuple[Tensor, Tensor] | None = None
-
-    def set_num_ids(self, num_ids: int) -> None:
-        """Start anew with another number of places."""
-        self.__init__(num_ids, self.placement)
 
     @torch.no_grad()
     def blend(self, ids: Tensor, log_estimate: Tensor, gamma: float) -> Tensor:
@@ -52,6 +53,15 @@ class RateTable(Table):
         keep = math.log1p(-gamma) if gamma < 1 else -math.inf
         blended = torch.logaddexp(old + keep, log_estimate + math.log(gamma))
         return torch.where(old.isnan(), log_estimate, blended)
+
+    def visit(self, pairs: PairBatch, log_estimate: Tensor, gamma: float) -> Tensor:
+        """log of the averages of own anchors after this visit, (2, B); those of all ranks are staged.
+
+        A collective call over several ranks. Arguments and errors as of `blend`.
+        """
+        log_rate = self.blend(pairs.ids, log_estimate, gamma)
+        self.stage(pairs.all_ids, pairs.gathered(log_rate))
+        return log_rate
 
     def stage(self, ids: Tensor, log_rate: Tensor) -> None:
         """Remember what `commit` will write: (G,) ids and (2, G) log rates. Replaces what was staged before."""

@@ -13,8 +13,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from openclip_ext.errors import UserError
-
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -23,26 +21,19 @@ class Placement:
     Attributes:
         kind: `device`: with the module; `cpu`: in the CPU's memory, wherever the module is; `mmap`: in a file, one per
             machine, shared by its ranks.
-        path: the file, for `mmap`.
-        option: the options of a loss that say so are `<option>_device` and `<option>_path`; for messages.
-
-    Raises:
-        UserError: `mmap` without a file, or in a folder that does not exist.
+        path: the file, for `mmap`; its folder exists.
     """
 
     kind: Literal["device", "cpu", "mmap"] = "device"
     path: str | None = None
-    option: str = "bank"
 
-    def __post_init__(self) -> None:
-        if self.kind != "mmap":
-            return
-        option = f"--loss-arg {self.option}"
-        if not self.path:
-            raise UserError(f"{option}_device=mmap: name the file with {option}_path=FILE")
-        folder = os.path.dirname(os.path.abspath(self.path))
-        if not os.path.isdir(folder):
-            raise UserError(f"{option}_path={self.path}: {folder} is no folder; make it, or give another file")
+
+class NoRoomError(ValueError):
+    """A table is larger than what is free where it is to be."""
+
+
+class WrongFileError(ValueError):
+    """The file named for a table holds something else."""
 
 
 class Table(nn.Module):
@@ -59,7 +50,8 @@ class Table(nn.Module):
             of a file that exists are kept.
 
     Raises:
-        UserError: there is no room for it, or the file holds a table of another size.
+        NoRoomError: there is no room for it.
+        WrongFileError: the file holds a table of another size.
     """
 
     def __init__(
@@ -78,13 +70,13 @@ class Table(nn.Module):
         size = math.prod(shape) * dtype.itemsize
         what = f"{name} of {' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
         if placement.kind == "mmap":
-            self._file = _file(placement, size, what)
+            self._file = _file(placement.path, size, what)
             weakref.finalize(self, os.close, self._file)
             values = torch.frombuffer(mmap.mmap(self._file, size), dtype=dtype).view(shape)
             if in_state:
                 values.fill_(fill)
         else:
-            _require_room(placement, size, _free_memory(device), device.type, what)
+            _require_room(size, _free_memory(device), device.type, what)
             values = torch.full(shape, fill, dtype=dtype, device=device)
         self.register_buffer("values", values, persistent=in_state)
 
@@ -133,17 +125,13 @@ class Table(nn.Module):
             call(self._file, [memory[row * size : (row + 1) * size]], (first + sample) * size)
 
 
-def _file(placement: Placement, size: int, what: str) -> int:
-    path = placement.path
-    folder = os.path.dirname(os.path.abspath(path))
+def _file(path: str, size: int, what: str) -> int:
     existing = os.path.getsize(path) if os.path.exists(path) else 0
     if existing not in (0, size):
-        raise UserError(
-            f"--loss-arg {placement.option}_path={path}: holds {existing} bytes, and the {what} takes {size}; it "
-            "belongs to other data or another model: give another file, or delete this one"
-        )
+        raise WrongFileError(f"{path}: holds {existing} bytes, and the {what} takes {size}")
     if existing == 0:
-        _require_room(placement, size, shutil.disk_usage(folder).free, folder, what)
+        folder = os.path.dirname(os.path.abspath(path))
+        _require_room(size, shutil.disk_usage(folder).free, folder, what)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     os.truncate(file, size)
     return file
@@ -155,10 +143,6 @@ def _free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _require_room(placement: Placement, size: int, free: int, place: str, what: str) -> None:
+def _require_room(size: int, free: int, place: str, what: str) -> None:
     if size > free:
-        option = placement.option
-        raise UserError(
-            f"the {what} takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {place}; use --loss-arg "
-            f"{option}_device=cpu, or {option}_device=mmap with {option}_path=FILE on a larger disk"
-        )
+        raise NoRoomError(f"the {what} takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {place}")

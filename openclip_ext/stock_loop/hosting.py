@@ -34,14 +34,14 @@ from openclip_ext.data.listing import ShardListing
 from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
 from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
-from openclip_ext.losses.objective import Objective
+from openclip_ext.losses import LossContext, Objective
 from openclip_ext.options import parse_assignments, parse_terms
+from openclip_ext.registry import batch_keys
 from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.data import training_data
 from openclip_ext.training.objective import plan_objective
 from openclip_ext.training.pair_model import feature_widths, freeze_unused_bias, pair_model, run_on_views
 
-_OF_A_ROW = frozenset({"sample_ids", "image_aug", "text_aug"})
 RowMaker = Callable[[Image.Image, str, int, int], dict[str, Tensor]]
 
 
@@ -79,7 +79,7 @@ class Hosting:
         self._data = training_data(flags, self._plan)
         if isinstance(self._data.source, ShardListing):
             _require_braces(args.train_data, self._data.source.urls)
-        self.sample_ids = _ids_by_shard(self._data.source, args) if self.needs & _OF_A_ROW else None
+        self.sample_ids = _ids_by_shard(self._data.source, args) if batch_keys(self.needs) else None
 
     def __repr__(self) -> str:
         return f"<loss {self._plan.spec.name}>"
@@ -125,10 +125,16 @@ class Hosting:
         freeze_unused_bias(model, self.needs)
         if "trunk_features" in self.needs:
             self._trunks = upstream.find_trunks(model)
-        loss = self._plan.build(self._data.size, rank, world_size).to(device)
-        if loss.wants_widths:
-            loss.set_widths(**feature_widths(pair_model(model, self.needs), image_dtype))
-        return loss.to(device)
+        widths = feature_widths(pair_model(model, self.needs), image_dtype) if "widths" in self.needs else None
+        return self._plan.build(
+            LossContext(
+                num_samples=self._data.size,
+                rank=rank,
+                world_size=world_size,
+                device=torch.device(device),
+                widths=widths,
+            )
+        )
 
     def restore(self, loss: Objective, checkpoint: dict, path: str) -> list[str]:
         """Load the loss's state from a checkpoint's content; remarks for the log.

@@ -15,7 +15,8 @@ from open_clip.task import CLIPTask
 from torch import Tensor, nn
 
 from openclip_ext.errors import UserError
-from openclip_ext.losses.objective import Objective, total_loss
+from openclip_ext.losses import Objective
+from openclip_ext.losses.base import total_loss
 from openclip_ext.stock_loop.hosting import Hosting
 from openclip_ext.training.checkpoint import Checkpoint, split_optimizer
 

@@ -3,9 +3,10 @@
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
+from openclip_ext.losses.base import Loss, LossContext
 from openclip_ext.ops.counter_random import uniform
 from openclip_ext.ops.gather import gather_sizes, global_mean
 from openclip_ext.ops.precision import promoted
@@ -24,7 +25,7 @@ class Options:
     sample: bool = option(False, "draw tau anew for each pair, and divide by the bridge's variance, 2 tau (1 - tau)")
 
 
-class BrownianBridgeTerm(nn.Module):
+class BrownianBridgeTerm(Loss):
     """`mean_j || v^a_j - mu_j ||^2`, `mu = norm(tau v + (1 - tau) t)`, over the pairs j of the global batch.
 
     v, t and v^a are unit image, text and second-view image features; gradients flow through all three. With `sample`,
@@ -35,28 +36,27 @@ class BrownianBridgeTerm(nn.Module):
     Learning", CVPR 2023, inter-modality regularisation.
     """
 
-    def __init__(self, options: Options, *, num_samples: int, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.options, self.rank, self.world_size = options, rank, world_size
+    def __init__(self, options: Options, context: LossContext) -> None:
+        super().__init__(options, context)
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
 
-    def forward(
+    def compute(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor,
         *,
         image_features_aug: Tensor,
-        output_dict: bool = True,
-    ) -> dict[str, Tensor] | Tensor:
+        **extra: Tensor,
+    ) -> dict[str, Tensor]:
         """Unit features (B, D). Returns `brownian_bridge_loss`, the global mean."""
         image, text, image_aug = promoted(image_features, text_features, image_features_aug)
         tau = self._tau(image)
         squared = (image_aug - normalize(tau * image + (1 - tau) * text, dim=-1)).square().sum(1, keepdim=True)
         if self.options.sample:
             squared = squared / (2 * tau * (1 - tau))
-        value = global_mean(squared.sum(), len(squared), self.world_size)
-        return {"brownian_bridge_loss": value} if output_dict else value
+        value = global_mean(squared.sum(), len(squared), self.context.world_size)
+        return {"brownian_bridge_loss": value}
 
     def commit(self) -> None:
         """Let the next step draw anew."""
@@ -66,8 +66,8 @@ class BrownianBridgeTerm(nn.Module):
         """(B, 1) draws, a function of the step and of the place in the global batch; or the option."""
         if not self.options.sample:
             return self.options.tau
-        sizes = gather_sizes(len(image), self.world_size, image.device)
-        places = torch.arange(len(image), device=image.device) + sum(sizes[: self.rank])
+        sizes = gather_sizes(len(image), self.context.world_size, image.device)
+        places = torch.arange(len(image), device=image.device) + sum(sizes[: self.context.rank])
         draws = uniform(self.steps_taken, places, stream=0).to(image.dtype)
         return (MARGIN + (1 - 2 * MARGIN) * draws)[:, None]
 

@@ -1,8 +1,9 @@
 """The captioning loss of CoCa models."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from openclip_ext.losses.base import Loss
 from openclip_ext.ops.gather import global_mean
 from openclip_ext.ops.precision import promoted
 from openclip_ext.registry import LossSpec
@@ -10,17 +11,13 @@ from openclip_ext.registry import LossSpec
 PAD = 0  # of OpenCLIP's tokenizer
 
 
-class CaptionTerm(nn.Module):
+class CaptionTerm(Loss):
     """Mean cross entropy of the next caption token over all tokens of the global batch that are no padding.
 
     Source: Yu et al., "CoCa", TMLR 2022; `open_clip.loss.CoCaLoss` on one process.
     """
 
-    def __init__(self, options, *, num_samples: int, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.world_size = world_size
-
-    def forward(
+    def compute(
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -28,13 +25,13 @@ class CaptionTerm(nn.Module):
         *,
         logits: Tensor,
         labels: Tensor,
-        output_dict: bool = True,
-    ) -> dict[str, Tensor] | Tensor:
+        **extra: Tensor,
+    ) -> dict[str, Tensor]:
         """`logits` (B, L, V), `labels` (B, L). Returns `caption_loss`, the global mean."""
         (logits,) = promoted(logits)
         total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, reduction="sum")
-        value = global_mean(total, (labels != PAD).sum(), self.world_size)
-        return {"caption_loss": value} if output_dict else value
+        value = global_mean(total, (labels != PAD).sum(), self.context.world_size)
+        return {"caption_loss": value}
 
 
 SPEC = LossSpec(

@@ -1,25 +1,28 @@
 """Distillation from a teacher's similarities, as OpenCLIP has it."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from openclip_ext.losses.base import Loss, LossContext
 from openclip_ext.ops.gather import with_global_value
 from openclip_ext.ops.precision import promoted
+from openclip_ext.options import NoOptions
 from openclip_ext.registry import LossSpec
 from openclip_ext.upstream import distill_loss
 
 
-class DistillTerm(nn.Module):
+class DistillTerm(Loss):
     """Cross entropy of the model's softmax over the batch against the teacher's, both directions averaged.
 
     Source: the distillation part of `open_clip.loss.DistillClipLoss`.
     """
 
-    def __init__(self, options, *, num_samples: int, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.world_size = world_size
-        self.loss = distill_loss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    def __init__(self, options: NoOptions, context: LossContext) -> None:
+        super().__init__(options, context)
+        self.loss = distill_loss(
+            local_loss=True, gather_with_grad=True, rank=context.rank, world_size=context.world_size
+        )
 
-    def forward(
+    def compute(
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -28,14 +31,14 @@ class DistillTerm(nn.Module):
         dist_image_features: Tensor,
         dist_text_features: Tensor,
         dist_logit_scale: Tensor,
-        output_dict: bool = True,
-    ) -> dict[str, Tensor] | Tensor:
+        **extra: Tensor,
+    ) -> dict[str, Tensor]:
         """Features (B, D) and scale () of the model, and of the teacher. Returns `distill_loss`, the global mean."""
         student = promoted(image_features, text_features, logit_scale)
         teacher = promoted(dist_image_features, dist_text_features, dist_logit_scale)
         value = self.loss(*student, *teacher, output_dict=True)["distill_loss"]
-        value = with_global_value(value, self.world_size)
-        return {"distill_loss": value} if output_dict else value
+        value = with_global_value(value, self.context.world_size)
+        return {"distill_loss": value}
 
 
 SPEC = LossSpec(

@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from openclip_ext.losses.base import Loss
 from openclip_ext.ops.gather import global_mean, mean_over_ranks
 from openclip_ext.ops.gram import sum_of_squared_cross_gaps, sum_of_squared_gaps
 from openclip_ext.ops.precision import promoted
@@ -16,7 +17,7 @@ class Options:
     views: bool = option(True, "compare with second views of image and text too; false: CyCLIP's two terms, one view")
 
 
-class GeometricConsistencyTerm(nn.Module):
+class GeometricConsistencyTerm(Loss):
     """Squared differences of similarities over the G pairs of the global batch, unit features v, t, second views a:
 
         1/G sum_jk [ (<v_j, t_k> - <v_k, t_j>)^2 + (<v_j, v_k> - <t_j, t_k>)^2 ]
@@ -29,11 +30,7 @@ class GeometricConsistencyTerm(nn.Module):
     NeurIPS 2022).
     """
 
-    def __init__(self, options: Options, *, num_samples: int, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.options, self.world_size = options, world_size
-
-    def forward(
+    def compute(
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -41,20 +38,22 @@ class GeometricConsistencyTerm(nn.Module):
         *,
         image_features_aug: Tensor | None = None,
         text_features_aug: Tensor | None = None,
-        output_dict: bool = True,
-    ) -> dict[str, Tensor] | Tensor:
+        **extra: Tensor,
+    ) -> dict[str, Tensor]:
         """Unit features (B, D). Returns `geometric_consistency_loss`."""
         image, text = promoted(image_features, text_features)
-        total = sum_of_squared_cross_gaps(image, text, self.world_size)
+        total = sum_of_squared_cross_gaps(image, text, self.context.world_size)
         if self.options.views:
             image_aug, text_aug = promoted(image_features_aug, text_features_aug)
-            total = total + sum_of_squared_gaps(image, image_aug, self.world_size)
-            total = total + sum_of_squared_gaps(text, text_aug, self.world_size)
-        value = total / (self.world_size * mean_over_ranks(total.new_tensor(len(image)), self.world_size))
+            total = total + sum_of_squared_gaps(image, image_aug, self.context.world_size)
+            total = total + sum_of_squared_gaps(text, text_aug, self.context.world_size)
+        value = total / (
+            self.context.world_size * mean_over_ranks(total.new_tensor(len(image)), self.context.world_size)
+        )
         if self.options.views:
             gaps = (image * text).sum(1) - (image_aug * text_aug).sum(1)
-            value = value + global_mean(gaps.square().sum(), len(gaps), self.world_size)
-        return {"geometric_consistency_loss": value} if output_dict else value
+            value = value + global_mean(gaps.square().sum(), len(gaps), self.context.world_size)
+        return {"geometric_consistency_loss": value}
 
 
 SPEC = LossSpec(

@@ -139,9 +139,10 @@ def toy_loss(name: str, options: dict, rank: int = 0, num_ranks: int = 1) -> Obj
     """The loss for toy batches, the same on every rank."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        loss = create_loss(name, num_samples=NUM_SAMPLES, rank=rank, world_size=num_ranks, **options)
-        loss.set_widths(image_trunk=WIDTH, text_trunk=WIDTH, embed=WIDTH)
-    return loss
+        return create_loss(
+            name, num_samples=NUM_SAMPLES, rank=rank, world_size=num_ranks, embed_dim=WIDTH, image_trunk_dim=WIDTH,
+            text_trunk_dim=WIDTH, **options,
+        )  # fmt: skip
 
 
 def two_steps(rank: int, num_ranks: int, name: str, options: dict, sizes: list[int]) -> list[dict]:

@@ -12,6 +12,7 @@ from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.pipeline import TrainLoader, train_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
+from openclip_ext.losses import LossContext
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.data import TrainingData, row_format
@@ -91,22 +92,22 @@ def _schedule(args, optimizer, steps_per_epoch: int) -> Callable[[int], float] |
 
 
 def _objective(args, accelerator: Accelerator, plan, data: TrainingData, paired):
-    """The loss on the device, with room for the data's ids and for the widths of the model `paired`."""
-
-    def build():
-        return plan.build(data.size, accelerator.process_index, accelerator.num_processes)
-
-    loss, widths = build(), None
-    if args.momentum_encoder is not None or loss.wants_widths:
+    """The loss on the device, with room for the data's ids, for the model `paired`."""
+    symmetric = args.momentum_encoder is not None
+    widths = None
+    if symmetric or "widths" in plan.needs:
         widths = feature_widths(paired, upstream.input_dtype(args.precision))
-    if args.momentum_encoder is not None:
-        loss = SymmetricObjective(loss, build(), widths["embed"])
-    if data.num_ids != data.size:
-        loss.set_num_ids(data.num_ids)
-    loss.to(accelerator.device)
-    if loss.wants_widths:
-        loss.set_widths(**widths)
-    return loss.to(accelerator.device)
+    context = LossContext(
+        num_samples=data.size,
+        num_ids=data.num_ids,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=accelerator.device,
+        widths=widths,
+    )
+    if not symmetric:
+        return plan.build(context)
+    return SymmetricObjective(plan, context).to(accelerator.device)
 
 
 def _loader(args, accelerator: Accelerator, plan, data: TrainingData, transform, tokenizer) -> TrainLoader:

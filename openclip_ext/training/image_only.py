@@ -13,6 +13,7 @@ only. MoCo-v3's factor 2T is left out: here T is the model's learned `1 / logit_
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,7 @@ from torch.nn.functional import normalize
 
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
-from openclip_ext.losses.objective import Objective
-from openclip_ext.state.table import Table
+from openclip_ext.losses import Loss, LossContext, ObjectivePlan
 from openclip_ext.training.pair_model import Wrapper
 
 PREDICTOR_RATIO = 4  # hidden width of the predictor over D
@@ -96,7 +96,7 @@ class ViewsModel(Wrapper):
         }
 
 
-class SymmetricObjective(nn.Module):
+class SymmetricObjective(Loss):
     """The mean of one objective over both ways round, with the predictor that makes queries of features.
 
     Each way has an objective, and so a memory, of its own: every memory sees each picture once per epoch, in one role,
@@ -109,21 +109,23 @@ class SymmetricObjective(nn.Module):
     decay, and kept with it.
 
     Args:
-        first: of (q_1, k_2).
-        second: of (q_2, k_1); built as the first.
-        width: D.
+        plan: of the objective, which is built once for (q_1, k_2) and once for (q_2, k_1).
+        context: with the width of the embeddings.
+
+    Raises:
+        UserError: both ways would write to one file.
     """
 
-    def __init__(self, first: Objective, second: Objective, width: int) -> None:
-        super().__init__()
-        self.objectives = nn.ModuleList([first, second])
-        hidden = PREDICTOR_RATIO * width
+    def __init__(self, plan: ObjectivePlan, context: LossContext) -> None:
+        super().__init__(plan.options, context)
+        _require_own_files(plan.options)
+        self.objectives = nn.ModuleList([plan.build(context), plan.build(context)])
+        width, hidden = context.widths.embed, PREDICTOR_RATIO * context.widths.embed
         self.predictor = nn.Sequential(
             nn.Linear(width, hidden, bias=False), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, width, bias=False)
         )
-        self._require_own_files()
 
-    def forward(
+    def compute(
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -131,7 +133,7 @@ class SymmetricObjective(nn.Module):
         *,
         image_features_swapped: Tensor,
         text_features_swapped: Tensor,
-        **extra,
+        **extra: Tensor,
     ) -> dict[str, Tensor]:
         """Losses and report scalars by name, each the mean of both ways; features as `ViewsModel` returns them."""
         pairs = (image_features, text_features), (image_features_swapped, text_features_swapped)
@@ -157,40 +159,29 @@ class SymmetricObjective(nn.Module):
         *,
         image_features_swapped: Tensor,
         text_features_swapped: Tensor,
-        **extra,
+        **extra: Tensor,
     ) -> None:
         """As `Objective.warm_start`, each way round."""
         pairs = (image_features, text_features), (image_features_swapped, text_features_swapped)
         for objective, pair in zip(self.objectives, pairs, strict=True):
             objective.warm_start(*self._queries(*pair), logit_scale, **extra)
 
-    @property
-    def wants_widths(self) -> bool:
-        return self.objectives[0].wants_widths
-
-    def set_widths(self, **widths: int) -> None:
-        """As `Objective.set_widths`. Raises UserError: both ways would write to one file."""
-        for objective in self.objectives:
-            objective.set_widths(**widths)
-        self._require_own_files()
-
-    def _require_own_files(self) -> None:
-        tables = [module for module in self.modules() if isinstance(module, Table) and module.placement.path]
-        if tables:
-            option = tables[0].placement.option
-            raise UserError(
-                f"--momentum-encoder: keeps a memory for each way round, and --loss-arg {option}_path="
-                f"{tables[0].placement.path} names one file; use {option}_device=device or cpu"
-            )
-
-    def set_num_ids(self, num_ids: int) -> None:
-        for objective in self.objectives:
-            objective.set_num_ids(num_ids)
-
     def begin_step(self, *, step: int, total_steps: int) -> None:
+        """As `Objective.begin_step`."""
         for objective in self.objectives:
             objective.begin_step(step=step, total_steps=total_steps)
 
     def commit(self) -> None:
+        """As `Objective.commit`."""
         for objective in self.objectives:
             objective.commit()
+
+
+def _require_own_files(options: Any) -> None:
+    for name, value in vars(options).items():
+        if name.endswith("_path") and value:
+            place = name.removesuffix("_path") + "_device"
+            raise UserError(
+                f"--momentum-encoder: keeps a memory for each way round, and --loss-arg {name}={value} names one file; "
+                f"use {place}=device or cpu"
+            )

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.pipeline import TrainLoader
 from openclip_ext.errors import RankError, UserError
-from openclip_ext.losses.objective import total_loss
+from openclip_ext.losses.base import Loss, total_loss
+from openclip_ext.registry import batch_keys
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.image_only import MomentumEncoder
@@ -25,6 +26,7 @@ from openclip_ext.training.log import EpochLog
 from openclip_ext.training.lora import Adapters
 
 MAX_SKIPPED_STEPS = 100
+_MODEL_INPUTS = ("image", "text", *sorted(batch_keys() - {"sample_ids"}))
 
 
 @dataclasses.dataclass
@@ -36,7 +38,7 @@ class Trainer:
         module: OpenCLIP's model.
         paired: the same as the loss needs it, see `training.pair_model`.
         model: that, prepared by the accelerator.
-        loss: an `Objective`, or what has its hooks. Not prepared: its state must not be broadcast, and gradients of its
+        loss: not prepared: its state must not be broadcast, and gradients of its
             parameters are averaged here.
         optimizer: prepared by the accelerator.
         schedule: sets the learning rate for a step; None: leave it.
@@ -57,7 +59,7 @@ class Trainer:
     module: nn.Module
     paired: nn.Module
     model: nn.Module
-    loss: nn.Module
+    loss: Loss
     optimizer: Any
     schedule: Callable[[int], float] | None
     loader: TrainLoader
@@ -239,7 +241,7 @@ class Trainer:
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the model takes of a batch."""
-    return {key: batch[key] for key in ("image", "text", "image_aug", "text_aug") if key in batch}
+    return {key: batch[key] for key in _MODEL_INPUTS if key in batch}
 
 
 def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

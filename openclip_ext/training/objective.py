@@ -4,6 +4,7 @@ import argparse
 
 from openclip_ext.errors import UserError
 from openclip_ext.losses import ObjectivePlan
+from openclip_ext.registry import NEEDS
 
 
 def plan_objective(args: argparse.Namespace) -> ObjectivePlan:
@@ -48,7 +49,7 @@ def _require_views_only(args: argparse.Namespace, plan: ObjectivePlan, coca: boo
     parts = [(f"--loss {plan.spec.name}", plan.spec, plan.options)]
     parts += [(f"--loss-term {spec.name}", spec, options) for spec, _, options in plan.terms]
     for flag, spec, options in parts:
-        beyond = spec.needs_for(options) - {"sample_ids", "logit_bias"}
+        beyond = [need for need in spec.needs_for(options) if not NEEDS[need].of_views]
         if beyond:
             raise UserError(
                 f"{flag}: needs {', '.join(sorted(beyond))}, and with --pairs views there are two views of each image "

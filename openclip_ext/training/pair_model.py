@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from openclip_ext import upstream
+from openclip_ext.losses import Widths
 
 
 class Wrapper(nn.Module):
@@ -85,8 +86,8 @@ def run_on_views(
 
 
 @torch.no_grad()
-def feature_widths(model: nn.Module, dtype: torch.dtype | None) -> dict[str, int]:
-    """What `Objective.set_widths` takes, from one run on an empty pair; `dtype` is that of images."""
+def feature_widths(model: nn.Module, dtype: torch.dtype | None) -> Widths:
+    """The widths of a model's features, from one run on an empty pair; `dtype` is that of images."""
     was_training = model.training
     model.eval()
     try:
@@ -96,7 +97,7 @@ def feature_widths(model: nn.Module, dtype: torch.dtype | None) -> dict[str, int
     finally:
         model.train(was_training)
     trunks = {f"{name}_trunk": out.get(f"{name}_trunk_features") for name in ("image", "text")}
-    return {"embed": embed} | {name: embed if value is None else value.shape[1] for name, value in trunks.items()}
+    return Widths(embed=embed, **{name: embed if x is None else x.shape[1] for name, x in trunks.items()})
 
 
 def freeze_unused_bias(model: nn.Module, needs: frozenset[str]) -> None:

@@ -30,9 +30,7 @@ def batches(epochs, size=B, seed=0):
 
 
 def emc2(**options):
-    loss = create_loss("emc2", num_samples=N, **({"bank_dtype": "float32"} | options))
-    loss.set_widths(image_trunk=D, text_trunk=D, embed=D)
-    return loss
+    return create_loss("emc2", num_samples=N, embed_dim=D, **({"bank_dtype": "float32"} | options))
 
 
 def laws(features):
@@ -262,9 +260,9 @@ def test_a_file_of_another_size_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("kind", ["device", "mmap"])
 def test_a_bank_without_room_is_refused_before_it_is_made(tmp_path, kind):
-    loss = create_loss("emc2", num_samples=10**12, bank_device=kind, bank_path=str(tmp_path / "bank"))
+    options = {"bank_device": kind, "bank_path": str(tmp_path / "bank")}
     with pytest.raises(UserError, match=r"takes .* GB and .* GB are free on .*; use --loss-arg bank_device=cpu"):
-        loss.set_widths(image_trunk=8, text_trunk=8, embed=10**6)
+        create_loss("emc2", num_samples=10**12, embed_dim=10**6, **options)
     assert not (tmp_path / "bank").exists()
 
 

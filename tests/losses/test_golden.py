@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from openclip_ext import create_loss
-from openclip_ext.testing.checks import INPUT, ToyModel, evaluate_loss
+from openclip_ext.testing.checks import INPUT, WIDTH, ToyModel, evaluate_loss
 
 GOLDEN = pathlib.Path(__file__).parent / "golden.json"
 CASES = {
@@ -28,7 +28,7 @@ CASES = {
 
 def curve(case):
     """Losses of 12 steps of gradient descent on 24 made-up pairs in batches of 8, in float64."""
-    loss = create_loss(case.split()[0], num_samples=24, **CASES[case])
+    loss = create_loss(case.split()[0], num_samples=24, embed_dim=WIDTH, **CASES[case])
     model = ToyModel(loss.needs).double()
     generator = torch.Generator().manual_seed(11)
     inputs = torch.randn(2, 24, INPUT, generator=generator, dtype=torch.float64)

@@ -16,9 +16,8 @@ SCALE = torch.tensor(7.0, dtype=torch.float64)
 
 def loss_with(term, **options):
     torch.manual_seed(1)
-    loss = create_loss("clip", num_samples=40, terms={term: options})
-    loss.set_widths(image_trunk=TRUNK[0], text_trunk=TRUNK[1], embed=D)
-    return loss.double()
+    widths = {"embed_dim": D, "image_trunk_dim": TRUNK[0], "text_trunk_dim": TRUNK[1]}
+    return create_loss("clip", terms={term: options}, **widths).double()
 
 
 def features(seed=0):
@@ -181,9 +180,9 @@ def test_a_weight_that_is_none_is_refused(weight):
         loss_with("brownian_bridge", weight=weight)
 
 
-def test_a_term_without_its_view_or_heads_says_what_it_needs():
+def test_a_term_without_its_view_or_widths_says_what_it_needs():
     given = features()
-    with pytest.raises(TypeError, match="needs image_features_aug"):
+    with pytest.raises(UserError, match="loss term brownian_bridge needs image_features_aug=…, features of second"):
         loss_with("brownian_bridge")(given["image_features"], given["text_features"], SCALE)
-    with pytest.raises(RuntimeError, match="call loss.set_widths"):
-        create_loss("clip", num_samples=9, terms={"feature_separation": {}})(**features())
+    with pytest.raises(UserError, match="feature_separation needs .*: give create_loss.…, image_trunk_dim=…, text_"):
+        create_loss("clip", terms={"feature_separation": {}}, embed_dim=4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rank_jobs
-from openclip_ext import LossSpec, promoted
+from openclip_ext import Loss, LossSpec, promoted
 from openclip_ext.testing import check_loss
 from openclip_ext.testing.checks import check_ranks, two_steps
 
@@ -64,7 +64,7 @@ def test_a_failure_names_its_rank_and_ends_the_others(ranks):
     assert ranks.run(rank_jobs.world_size, 2) == [2, 2]
 
 
-class Broken(torch.nn.Module):
+class Broken(Loss):
     """A loss with one fault of each kind on request."""
 
     def __init__(self, fault):
@@ -72,7 +72,7 @@ class Broken(torch.nn.Module):
         self.fault, self.calls, self.hidden = fault, 0, 0.0
         self.register_buffer("steps", torch.zeros(()))
 
-    def forward(self, image_features, text_features, logit_scale, *, output_dict=True):
+    def compute(self, image_features, text_features, logit_scale):
         self.calls += 1
         if self.fault != "precision":
             image_features, text_features, logit_scale = promoted(image_features, text_features, logit_scale)
@@ -106,8 +106,8 @@ class Broken(torch.nn.Module):
     ],
 )
 def test_each_check_finds_its_fault(monkeypatch, ranks, fault, message):
-    spec = LossSpec(name="broken", summary="", build=lambda options, **world: Broken(fault))
-    monkeypatch.setattr("openclip_ext.losses.get_spec", lambda *args, **kwargs: spec)
+    spec = LossSpec(name="broken", summary="", build=lambda options, context: Broken(fault))
+    monkeypatch.setattr("openclip_ext.losses.plan.get_spec", lambda *args, **kwargs: spec)
     if fault == "ranks":  # the ranks look the name up themselves: a loss that gathers without gradient
         monkeypatch.undo()
         monkeypatch.setattr("openclip_ext.testing.checks.two_steps", two_steps_of_a_loss_without_gathered_gradient)

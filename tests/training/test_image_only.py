@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 import oracles
 from openclip_ext.cli import main
-from openclip_ext.losses import ObjectivePlan
-from openclip_ext.losses.objective import total_loss
+from openclip_ext.losses import LossContext, ObjectivePlan, Widths
+from openclip_ext.losses.base import total_loss
 from openclip_ext.training.flags import parse_args
 from openclip_ext.training.image_only import MomentumEncoder, SymmetricObjective, ViewsModel
 from openclip_ext.training.loop import Trainer
@@ -104,11 +104,15 @@ def test_the_momentum_encoder_equals_a_slow_average():
     assert not any(parameter.requires_grad for parameter in keys.parameters())
 
 
+def context(num_samples):
+    return LossContext(num_samples=num_samples, widths=Widths(embed=8))
+
+
 def test_queries_and_keys_give_moco_v3s_gradient():
     """Against cross entropies over rows and columns, written out; a key gets none."""
     torch.manual_seed(0)
     plan = ObjectivePlan("clip", {})
-    objective = SymmetricObjective(plan.build(6, 0, 1), plan.build(6, 0, 1), 8)
+    objective = SymmetricObjective(plan, context(6))
     first, second = (torch.randn(6, 8, requires_grad=True) for _ in range(2))
     keys = [normalize(torch.randn(6, 8), dim=-1).requires_grad_() for _ in range(2)]
     scale = torch.tensor(5.0, requires_grad=True)
@@ -136,9 +140,9 @@ def test_queries_and_keys_give_moco_v3s_gradient():
 def test_both_ways_round_are_two_runs_of_the_loss(loss):
     """Value and state of each way are those of the loss alone on it."""
     plan = ObjectivePlan(loss, {})
-    objective = SymmetricObjective(plan.build(10, 0, 1), plan.build(10, 0, 1), 8)
+    objective = SymmetricObjective(plan, context(10))
     objective.predictor = torch.nn.Identity()
-    alone = [plan.build(10, 0, 1) for _ in range(2)]
+    alone = [plan.build(context(10)) for _ in range(2)]
     for step in range(3):
         first, second, first_key, second_key = oracles.unit(4, 4, 8, seed=step, dtype=torch.float32)
         extra = {"sample_ids": torch.arange(step, step + 4), "logit_bias": torch.tensor(-1.0)}

@@ -25,17 +25,19 @@ from open_clip.loss import ClipLoss
 class Options:
     pass
 
-class Learned(ClipLoss):
-    def __init__(self, options, *, num_samples, rank, world_size):
-        super().__init__(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+class Learned(openclip_ext.Loss):
+    def __init__(self, options, context):
+        super().__init__(options, context)
+        world = {"rank": context.rank, "world_size": context.world_size}
+        self.clip = ClipLoss(local_loss=True, gather_with_grad=True, **world)
         self.weights = torch.nn.Parameter(torch.ones(2))
         self.register_buffer("steps", torch.zeros(()))
 
     def commit(self):
         self.steps += 1
 
-    def forward(self, image_features, text_features, logit_scale, *, output_dict=True):
-        loss = super().forward(image_features, text_features, logit_scale) * self.weights.prod()
+    def compute(self, image_features, text_features, logit_scale):
+        loss = self.clip(image_features, text_features, logit_scale) * self.weights.prod()
         return {"contrastive_loss": loss + self.weights.square().sum()}
 
 SPEC = openclip_ext.LossSpec(name="learned", summary="has parameters and state", options=Options, build=Learned)

@@ -21,6 +21,7 @@ from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import checkpoint_file, choose_device, load_model
 from openclip_ext.evaluation.metrics.structure import TITLES, Structure, structure_metrics
 from openclip_ext.files import load_tensors, make_out_folder
+from openclip_ext.losses import LossContext, Widths
 from openclip_ext.options import NoOptions
 from openclip_ext.terms.feature_separation import FeatureSeparationTerm
 from openclip_ext.training.log import report_skips, start_logging, stop_logging
@@ -158,8 +159,8 @@ def _private_heads(loss_state: dict[str, Tensor], device: torch.device) -> Featu
     state = {key.removeprefix(HEADS): value for key, value in loss_state.items() if key.startswith(HEADS)}
     if not state:
         return None
-    term = FeatureSeparationTerm(NoOptions(), num_samples=1, rank=0, world_size=1)
     embed, image_trunk = state["heads.image.0.weight"].shape
-    term.set_widths(image_trunk=image_trunk, text_trunk=state["heads.text.0.weight"].shape[1], embed=embed)
+    widths = Widths(embed=embed, image_trunk=image_trunk, text_trunk=state["heads.text.0.weight"].shape[1])
+    term = FeatureSeparationTerm(NoOptions(), LossContext(widths=widths))
     term.load_state_dict(state)
     return term.to(device)

@@ -1,15 +1,16 @@
 """Markov chains over the negatives of the whole training set, one per sample and direction."""
 
 import dataclasses
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from openclip_ext.errors import UserError
+from openclip_ext.losses.base import Loss, LossContext, require_widths
 from openclip_ext.losses.emc2.chain import Chain, chain_report
 from openclip_ext.losses.emc2.kernels import Visit, metropolis_hastings, resampled
+from openclip_ext.losses.placement import named_flags, require_placement
 from openclip_ext.ops.counter_random import uniform
 from openclip_ext.ops.gather import global_mean
 from openclip_ext.ops.pairs import PairBatch, gather_pairs, weighted_pair_loss
@@ -53,10 +54,10 @@ class Options:
     bank_path: str | None = option(None, "the file, for bank_device=mmap")
 
     def __post_init__(self) -> None:
-        Placement(self.bank_device, self.bank_path)  # found wrong as early as other options
+        require_placement("bank", self.bank_device, self.bank_path)  # found wrong as early as other options
 
 
-class EMC2Loss(nn.Module):
+class EMC2Loss(Loss):
     """Target: the decoupled global loss `mean_i log sum_{j != i} exp(s_ij - s_ii)`, directions averaged.
 
     Its gradient is `E_{j ~ p_i} grad s_ij - grad s_ii`, `p_i(j) ~ exp(s_ij)` over all N - 1 negatives. The expectation
@@ -80,32 +81,21 @@ class EMC2Loss(nn.Module):
     state among them it is for any number (`openclip_ext.losses.emc2.kernels`).
     """
 
-    def __init__(self, options: Options, *, num_samples: int, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.options, self.rank, self.world_size = options, rank, world_size
-        self.num_ids = num_samples
-        self.log_negatives = math.log(options.negatives or num_samples - 1)
+    def __init__(self, options: Options, context: LossContext) -> None:
+        super().__init__(options, context)
+        self.log_negatives = context.log_negatives(options.negatives)
         self.register_buffer("kernel", torch.tensor(KERNELS.index(options.kernel)))
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
-        self.rates = RateTable(num_samples) if options.gamma < 1 and not options.decoupled else None
-        self.bank: NegativeBank | None = None
+        self.rates = None
+        if options.gamma < 1 and not options.decoupled:
+            self.rates = RateTable(context.num_ids, device=context.device)
+        width = require_widths(context, "loss emc2", "embed").embed if options.bank == "embedding" else 0
+        placement = Placement(options.bank_device, options.bank_path)
+        with named_flags("bank"):
+            dtype = getattr(torch, options.bank_dtype)
+            self.bank = NegativeBank(context.num_ids, width, dtype, placement, context.device)
 
-    def set_num_ids(self, num_ids: int) -> None:
-        """Let ids run to another number. To be called before `set_widths`."""
-        self.num_ids = num_ids
-
-    def set_widths(self, *, embed: int, **trunks: int) -> None:
-        """Make the bank, for features of width `embed`. Raises UserError: there is no room for it."""
-        options = self.options
-        self.bank = NegativeBank(
-            self.num_ids,
-            embed if options.bank == "embedding" else 0,
-            getattr(torch, options.bank_dtype),
-            Placement(options.bank_device, options.bank_path),
-            self.steps_taken.device,
-        )
-
-    def forward(
+    def compute(
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -113,8 +103,8 @@ class EMC2Loss(nn.Module):
         *,
         sample_ids: Tensor,
         stored_features: Tensor | None = None,
-        output_dict: bool = True,
-    ) -> dict[str, Tensor] | Tensor:
+        **extra: Tensor,
+    ) -> dict[str, Tensor]:
         """The loss of the global batch.
 
         Args:
@@ -123,7 +113,6 @@ class EMC2Loss(nn.Module):
             logit_scale: (), the inverse temperature.
             sample_ids: (B,), in [0, num_samples).
             stored_features: (2, B, D), embeddings of `stored_ids(sample_ids)`; with bank=index only.
-            output_dict: return a dict (default) or `contrastive_loss` alone.
 
         Returns:
             contrastive_loss: the batch's estimate of the target, with the chains' gradient.
@@ -132,13 +121,11 @@ class EMC2Loss(nn.Module):
         Raises:
             IndexError: a sample id outside of the bank.
         """
-        pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
+        pairs = self._gather(image_features, text_features, logit_scale, sample_ids)
         chains, visits = self._move_chains(pairs, stored_features, self.steps_taken)
         loss = self._loss(pairs, chains, visits)
-        if not output_dict:
-            return loss
         ages = self.steps_taken - self.bank.stored_at.read(pairs.ids)
-        return {"contrastive_loss": loss} | chain_report(chains, visits, ages, self.world_size)
+        return {"contrastive_loss": loss} | chain_report(chains, visits, ages, self.context.world_size)
 
     @torch.no_grad()
     def warm_start(
@@ -149,17 +136,18 @@ class EMC2Loss(nn.Module):
         *,
         sample_ids: Tensor,
         stored_features: Tensor | None = None,
+        **extra: Tensor,
     ) -> None:
         """Write the states to which the batch's chains move on a visit before training, which counts as no step.
 
-        Arguments are those of `forward`.
+        Arguments are those of `compute`.
         """
-        pairs = gather_pairs(image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size)
+        pairs = self._gather(image_features, text_features, logit_scale, sample_ids)
         # Draws of their own, so that a sample's first step does not repeat them.
         chains, _ = self._move_chains(pairs, stored_features, torch.full_like(self.steps_taken, -1))
         self.bank.commit(self.steps_taken)
         if self.rates is not None:
-            self._blended_rate(pairs, self._log_rate(chains))
+            self.rates.visit(pairs, self._log_rate(chains), self.options.gamma)
             self.rates.commit()
 
     def stored_ids(self, sample_ids: Tensor) -> Tensor:
@@ -173,12 +161,14 @@ class EMC2Loss(nn.Module):
             self.rates.commit()
         self.steps_taken += 1
 
+    def _gather(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, ids: Tensor) -> PairBatch:
+        context = self.context
+        return gather_pairs(image_features, text_features, logit_scale, ids, context.rank, context.world_size)
+
     def _move_chains(
         self, pairs: PairBatch, stored_features: Tensor | None, step: Tensor
     ) -> tuple[list[Chain], list[Visit]]:
         """One visit of the own anchors' chains, per direction, with draws of `step` (); stages their new states."""
-        if self.bank is None:
-            self.set_widths(embed=pairs.image.shape[1])
         self.bank.check(pairs.ids)
         ids = self.bank.ids.read(pairs.ids)
         stored = self.bank.embedding.read(pairs.ids) if self.bank.embedding is not None else stored_features
@@ -214,12 +204,6 @@ class EMC2Loss(nn.Module):
         """log of K Z, (2, B)."""
         return torch.stack([chain.log_mean_ratio for chain in chains]) + self.log_negatives
 
-    def _blended_rate(self, pairs: PairBatch, log_rate: Tensor) -> Tensor:
-        """Its running average after this visit, which it stages."""
-        log_rate = self.rates.blend(pairs.ids, log_rate, self.options.gamma)
-        self.rates.stage(pairs.all_ids, pairs.gathered(log_rate))
-        return log_rate
-
     def _loss(self, pairs: PairBatch, chains: list[Chain], visits: list[Visit]) -> Tensor:
         log_rate = self._log_rate(chains)
         weights = [chain.in_batch(visit.weights) for chain, visit in zip(chains, visits, strict=True)]
@@ -227,14 +211,14 @@ class EMC2Loss(nn.Module):
         if not self.options.decoupled:
             value = nn.functional.softplus(log_rate)
             if self.rates is not None:
-                log_rate = self._blended_rate(pairs, log_rate)
+                log_rate = self.rates.visit(pairs, log_rate, self.options.gamma)
             share = log_rate.sigmoid()
             weights = [weight * factor[:, None] for weight, factor in zip(weights, share, strict=True)]
         loss = weighted_pair_loss(pairs, value=value, weights=weights)
         # What a stored state adds to the gradient, and nothing to the value.
         for chain, visit, factor in zip(chains, visits, share, strict=True):
             term = factor * chain.stored_weight(visit) * chain.stored_gap
-            term = global_mean(term.sum(), len(term), self.world_size) / 2
+            term = global_mean(term.sum(), len(term), self.context.world_size) / 2
             loss = loss + (term - term.detach())
         return loss
 
@@ -253,6 +237,6 @@ SPEC = LossSpec(
     summary="Markov chains sample negatives of the whole training set; a bank holds each sample's current one",
     paper="Yau et al., ICML 2024",
     options=Options,
-    needs=lambda options: frozenset({"sample_ids"} | ({"stored_features"} if options.bank == "index" else set())),
+    needs=lambda options: frozenset({"sample_ids", "stored_features" if options.bank == "index" else "widths"}),
     build=EMC2Loss,
 )

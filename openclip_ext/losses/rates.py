@@ -1,0 +1,56 @@
+"""Pair losses that remember a rate per sample and direction."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openclip_ext.losses.base import LossContext, PairLoss
+from openclip_ext.ops.pairs import PairBatch, log_mean_ratio
+from openclip_ext.state.rate_table import RateTable
+from openclip_ext.state.table import Placement
+
+
+class RateLoss(PairLoss):
+    """A pair loss in which a running average takes the place of the batch's own estimate of an anchor's normaliser.
+
+    `R_i <- (1 - g) R_i + g rho_i` per sample and direction, rho_i the estimate of the batch. A subclass says what rho
+    and g are.
+
+    Args:
+        options, context: as of `Loss`.
+        placement: of the rates.
+    """
+
+    def __init__(self, options: Any, context: LossContext, placement: Placement | None = None) -> None:
+        super().__init__(options, context)
+        self.rates = RateTable(context.num_ids, placement, context.device)
+
+    def estimate(self, log_mean: Tensor) -> Tensor:
+        """log rho of own anchors, (2, B), from the log of their mean ratio."""
+        return log_mean
+
+    @property
+    def batch_weight(self) -> float:
+        """g, the weight of the current batch, in (0, 1]."""
+        raise NotImplementedError
+
+    def visit(self, pairs: PairBatch, log_mean: Tensor) -> Tensor:
+        """log R of own anchors after this visit, (2, B), which is staged."""
+        return self.rates.visit(pairs, self.estimate(log_mean), self.batch_weight)
+
+    @torch.no_grad()
+    def warm_start(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, sample_ids: Tensor, **extra: Tensor
+    ) -> None:
+        """Write the batch's own rates before training, as at a first visit; no step is counted.
+
+        The memory counts only where g is below 1.
+        """
+        pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
+        self.visit(pairs, log_mean_ratio(pairs))
+        self.rates.commit()
+
+    def commit(self) -> None:
+        """Write the rates of this step's samples."""
+        self.rates.commit()
