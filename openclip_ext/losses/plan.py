@@ -77,8 +77,8 @@ class ObjectivePlan:
             )
         if not isinstance(part, Loss) and (hooks := [hook for hook in _CALLED if hasattr(part, hook)]):
             raise UserError(
-                f"{spec.name}: its package {spec.package} builds a {type(part).__name__} with {hooks[0]}(), which nobody "
-                "would call: derive it from openclip_ext.Loss"
+                f"{spec.name}: its package {spec.package} builds a {type(part).__name__} with {hooks[0]}(), which "
+                "nobody would call: derive it from openclip_ext.Loss"
             )
         return part
 
