@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -66,9 +67,8 @@ class FeatureCache:
 
 
 def default_folder() -> str:
-    """`openclip-ext/features` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(root, "openclip-ext", "features")
+    """`openclip-ext/features` where the system keeps caches: in `$XDG_CACHE_HOME`, or `~/.cache`, on Linux."""
+    return os.path.join(platformdirs.user_cache_dir("openclip-ext", appauthor=False), "features")
 
 
 def open_cache(folder: str | None, disabled: bool = False) -> FeatureCache:

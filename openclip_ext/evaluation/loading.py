@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class LoadedModel(Encoder):
     """A model with its weights, and where they are from.
 
     Attributes:
+        transform: the model's, for evaluation: picture to (3, H, W).
         name: as OpenCLIP knows the architecture.
         source: what was asked for.
         path: the file the weights are from; None: OpenCLIP found them by a tag or on the hub.
@@ -42,6 +43,7 @@ class LoadedModel(Encoder):
         epoch: completed ones of training; None: the file does not tell.
     """
 
+    transform: Callable[[Any], Tensor]
     name: str
     source: str
     path: str | None

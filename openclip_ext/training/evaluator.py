@@ -41,14 +41,14 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
             world_size=ranks.world_size,
         )
         pairs = eval_loader(config, workers=args.workers)
-    imagenet = {}
+    zero_shot = {}
     for flag, path, prefix in (
         ("--imagenet-val", args.imagenet_val, "imagenet-zeroshot-val"),
         ("--imagenet-v2", args.imagenet_v2, "imagenetv2-zeroshot-val"),
     ):
         if path:
-            pictures = imagenet_folder(path, flag).pictures
-            imagenet[prefix] = LabelledBatches(pictures, transform, **loading)
+            labelled = imagenet_folder(path, flag)
+            zero_shot[prefix] = LabelledBatches(labelled.pictures, transform, **loading), labelled
     probe = None
     if args.probe_train:
         probe = probe_data(args.probe_train, args.probe_val, transform, **loading)
@@ -58,7 +58,7 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
         autocast=accelerator.autocast,
         dtype=upstream.input_dtype(args.precision),
         pairs=pairs,
-        imagenet=imagenet,
+        zero_shot=zero_shot,
         probe=probe,
         ranks=ranks,
         val_frequency=args.val_frequency,

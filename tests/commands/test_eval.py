@@ -24,7 +24,8 @@ from openclip_ext.cli import main
 from openclip_ext.data import digits
 from openclip_ext.evaluation.datasets.imagenet import wnids
 from openclip_ext.evaluation.loading import load_model, weights_sha256
-from openclip_ext.evaluation.tasks import add_task_arguments, run_tasks, tasks_from
+from openclip_ext.evaluation.tasks import add_task_arguments, tasks_from
+from openclip_ext.evaluation.tasks.base import run_tasks
 
 
 @pytest.fixture
@@ -470,7 +471,7 @@ NAMED = [*DIGITS, "--model", "tiny-test", "--pretrained"]
         ([*DIGITS, "--zero-shot", "rot", "--class-names", "names"], "--class-names names: is for one --zero-shot"),
         (["--zero-shot", "above"], "--zero-shot above: shards hold class indices only"),
         (["--zero-shot", "above", "--class-names", "names"],
-         "above/0.tar: sample 0001 needs a .cls file with a class from 0 to 1, and has '2'"),
+         "above/0.tar: sample 0001: needs a .cls file with a class from 0 to 1, and has '2'"),
         (["--zero-shot", "words", "--class-names", "names"], "class from 0 to 1, and has 'cat'"),
         (["--zero-shot", "no_cls", "--class-names", "names"], "class from 0 to 1, and has none"),
         (["--zero-shot", "broken", "--class-names", "names"], "broken/0.tar: sample 0001: corrupt image"),

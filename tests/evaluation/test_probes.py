@@ -1,6 +1,7 @@
 """Nearest neighbours and linear probes, against slow references and data whose answer is known."""
 
 import collections
+import contextlib
 import json
 import math
 
@@ -13,7 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data import digits
-from openclip_ext.evaluation.datasets.probe_sets import encoded, probe_data
+from openclip_ext.evaluation.datasets.probe_sets import probe_data, probe_features
+from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.metrics.probes import (
     class_scores,
     few_shot_accuracies,
@@ -181,8 +183,11 @@ def test_features_are_the_towers_with_the_labels_of_the_training_folder(folders,
             path.unlink()
         (folders[1] / name).rmdir()
     data = probe_data(*map(str, folders), preprocess, batch_size=16, workers=0)
-    how = {"device": torch.device("cpu"), "autocast": lambda: torch.autocast("cpu", enabled=False), "progress": False}
-    features, labels = encoded(model.eval(), data.val, **how)
+    encoder = Encoder(
+        model=model.eval(), tokenizer=open_clip.tokenize, device=torch.device("cpu"),
+        autocast=contextlib.nullcontext, dtype=None,
+    )  # fmt: skip
+    features, labels = probe_features(encoder, data.val, progress=False)
     assert sorted(labels.unique().tolist()) == list(range(3, 10))
     images = torch.cat([images for images, _ in data.val])
     with torch.no_grad():

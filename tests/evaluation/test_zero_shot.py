@@ -20,10 +20,10 @@ def encoder(model_config):
     """A tiny model of random weights."""
     open_clip.add_model_config(model_config)
     torch.manual_seed(0)
-    model, _, transform = open_clip.create_model_and_transforms("tiny-test", output_dict=True)
+    model = open_clip.create_model("tiny-test", output_dict=True)
     return Encoder(
-        model=model.eval(), tokenizer=open_clip.get_tokenizer("tiny-test"), transform=transform,
-        device=torch.device("cpu"), autocast=contextlib.nullcontext, dtype=None,
+        model=model.eval(), tokenizer=open_clip.get_tokenizer("tiny-test"), device=torch.device("cpu"),
+        autocast=contextlib.nullcontext, dtype=None,
     )  # fmt: skip
 
 

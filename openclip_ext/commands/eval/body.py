@@ -9,7 +9,8 @@ from typing import Any
 
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import LoadedModel, load_model
-from openclip_ext.evaluation.tasks import run_tasks, table, tasks_from
+from openclip_ext.evaluation.tasks import tasks_from
+from openclip_ext.evaluation.tasks.base import run_tasks, table
 from openclip_ext.files import write_json
 
 PACKAGES = ("openclip-ext", "open_clip_torch", "torch", "torchvision", "timm", "numpy")

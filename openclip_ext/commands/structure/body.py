@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import dataclasses
 import datetime
 import json
 import os
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -84,14 +86,14 @@ def _write(report: dict, structures: list[Structure], out: str) -> None:
 
 
 def _table(structures: list[Structure], num_pairs: int) -> str:
-    widths = [max(12, len(structure.label) + 2) for structure in structures]
-    columns = list(zip(structures, widths, strict=True))
-    lines = [f"{f'{num_pairs} pairs':30}" + "".join(f"{structure.label:>{width}}" for structure, width in columns)]
-    for name, title in TITLES.items():
-        cells = [f"{structure.metrics[name]:.4f}" if name in structure.metrics else "–" for structure in structures]
-        if any(cell != "–" for cell in cells):
-            lines.append(f"{title:30}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
-    return "\n".join(lines)
+    rows = [
+        [title, *(f"{structure.metrics[name]:.4f}" if name in structure.metrics else "–" for structure in structures)]
+        for name, title in TITLES.items()
+        if any(name in structure.metrics for structure in structures)
+    ]
+    head = [f"{num_pairs} pairs", *(structure.label for structure in structures)]
+    alignment = ["left", *("right" for _ in structures)]
+    return tabulate(rows, head, tablefmt="plain", colalign=alignment, disable_numparse=True)
 
 
 def _require_positive(args: argparse.Namespace) -> None:
@@ -119,7 +121,8 @@ def _encode(path: str, label: str, args: argparse.Namespace, listing: ShardListi
     device, limit = loaded.device, args.num_samples
     loss_state = load_tensors(path, "--checkpoint", mapped=True).get("loss")
     heads = _private_heads(loss_state if isinstance(loss_state, dict) else {}, device)
-    paired = PairModel(loaded.model, trunk_features=heads is not None).eval()
+    model = PairModel(loaded.model, trunk_features=heads is not None).eval()
+    encoder = dataclasses.replace(loaded, model=model)
     config = StreamConfig(
         source=listing,
         batch_size=args.batch_size,
@@ -129,12 +132,11 @@ def _encode(path: str, label: str, args: argparse.Namespace, listing: ShardListi
     )
     parts, skipped, count = collections.defaultdict(list), [], 0
     with tqdm(total=min(limit, listing.length or limit), desc=label, unit="pair") as bar:
-        for batch in eval_loader(config, workers=args.workers):
-            out = paired(batch["image"].to(device), batch["text"].to(device))
+        for batch, out in encoder.paired(eval_loader(config, workers=args.workers)):
             for modality in ("image", "text"):
                 parts[modality].append(out[f"{modality}_features"].float().cpu())
                 if heads is not None:
-                    private = heads.private(modality, out[f"{modality}_trunk_features"])
+                    private = heads.private(modality, out[f"{modality}_trunk_features"].float())
                     parts[f"{modality}_private"].append(private.float().cpu())
             skipped += batch["skipped"]
             count += len(batch["image"])

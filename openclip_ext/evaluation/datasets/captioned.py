@@ -2,22 +2,23 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from openclip_ext.data import tar
 from openclip_ext.data.captions import CaptionFormat
+from openclip_ext.data.check import EMPTY_CAPTION
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pairs_from_csv
-from openclip_ext.errors import UserError
-from openclip_ext.evaluation.datasets.labelled import opened
-from openclip_ext.evaluation.encoder import Encoder
+from openclip_ext.errors import RankError, UserError
+from openclip_ext.evaluation.datasets.rows import ShardRows, first_error, opened
+from openclip_ext.evaluation.loading import LoadedModel
 
 
 class CaptionedFiles(Dataset):
@@ -29,35 +30,29 @@ class CaptionedFiles(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]] | UserError:
+    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]] | RankError:
         path, captions = self.rows[index]
         picture = opened(path)
-        return picture if isinstance(picture, UserError) else (picture, captions)
+        return picture if isinstance(picture, RankError) else (picture, captions)
 
 
-class CaptionedShards(IterableDataset):
-    """(picture, captions) of samples, or the error of one; several workers take turns. `files` is all that is read."""
+class CaptionedShards(ShardRows):
+    """(picture, captions) of samples, or the error of one; `files` is all that is read."""
 
     def __init__(self, urls: Sequence[str], captions: CaptionFormat) -> None:
+        super().__init__(urls)
         self.files, self.captions = urls, captions
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, list[str]] | UserError]:
-        info = get_worker_info()
-        for url in self.files[info.id :: info.num_workers] if info else self.files:
-            skips = tar.Skips()
-            for sample in tar.read_shard(url, skips.record):
-                yield self._row(sample, skips)
-            if skips:
-                yield UserError(f"{url}: {next(iter(skips))[0]}; make it again")
-
-    def _row(self, sample: dict, skips: tar.Skips) -> tuple[Image.Image, list[str]] | UserError:
-        captions = self.captions.of_sample(sample, skips.record)
-        picture = tar.decode_image(sample, skips.record)
-        captions = [caption for caption in captions or () if caption.strip()]
-        if picture is None or not captions:
-            fault = next(iter(skips), ("empty caption",))[0]
-            return UserError(f"{sample['__url__']}: sample {sample['__key__']}: {fault}; mend or remove it")
-        return picture, captions
+    def row(self, sample: dict, record: tar.Record) -> tuple[Image.Image, list[str]] | None:
+        captions = self.captions.of_sample(sample, record)
+        if captions is None:
+            return None
+        captions = [caption for caption in captions if caption.strip()]
+        if not captions:
+            record(EMPTY_CAPTION, sample["__url__"])
+            return None
+        picture = tar.decode_image(sample, record)
+        return None if picture is None else (picture, captions)
 
 
 def captioned_csv(
@@ -83,7 +78,7 @@ def captioned_shards(path: str, flag: str, captions: CaptionFormat) -> Captioned
 
 @torch.no_grad()
 def pair_features(
-    encoder: Encoder,
+    model: LoadedModel,
     dataset: CaptionedFiles | CaptionedShards,
     *,
     batch_size: int,
@@ -98,16 +93,16 @@ def pair_features(
     """
     count = len(dataset) if isinstance(dataset, CaptionedFiles) else None
     workers = workers if count else min(workers, len(dataset.files))
-    collate = functools.partial(_collate, encoder.transform, encoder.tokenizer)
+    collate = functools.partial(_collate, model.transform, model.tokenizer)
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     images, texts, owners, done = [], [], [], 0
     with tqdm(total=count, desc=desc, unit="image", disable=not progress, leave=False) as bar:
         for batch in loader:
-            if isinstance(batch, UserError):
+            if isinstance(batch, RankError):
                 raise batch
             pictures, tokens, owner = batch
-            images.append(encoder.encode_images(pictures).float().cpu())
-            texts += [encoder.encode_texts(part).float().cpu() for part in tokens.split(batch_size)]
+            images.append(model.encode_images(pictures).float().cpu())
+            texts += [model.encode_texts(part).float().cpu() for part in tokens.split(batch_size)]
             owners.append(owner + done)
             done += len(pictures)
             bar.update(len(pictures))
@@ -118,7 +113,7 @@ def pair_features(
 
 def _collate(transform, tokenizer, rows: list) -> Any:
     """(pictures, token ids of all captions, their pictures' places), or the error of one of the rows."""
-    if error := next((row for row in rows if isinstance(row, UserError)), None):
+    if error := first_error(rows):
         return error
     pictures, captions = zip(*rows, strict=True)
     owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(texts) for texts in captions]))

@@ -4,7 +4,8 @@ import functools
 
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.datasets.labelled import LabelledFiles, LabelledSet, class_folders
+from openclip_ext.evaluation.datasets.class_folders import class_folders
+from openclip_ext.evaluation.datasets.labelled import LabelledFiles, LabelledSet
 
 NUM_CLASSES = 1000
 

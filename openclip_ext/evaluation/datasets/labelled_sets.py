@@ -6,7 +6,8 @@ from torch.utils.data import IterableDataset
 
 from openclip_ext.data.listing import list_shards
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.datasets.labelled import LabelledFiles, LabelledSet, LabelledShards, class_folders
+from openclip_ext.evaluation.datasets.class_folders import class_folders
+from openclip_ext.evaluation.datasets.labelled import LabelledFiles, LabelledSet, LabelledShards
 from openclip_ext.evaluation.datasets.prompts import CIFAR_TEMPLATES, Template, read_class_names, read_templates
 
 #: What clip_benchmark calls these files beside its shards.

@@ -89,13 +89,12 @@ class ProbeFeatures:
         import torch
 
         from openclip_ext.evaluation.datasets.labelled import LabelledBatches
-        from openclip_ext.evaluation.datasets.probe_sets import encoded
+        from openclip_ext.evaluation.datasets.probe_sets import probe_features
         from openclip_ext.evaluation.feature_cache import files_identity, require_finite
 
         def compute():
             batches = LabelledBatches(data, model.transform, **self._loading)
-            how = {"device": model.device, "autocast": model.autocast, "dtype": model.dtype}
-            features, _ = encoded(model.model, batches, desc=f"probe-{name}", **how)
+            features, _ = probe_features(model, batches, desc=f"probe-{name}")
             return require_finite({"image": features}, model)
 
         files = files_identity(path for path, _ in data.samples)

@@ -1,0 +1,57 @@
+"""Rows of a data set, or what is wrong with one: a `RankError` is a row too.
+
+Raised in a process that loads data, an error would lose its one line; as a row it comes to where batches are taken.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from openclip_ext.data import tar
+from openclip_ext.errors import RankError
+
+
+def opened(path: str) -> Image.Image | RankError:
+    """The picture in a file, or what to say of one that cannot be opened."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except tar.IMAGE_ERRORS as error:
+        return RankError(f"{path}: cannot be opened as a picture ({error})")
+
+
+class ShardRows(IterableDataset):
+    """A row of every sample of shards, none left out; several workers take turns at the shards.
+
+    Attributes:
+        urls: the shards.
+    """
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self.urls = urls
+
+    def row(self, sample: dict, record: tar.Record) -> Any | None:
+        """The row of a sample, or None, recorded, where there can be none."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        for url in self.urls[info.id :: info.num_workers] if info else self.urls:
+            faults = tar.Skips()
+            for sample in tar.read_shard(url, faults.record):
+                row = self.row(sample, faults.record)
+                yield _error(f"{url}: sample {sample['__key__']}", faults) if row is None else row
+            if faults:
+                yield _error(url, faults)
+
+
+def _error(where: str, faults: tar.Skips) -> RankError:
+    ((fault, _), *_) = faults
+    return RankError(f"{where}: {fault}; mend or remove it")
+
+
+def first_error(rows: Sequence[Any]) -> RankError | None:
+    """What is wrong with the first row that is an error."""
+    return next((row for row in rows if isinstance(row, RankError)), None)
