@@ -61,15 +61,11 @@ def _check_shard(url: str, expected: int | None, seen: collections.Counter, deco
 
 def format_table(reports: list[ShardReport]) -> str:
     """One line per shard that has faults, and a line of totals."""
-    rows = [
-        [
-            report.url,
-            f"{report.samples} samples",
-            ", ".join(f"{n} x {kind}" for kind, n in sorted(report.faults.items())),
-        ]
-        for report in reports
-        if report.faults
-    ]
+    rows = []
+    for report in reports:
+        if report.faults:
+            faults = ", ".join(f"{count} x {kind}" for kind, count in sorted(report.faults.items()))
+            rows.append([report.url, f"{report.samples} samples", faults])
     lines = [tabulate(rows, tablefmt="plain", colalign=("left", "right", "left"))] if rows else []
     samples = sum(report.samples for report in reports)
     verdict = f"{len(rows)} with faults" if rows else "no faults"

@@ -24,7 +24,7 @@ from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import LoadedModel, tensors_sha256, weights_sha256
 from openclip_ext.files import atomic
 
-FORMAT = 1  # to be raised when features are computed in another way
+FORMAT = 2  # to be raised when other features are kept, or they are computed in another way
 EXAMPLE = "Two dogs, 12 cats & a café: “ünïcode”!"  # tokenizers that differ differ here
 
 

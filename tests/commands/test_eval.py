@@ -100,7 +100,7 @@ def test_one_report_says_what_was_measured_of_what(evaluate, digit_run, digit_fo
         "source": str(digit_run), "path": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()
     }  # fmt: skip
     (entry,) = report["tasks"].values()
-    assert entry.keys() == {"dataset", "num_samples", "num_classes", "num_templates", "scores", "seconds"}
+    assert entry.keys() == {"dataset", "num_samples", "num_classes", "num_templates", "data", "scores", "seconds"}
     assert (entry["dataset"], entry["num_samples"]) == (str(digit_folders), 80)
     assert (entry["num_classes"], entry["num_templates"]) == (10, len(digits.TEMPLATES)) and entry["seconds"] > 0
     logits, labels = by_hand(digit_run, digit_folders, digits.CLASS_NAMES, digits.TEMPLATES)

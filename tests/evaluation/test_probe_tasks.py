@@ -99,6 +99,10 @@ def test_the_penalty_may_be_chosen_on_images_of_their_own(evaluate, features, fo
         "--probes", "linear", "few-shot", "--shots", 2, "--seeds", 1, "--probe-select", folders["select"]
     )
     _, strength = linear_probe(*arrays["train"], arrays["val"][0], arrays["select"])
+    (data, same) = (task["data"] for task in tasks.values())
+    assert data == same and data["images"] == 60
+    _, others = evaluate("--probes", "knn")
+    assert others["knn"]["data"]["checksum"] != data["checksum"]  # scores depend on --probe-select
     assert tasks["linear-probe"]["C"] == strength
     expected = few_shot_accuracies(
         *arrays["train"], *arrays["val"], arrays["select"], shots=[2], seeds=1, progress=False

@@ -111,6 +111,8 @@ def test_all_captions_of_an_image_count_wherever_they_are(evaluate, photos, weig
     assert (code, code_of_joined, code_of_listed) == (0, 0, 0)
     for result in results:
         assert (result["num_samples"], result["num_texts"]) == (8, sum(map(len, CAPTIONS.values())))
+        assert result["data"] == results[0]["data"]  # in whatever form and order
+        assert (result["data"]["images"], result["data"]["texts"]) == (8, result["num_texts"])
         for k in (1, 5):
             both = [result["scores"][f"{way}_R@{k}"] for way in ("image_to_text", "text_to_image")]
             assert both == pytest.approx(slow_recall(*features, k)) and min(both) > 0
@@ -130,6 +132,7 @@ def test_the_second_time_features_come_from_disk(evaluate, photos, tmp_path, wei
     _, second = evaluate(*flags)
     assert [tasks["retrieval-joined"]["cached"] for tasks in (first, second)] == [False, True]
     assert first["retrieval-joined"]["scores"] == second["retrieval-joined"]["scores"]
+    assert first["retrieval-joined"]["data"] == second["retrieval-joined"]["data"]
     assert first["retrieval-joined"]["ranks"] == second["retrieval-joined"]["ranks"]
     # Not what depends on anything else.
     changed = tmp_path / "changed.pt"

@@ -18,6 +18,7 @@ from openclip_ext.data.captions import CaptionFormat
 from openclip_ext.data.pack import pack
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.datasets.captioned import captioned_shards, pair_features
+from openclip_ext.evaluation.datasets.content import checksum_of_pairs
 from openclip_ext.evaluation.datasets.labelled import LabelledBatches
 from openclip_ext.evaluation.loading import load_model
 from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
@@ -143,7 +144,15 @@ def _score(folder: str, shards: str) -> None:
         "top1": accuracy["top1"],
         **retrieval_metrics(features["image"], features["text"], features["image_of_text"]),
     }
-    tasks = {"test": {"dataset": shards, "num_samples": len(rows), "scores": scores}}
+    checksum = checksum_of_pairs(features["image_id"], features["text_id"], features["image_of_text"])
+    result = {
+        "dataset": shards,
+        "num_samples": len(rows),
+        "num_classes": len(digits.CLASS_NAMES),
+        "data": {"images": len(features["image"]), "texts": len(features["text"]), "checksum": checksum},
+        "scores": scores,
+    }
+    tasks = {"test": result}
     write_json(describe(model) | {"tasks": tasks}, os.path.join(folder, "test.json"))
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from openclip_ext.data import tar
 from openclip_ext.data.pipeline import shared_batches
 from openclip_ext.errors import RankError
+from openclip_ext.evaluation.datasets.content import checksum_of_files, checksum_of_pictures, checksum_of_shards
 from openclip_ext.evaluation.datasets.rows import ShardRows, first_error, opened
 from openclip_ext.evaluation.ranks import ALONE, Ranks
 
@@ -35,6 +36,12 @@ class LabelledSet:
     templates: Sequence[str | Callable[[str], str]]
     note: str = ""
 
+    def checksum(self) -> str | None:
+        """Of the pictures and their classes; None where it would take reading them. See `datasets.content`."""
+        if isinstance(self.pictures, LabelledFiles | LabelledShards):
+            return self.pictures.checksum()
+        return checksum_of_pictures(self.pictures)
+
 
 class LabelledFiles(Dataset):
     """(picture, class index) of image files, or the error of one that cannot be opened."""
@@ -49,6 +56,9 @@ class LabelledFiles(Dataset):
         path, label = self.samples[index]
         picture = opened(path)
         return picture if isinstance(picture, RankError) else (picture, label)
+
+    def checksum(self) -> str:
+        return checksum_of_files(self.samples)
 
 
 class LabelledShards(ShardRows):
@@ -67,6 +77,9 @@ class LabelledShards(ShardRows):
             return None
         picture = tar.decode_image(sample, record)
         return None if picture is None else (picture, int(text))
+
+    def checksum(self) -> str | None:
+        return checksum_of_shards(self.urls)
 
 
 class _Transformed(Dataset):

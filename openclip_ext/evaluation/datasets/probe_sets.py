@@ -1,6 +1,7 @@
 """Labelled images in one folder per class to fit probes on, and a frozen image tower's features of them."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterable
 
@@ -29,6 +30,11 @@ class ProbeSets:
     train: LabelledFiles
     val: LabelledFiles
     select: LabelledFiles | None = None
+
+    def checksum(self) -> str:
+        """Of all sets: scores depend on each."""
+        sets = (self.train, self.val, *([self.select] if self.select else []))
+        return hashlib.sha256(" ".join(data.checksum() for data in sets).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,6 +118,7 @@ class ProbeTask:
         sets = self.features.sets
         return {
             "num_samples": len(sets.val),
+            "data": {"images": len(sets.val), "checksum": sets.checksum()},
             "num_train": len(sets.train),
             "num_classes": len(sets.classes),
             "cached": self.features.cached,

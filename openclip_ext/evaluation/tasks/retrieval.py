@@ -58,6 +58,7 @@ class RetrievalTask:
     def run(self, model: "LoadedModel") -> dict[str, Any]:
         """Scores are recalls; `ranks` has the mean and median ranks, `cached` is whether features were on disk."""
         from openclip_ext.evaluation.datasets.captioned import pair_features
+        from openclip_ext.evaluation.datasets.content import checksum_of_pairs
         from openclip_ext.evaluation.feature_cache import files_identity, model_identity, require_finite
         from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
 
@@ -68,10 +69,12 @@ class RetrievalTask:
         files = files_identity(self.pairs.files)
         identity = files and {"of": "pairs", "files": files, "reading": self.reading, **model_identity(model)}
         features, cached = self.cache.get(identity, compute)
+        checksum = checksum_of_pairs(*(features[name] for name in ("image_id", "text_id", "image_of_text")))
         metrics = retrieval_metrics(*(features[name].to(model.device) for name in ("image", "text", "image_of_text")))
         return {
             "num_samples": len(features["image"]),
             "num_texts": len(features["text"]),
+            "data": {"images": len(features["image"]), "texts": len(features["text"]), "checksum": checksum},
             "cached": cached,
             "scores": {name: value for name, value in metrics.items() if "_R@" in name},
             "ranks": {name: value for name, value in metrics.items() if "_R@" not in name},
