@@ -126,6 +126,20 @@ def test_several_sets_in_one_call_and_captions_as_they_are(evaluate, photos, cap
     assert "retrieval-joined" in printed and "text_to_image_R@10" in printed
 
 
+def test_copies_of_images_are_noted_and_what_to_do(evaluate, photos, tmp_path, capsys):
+    """A sample per caption, as a CSV with a row per caption becomes where rows are not grouped."""
+    with wds.TarWriter(str(tmp_path / "rows.tar"), encoder=False) as rows:
+        for name, image, captions in photographs():
+            for number, caption in enumerate(captions):
+                rows.write({"__key__": f"{name}{number}", "png": image, "txt": caption.encode()})
+    code, tasks = evaluate("--retrieval", tmp_path / "rows.tar", "--retrieval", photos / "joined.tar")
+    total = sum(map(len, CAPTIONS.values()))
+    note = tasks["retrieval-rows"]["note"]
+    assert code == 0 and note.startswith(f"{total - 8} of {total} images are copies of others")
+    assert "shards pack" in note and "--caption-key" in note and f"retrieval-rows: {note}" in capsys.readouterr().out
+    assert "note" not in tasks["retrieval-joined"]
+
+
 def test_the_second_time_features_come_from_disk(evaluate, photos, tmp_path, weights):
     flags = "--retrieval", photos / "joined.tar", "--caption-separator", "|"
     _, first = evaluate(*flags)

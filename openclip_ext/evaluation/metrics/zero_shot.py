@@ -66,7 +66,7 @@ def zero_shot_counts(
     """(C, 4) int64 on the CPU: by class, its images, and those of them that have it among their best 1, 3 and 5.
 
     Counts of parts of a data set add up to those of the whole. Images of class -1, which make up for missing ones, do
-    not count.
+    not count. Among classes with equal scores `topk` decides, as in OpenCLIP, whose numbers these are.
 
     Args:
         encoder: the model.

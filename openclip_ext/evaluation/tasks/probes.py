@@ -128,17 +128,16 @@ class ProbeTask:
 
 
 class KnnTask(ProbeTask):
-    """`knn_predictions`."""
+    """`knn_hits`."""
 
     name = "knn"
 
     def run(self, model: "LoadedModel") -> dict[str, Any]:
-        from openclip_ext.evaluation.metrics.probes import NEIGHBOURS, class_scores, knn_predictions
+        from openclip_ext.evaluation.metrics.probes import NEIGHBOURS, class_scores, knn_hits
 
         data = self.features.of(model)
-        features, labels = data["val"]
-        found = knn_predictions(*data["train"], features)
-        return self._report(class_scores(found.numpy(), labels.numpy()), neighbours=NEIGHBOURS)
+        hits = knn_hits(*data["train"], *data["val"])
+        return self._report(class_scores(hits.numpy(), data["val"][1].numpy()), neighbours=NEIGHBOURS)
 
 
 class LinearProbeTask(ProbeTask):
@@ -152,7 +151,7 @@ class LinearProbeTask(ProbeTask):
         data = _arrays(self.features.of(model))
         features, labels = data["val"]
         found, strength = linear_probe(*data["train"], features, data.get("select"), progress=True)
-        return self._report(class_scores(found, labels), C=strength)
+        return self._report(class_scores(found == labels, labels), C=strength)
 
 
 @dataclasses.dataclass(frozen=True)

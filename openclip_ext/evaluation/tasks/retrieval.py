@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from openclip_ext.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from openclip_ext.evaluation.feature_cache import FeatureCache
     from openclip_ext.evaluation.loading import LoadedModel
 
@@ -78,6 +80,17 @@ class RetrievalTask:
             "cached": cached,
             "scores": {name: value for name, value in metrics.items() if "_R@" in name},
             "ranks": {name: value for name, value in metrics.items() if "_R@" not in name},
+        } | self._copies(features["image_id"])
+
+    def _copies(self, image_ids: "Tensor") -> dict[str, str]:
+        """A note, if the same image is there as several."""
+        copies = len(image_ids) - len(image_ids.unique())
+        if not copies:
+            return {}
+        return {
+            "note": f"{copies:,} of {len(image_ids):,} images are copies of others, and the captions of one count as "
+            "wrong for the next; have each image once with all its captions: openclip-ext shards pack groups them by "
+            "image, for --caption-key, and so does a CSV with one path per image"
         }
 
 
