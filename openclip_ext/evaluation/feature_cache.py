@@ -114,11 +114,11 @@ def files_identity(paths: Iterable[str]) -> str | None:
     return _sha256(described)
 
 
-def require_finite(features: dict[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:
-    """The features. Raises UserError: one is not finite."""
+def require_finite(features: dict[str, Tensor], model: LoadedModel, flag: str = "--pretrained") -> dict[str, Tensor]:
+    """The features. Raises UserError: one is not finite; `flag` is how the model was named."""
     if not all(tensor.isfinite().all() for tensor in features.values()):
         raise UserError(
-            f"--pretrained {model.source}: its features are not finite in {model.precision}; try --precision fp32, or "
+            f"{flag} {model.source}: its features are not finite in {model.precision}; try --precision fp32, or "
             "take a checkpoint from before it diverged"
         )
     return features

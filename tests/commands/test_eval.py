@@ -149,6 +149,18 @@ def test_shards_score_as_their_folder(evaluate, digit_folders, tmp_path, workers
     assert second["scores"] == first["scores"]
 
 
+def test_braces_name_several_folders_of_shards(evaluate, digit_folders, tmp_path):
+    samples = [{"png": file.read_bytes(), "cls": file.parent.name.encode()}
+               for file in sorted(digit_folders.glob("*/*.png"))]  # fmt: skip
+    shard(tmp_path / "parts" / "a" / "0.tar", samples[:50])
+    shard(tmp_path / "parts" / "b" / "0.tar", samples[50:])
+    flags = "--class-names", digit_folders / "classnames.txt"
+    code, report = evaluate("--zero-shot", tmp_path / "parts" / "{a,b}", *flags)
+    assert code == 0 and report["tasks"]["parts"]["num_samples"] == 80
+    _, part = evaluate("--zero-shot", tmp_path / "parts" / "a", *flags)
+    assert part["tasks"]["a"]["num_samples"] == 50
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # its own
 def test_clip_benchmark_has_the_same_numbers(evaluate, digit_run, digit_folders, tmp_path, monkeypatch):
     builder = pytest.importorskip("clip_benchmark.datasets.builder")

@@ -62,8 +62,7 @@ class CaptionedShards(ShardRows):
             return None
         captions = [caption for caption in captions if caption.strip()]
         if not captions:
-            record(EMPTY_CAPTION, sample["__url__"])
-            return None
+            raise UserError(EMPTY_CAPTION)
         picture = tar.decode_image(sample, record)
         if picture is None:
             return None

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from openclip_ext.data import tar
 from openclip_ext.data.pipeline import shared_batches
-from openclip_ext.errors import RankError
+from openclip_ext.errors import RankError, UserError
 from openclip_ext.evaluation.datasets.content import checksum_of_files, checksum_of_pictures, checksum_of_shards
 from openclip_ext.evaluation.datasets.rows import ShardRows, first_error, opened
 from openclip_ext.evaluation.ranks import ALONE, Ranks
@@ -72,9 +72,7 @@ class LabelledShards(ShardRows):
         text = sample.get(CLASS_EXTENSION, b"").decode("ascii", "replace").strip()
         if not (text.isdigit() and int(text) < self.num_classes):
             found = repr(text[:20]) if CLASS_EXTENSION in sample else "none"
-            wanted = f"needs a .cls file with a class from 0 to {self.num_classes - 1}, and has {found}"
-            record(wanted, sample["__url__"])
-            return None
+            raise UserError(f"needs a .cls file with a class from 0 to {self.num_classes - 1}, and has {found}")
         picture = tar.decode_image(sample, record)
         return None if picture is None else (picture, int(text))
 

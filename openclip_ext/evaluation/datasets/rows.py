@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from openclip_ext.data import tar
-from openclip_ext.errors import RankError
+from openclip_ext.errors import RankError, UserError
 
 
 def opened(path: str) -> Image.Image | RankError:
@@ -33,7 +33,11 @@ class ShardRows(IterableDataset):
         self.urls = urls
 
     def row(self, sample: dict, record: tar.Record) -> Any | None:
-        """The row of a sample, or None, recorded, where there can be none."""
+        """The row of a sample, or None, recorded, where its files cannot be used.
+
+        Raises:
+            UserError: what they hold cannot be used; it says what, `ShardRows` in which sample.
+        """
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:
@@ -41,14 +45,22 @@ class ShardRows(IterableDataset):
         for url in self.urls[info.id :: info.num_workers] if info else self.urls:
             faults = tar.Skips()
             for sample in tar.read_shard(url, faults.record):
-                row = self.row(sample, faults.record)
-                yield _error(f"{url}: sample {sample['__key__']}", faults) if row is None else row
+                try:
+                    row = self.row(sample, faults.record)
+                    fault = _first(faults) if row is None else None
+                except UserError as error:
+                    row, fault = None, str(error)
+                yield _error(f"{url}: sample {sample['__key__']}", fault) if fault else row
             if faults:
-                yield _error(url, faults)
+                yield _error(url, _first(faults))
 
 
-def _error(where: str, faults: tar.Skips) -> RankError:
-    ((fault, _), *_) = faults
+def _first(faults: tar.Skips) -> str:
+    ((kind, _), *_) = faults
+    return kind
+
+
+def _error(where: str, fault: str) -> RankError:
     return RankError(f"{where}: {fault}; mend or remove it")
 
 

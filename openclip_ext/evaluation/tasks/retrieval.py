@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openclip_ext.errors import UserError
+from openclip_ext.evaluation.flags import add_caption_arguments, caption_format, csv_columns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,20 +20,15 @@ FLAG = "--retrieval"
 def add_arguments(group) -> None:
     group.add_argument(
         FLAG, action="append", default=[], metavar="SHARDS_OR_CSV",
-        help="images with one or more captions each: a folder or pattern of shards, or a CSV with a row "
-        "per caption; repeatable",
+        help="images with one or more captions each, all of which count: a folder or pattern of shards, or a CSV "
+        "with a row per caption; repeatable",
     )  # fmt: skip
-    group.add_argument("--caption-separator", metavar="TEXT", help="splits a caption into several, all of which count")
-    group.add_argument("--caption-key", metavar="KEY", help="where a sample's JSON holds its captions; as in training")
-    group.add_argument("--csv-img-key", default="filepath", help="column of image paths (default: %(default)s)")
-    group.add_argument("--csv-caption-key", default="title", help="column of captions (default: %(default)s)")
-    group.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
+    add_caption_arguments(group)
 
 
 def tasks(args: argparse.Namespace) -> list["RetrievalTask"]:
     """What the flags ask for. Raises UserError: a path or column that does not fit."""
-    if args.caption_separator == "":
-        raise UserError("--caption-separator: must not be empty")
+    caption_format(args)  # is wrong or right whatever there is to read
     return [_task(path, args) for path in args.retrieval]
 
 
@@ -95,17 +90,13 @@ class RetrievalTask:
 
 
 def _task(path: str, args: argparse.Namespace) -> RetrievalTask:
-    from openclip_ext.data.captions import CaptionFormat
     from openclip_ext.evaluation.datasets.captioned import captioned_csv, captioned_shards
     from openclip_ext.evaluation.feature_cache import open_cache
 
-    captions = CaptionFormat(separator=args.caption_separator, key=args.caption_key)
+    captions = caption_format(args)
     reading = dataclasses.asdict(captions)
-    if path.endswith((".csv", ".tsv")):
-        if args.caption_key is not None:
-            raise UserError(f"--caption-key {args.caption_key}: is for shards; a CSV takes --csv-caption-key")
-        columns = {name: getattr(args, f"csv_{name}") for name in ("img_key", "caption_key", "separator")}
-        pairs = captioned_csv(path, FLAG, *columns.values(), captions)
+    if columns := csv_columns(args, path):
+        pairs = captioned_csv(path, FLAG, *columns, captions)
         reading["csv"] = columns
     else:
         pairs = captioned_shards(path, FLAG, captions)
