@@ -465,7 +465,9 @@ NAMED = [*DIGITS, "--model", "tiny-test", "--pretrained"]
         ([], "nothing to evaluate"),
         (["--imagenet-val", "nowhere"], "--imagenet-val nowhere: no such folder"),
         (["--imagenet-val", "nothing"], "--imagenet-val nothing: holds no class folders"),
-        (["--imagenet-val", "wnid"], "--imagenet-val wnid: holds 1 class folders and ImageNet has 1000"),
+        (["--imagenet-val", "wnid"],
+         "--imagenet-val wnid: holds 1 of ImageNet's 1000 class folders; give the folder that holds them all, or choose "
+         "among those that are there with --classes present"),
         (["--imagenet-a", "not_wnid"], "--imagenet-a not_wnid: its folder cat is neither a wnid"),
         (["--imagenet-a", "rot", "--classes", "some"], "argument --classes: invalid choice: 'some'"),
         (["--zero-shot", "nowhere"], "--zero-shot nowhere: no such folder"),
