@@ -466,7 +466,7 @@ NAMED = [*DIGITS, "--model", "tiny-test", "--pretrained"]
         (["--imagenet-val", "nowhere"], "--imagenet-val nowhere: no such folder"),
         (["--imagenet-val", "nothing"], "--imagenet-val nothing: holds no class folders"),
         (["--imagenet-val", "wnid"],
-         "--imagenet-val wnid: holds 1 of ImageNet's 1000 class folders; give the folder that holds them all, or choose "
+         "--imagenet-val wnid: holds 1 of ImageNet's 1000 class folders; give the folder that has them all, or choose "
          "among those that are there with --classes present"),
         (["--imagenet-a", "not_wnid"], "--imagenet-a not_wnid: its folder cat is neither a wnid"),
         (["--imagenet-a", "rot", "--classes", "some"], "argument --classes: invalid choice: 'some'"),

@@ -26,7 +26,7 @@ def imagenet_folder(folder: str, flag: str, classes: str | None = None) -> Label
     index_of = {name: _class_index(name, folder, flag) for name in names}
     if len(names) != NUM_CLASSES and classes is None:
         raise UserError(
-            f"{flag} {folder}: holds {len(names)} of ImageNet's {NUM_CLASSES} class folders; give the folder that holds "
+            f"{flag} {folder}: holds {len(names)} of ImageNet's {NUM_CLASSES} class folders; give the folder that has "
             "them all, or choose among those that are there with --classes present"
         )
     class_names, templates = upstream.imagenet_names()
