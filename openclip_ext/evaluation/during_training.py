@@ -1,8 +1,8 @@
-"""What `--val-data`, `--imagenet-val`, `--imagenet-v2` and `--probe-val` measure between epochs."""
+"""What `--val-data`, `--imagenet-val`, `--imagenet-v2`, `--zero-shot` and `--probe-val` measure between epochs."""
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,36 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from openclip_ext.errors import RankError
-from openclip_ext.evaluation.datasets.labelled import LabelledBatches, LabelledSet
 from openclip_ext.evaluation.datasets.probe_sets import ProbeData, probe_features
 from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.metrics.probes import knn_accuracy, linear_probe_accuracy
-from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
+from openclip_ext.evaluation.metrics.retrieval import RETRIEVAL_METRICS, retrieval_metrics
 from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
 from openclip_ext.evaluation.ranks import ALONE, Ranks
+
+#: What is measured, by what on.
+ZERO_SHOT_SCORES = ("top1", "top5")
+PROBE_METRICS = ("knn-top1", "linear-probe-top1")
+PAIR_METRICS = (*RETRIEVAL_METRICS, "clip_val_loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShotSet:
+    """Pictures to classify.
+
+    Attributes:
+        name: what its metrics' names begin with.
+        batches: of (images, class indices).
+        class_names: by class index.
+        templates: format strings, or functions of a class name.
+        shared: `batches` are this rank's part; else every rank has all.
+    """
+
+    name: str
+    batches: Iterable
+    class_names: Sequence[str]
+    templates: Sequence[str | Callable[[str], str]]
+    shared: bool = True
 
 
 @dataclasses.dataclass
@@ -30,8 +53,8 @@ class Evaluator:
         autocast: a function that returns the context to run the model in.
         dtype: of images; None: as loaded.
         pairs: batches with `image` and `text`, or None.
-        zero_shot: by metric prefix: batches of a labelled set, and that set, which says its classes in words.
-        ranks: those that share the data: `pairs`, `zero_shot` and `probe` are this one's part.
+        zero_shot: sets to classify.
+        ranks: those that share the data: `pairs`, `probe` and what is shared of `zero_shot` are this one's part.
         val_frequency: epochs between evaluations on `pairs` and on `probe`; 0: never.
         zeroshot_frequency: epochs between evaluations on `zero_shot`; 0: never.
         probe: labelled images, or None.
@@ -44,7 +67,7 @@ class Evaluator:
     autocast: Any
     dtype: torch.dtype | None
     pairs: Iterable[dict] | None
-    zero_shot: dict[str, tuple[LabelledBatches, LabelledSet]]
+    zero_shot: Sequence[ZeroShotSet]
     val_frequency: int
     zeroshot_frequency: int
     ranks: Ranks = ALONE
@@ -83,18 +106,16 @@ class Evaluator:
         return metrics
 
     def _zero_shot_metrics(self, encoder: Encoder) -> dict[str, float]:
-        """`…-top1` and `…-top5` of each set. Sets with the same words share a classifier."""
-        metrics, made = {}, []
-        for prefix, (batches, labelled) in self.zero_shot.items():
-            words = labelled.class_names, labelled.templates
-            classifier = next((classifier for known, classifier in made if known == words), None)
-            if classifier is None:
-                classifier = zero_shot_classifier(encoder, *words, ranks=self.ranks, progress=self.progress)
-                made.append((words, classifier))
-            parts = self.ranks.on_first(zero_shot_counts(encoder, classifier, batches, progress=self.progress))
-            if parts:
-                scores = zero_shot_scores(torch.stack(parts).sum(0))
-                metrics |= {f"{prefix}-top1": scores["top1"], f"{prefix}-top5": scores["top5"]}
+        """`…-top1` and `…-top5` of each set. Sets with the same words share their classifier."""
+        metrics, classifiers = {}, {}
+        for one in self.zero_shot:
+            words = tuple(one.class_names), tuple(one.templates)
+            if words not in classifiers:
+                classifiers[words] = zero_shot_classifier(encoder, *words, ranks=self.ranks, progress=self.progress)
+            counts = zero_shot_counts(encoder, classifiers[words], one.batches, desc=one.name, progress=self.progress)
+            if parts := self.ranks.on_first(counts):
+                scores = zero_shot_scores(torch.stack(parts).sum(0) if one.shared else parts[0])
+                metrics |= {f"{one.name}-{score}": scores[score] for score in ZERO_SHOT_SCORES}
         return metrics
 
     def _probe_metrics(self, encoder: Encoder) -> dict[str, float]:
@@ -105,10 +126,8 @@ class Evaluator:
         )
         if train is None or val is None:
             return {}
-        return {
-            "knn-top1": knn_accuracy(*train, *val),
-            "linear-probe-top1": linear_probe_accuracy(*(part.numpy() for part in (*train, *val))),
-        }
+        scores = knn_accuracy(*train, *val), linear_probe_accuracy(*(part.numpy() for part in (*train, *val)))
+        return dict(zip(PROBE_METRICS, scores, strict=True))
 
     def _pair_metrics(self, encoder: Encoder) -> dict[str, float]:
         """Retrieval, and `clip_val_loss`: InfoNCE within batches, as OpenCLIP computes it."""

@@ -21,7 +21,7 @@ from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.evaluation.datasets.imagenet import imagenet_folder, wnids
 from openclip_ext.evaluation.datasets.labelled import LabelledBatches
-from openclip_ext.evaluation.during_training import Evaluator
+from openclip_ext.evaluation.during_training import Evaluator, ZeroShotSet
 from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
 
@@ -88,8 +88,9 @@ def test_every_set_has_its_own_words(model_config, pairs, tmp_path, monkeypatch)
     assert [len(labelled.class_names) for labelled in sets.values()] == [3, 1000]
     batches = {name: LabelledBatches(labelled.pictures, transform, batch_size=5, workers=0)
                for name, labelled in sets.items()}  # fmt: skip
-    evaluator = Evaluator(**how, pairs=None, val_frequency=1, zeroshot_frequency=1, progress=False,
-                          zero_shot={name: (batches[name], sets[name]) for name in sets})  # fmt: skip
+    measured = [ZeroShotSet(name, batches[name], labelled.class_names, labelled.templates)
+                for name, labelled in sets.items()]  # fmt: skip
+    evaluator = Evaluator(**how, pairs=None, val_frequency=1, zeroshot_frequency=1, progress=False, zero_shot=measured)
     metrics = evaluator.evaluate(model, 1, True)
     encoder = Encoder(model=model, **how)
     for name, labelled in sets.items():
