@@ -48,7 +48,7 @@ def bench_zero_shot(args: argparse.Namespace) -> dict:
     device = choose_device(args.device)
     model, _, transform = open_clip.create_model_and_transforms(args.model, precision=args.precision, device=device)
     encoder = Encoder(
-        model=model.eval(), tokenizer=open_clip.get_tokenizer(args.model), transform=transform, device=device,
+        model=model.eval(), tokenizer=open_clip.get_tokenizer(args.model), device=device,
         autocast=upstream.autocast(args.precision, device), dtype=upstream.input_dtype(args.precision),
     )  # fmt: skip
     rows = digits.digit_splits()["train"][: args.batches * args.batch_size]

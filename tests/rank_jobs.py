@@ -97,9 +97,10 @@ def evaluated(rank, num_ranks, model_config, source, batch_size, pictures):
     from openclip_ext.data.pipeline import eval_loader
     from openclip_ext.data.streams import StreamConfig
     from openclip_ext.data.table import csv_table
-    from openclip_ext.evaluation.datasets.labelled import LabelledBatches, LabelledFiles, class_folders
+    from openclip_ext.evaluation.datasets.class_folders import class_folders
+    from openclip_ext.evaluation.datasets.labelled import LabelledBatches, LabelledFiles
     from openclip_ext.evaluation.datasets.probe_sets import probe_data
-    from openclip_ext.evaluation.during_training import Evaluator
+    from openclip_ext.evaluation.during_training import Evaluator, ZeroShotSet
     from openclip_ext.evaluation.ranks import Ranks
 
     torch.manual_seed(0)
@@ -111,22 +112,21 @@ def evaluated(rank, num_ranks, model_config, source, batch_size, pictures):
                           rank=rank, world_size=num_ranks)  # fmt: skip
     loading = {"batch_size": batch_size, "workers": 0, "ranks": ranks}
     _, samples = class_folders(pictures, "--imagenet-val")
+    words = [f"the number {number}" for number in range(23)], ["a {}", "many {}s"]
     evaluator = Evaluator(
         tokenizer=tokenizer,
         device=torch.device("cpu"),
         autocast=contextlib.nullcontext,
         dtype=None,
         pairs=eval_loader(config, workers=0),
-        imagenet={"imagenet": LabelledBatches(LabelledFiles(samples), transform, **loading)},
+        zero_shot=[ZeroShotSet("digits", LabelledBatches(LabelledFiles(samples), transform, **loading), *words)],
         val_frequency=1,
         zeroshot_frequency=1,
         ranks=ranks,
         probe=probe_data(pictures, pictures, transform, **loading),
         progress=False,
     )
-    names = [f"the number {number}" for number in range(23)], ["a {}", "many {}s"]
-    with mock.patch.object(upstream, "imagenet_names", lambda: names):
-        return evaluator.evaluate(model, 1, True), sorted(evaluator.skipped)
+    return evaluator.evaluate(model, 1, True), sorted(evaluator.skipped)
 
 
 def buffers_shared(rank, num_ranks):

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from typing import Any
 
+from tabulate import tabulate
 from tqdm import tqdm
 
 from openclip_ext.data import tar
@@ -60,13 +61,12 @@ def _check_shard(url: str, expected: int | None, seen: collections.Counter, deco
 
 def format_table(reports: list[ShardReport]) -> str:
     """One line per shard that has faults, and a line of totals."""
-    lines = []
-    width = max(len(report.url) for report in reports)
+    rows = []
     for report in reports:
         if report.faults:
             faults = ", ".join(f"{count} x {kind}" for kind, count in sorted(report.faults.items()))
-            lines.append(f"{report.url:<{width}}  {report.samples:>8} samples  {faults}")
+            rows.append([report.url, f"{report.samples} samples", faults])
+    lines = [tabulate(rows, tablefmt="plain", colalign=("left", "right", "left"))] if rows else []
     samples = sum(report.samples for report in reports)
-    faulty = len(lines)
-    verdict = f"{faulty} with faults" if faulty else "no faults"
+    verdict = f"{len(rows)} with faults" if rows else "no faults"
     return "\n".join([*lines, f"{len(reports)} shards, {samples} samples, {verdict}"])

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,7 +24,7 @@ from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import LoadedModel, tensors_sha256, weights_sha256
 from openclip_ext.files import atomic
 
-FORMAT = 1  # to be raised when features are computed in another way
+FORMAT = 2  # to be raised when other features are kept, or they are computed in another way
 EXAMPLE = "Two dogs, 12 cats & a café: “ünïcode”!"  # tokenizers that differ differ here
 
 
@@ -66,9 +67,8 @@ class FeatureCache:
 
 
 def default_folder() -> str:
-    """`openclip-ext/features` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(root, "openclip-ext", "features")
+    """`openclip-ext/features` where the system keeps caches: in `$XDG_CACHE_HOME`, or `~/.cache`, on Linux."""
+    return os.path.join(platformdirs.user_cache_dir("openclip-ext", appauthor=False), "features")
 
 
 def open_cache(folder: str | None, disabled: bool = False) -> FeatureCache:
@@ -114,11 +114,11 @@ def files_identity(paths: Iterable[str]) -> str | None:
     return _sha256(described)
 
 
-def require_finite(features: dict[str, Tensor], model: LoadedModel) -> dict[str, Tensor]:
-    """The features. Raises UserError: one is not finite."""
+def require_finite(features: dict[str, Tensor], model: LoadedModel, flag: str = "--pretrained") -> dict[str, Tensor]:
+    """The features. Raises UserError: one is not finite; `flag` is how the model was named."""
     if not all(tensor.isfinite().all() for tensor in features.values()):
         raise UserError(
-            f"--pretrained {model.source}: its features are not finite in {model.precision}; try --precision fp32, or "
+            f"{flag} {model.source}: its features are not finite in {model.precision}; try --precision fp32, or "
             "take a checkpoint from before it diverged"
         )
     return features

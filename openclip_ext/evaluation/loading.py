@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class LoadedModel(Encoder):
     """A model with its weights, and where they are from.
 
     Attributes:
+        transform: the model's, for evaluation: picture to (3, H, W).
         name: as OpenCLIP knows the architecture.
         source: what was asked for.
         path: the file the weights are from; None: OpenCLIP found them by a tag or on the hub.
@@ -42,6 +43,7 @@ class LoadedModel(Encoder):
         epoch: completed ones of training; None: the file does not tell.
     """
 
+    transform: Callable[[Any], Tensor]
     name: str
     source: str
     path: str | None
@@ -162,9 +164,8 @@ def _origin(source: str | None, name: str | None, model_config: str | None, run:
     if source is None:
         if name is None or not name.startswith(upstream.SCHEMES):
             raise UserError(f"{flag}: give the weights: a file, a run's folder, or one of OpenCLIP's tags")
-        return _Origin(name, None, upstream.local_weights(name), {})
-    is_file = os.path.exists(source) or source.endswith(FILE_EXTENSIONS) or os.sep in source
-    path = checkpoint_file(source, flag) if is_file else None
+        return _Origin(name, None, local_file(name, flag), {})
+    path = local_file(source, flag)
     run = run or (os.path.dirname(os.path.dirname(os.path.abspath(path))) if path else None)
     flags = _run_flags(run) if run else {}
     if name not in (None, flags.get("model")):
@@ -187,6 +188,18 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def local_file(source: str, flag: str) -> str | None:
+    """The file that a source of weights means; None: OpenCLIP finds them by a tag or on the hub.
+
+    Raises:
+        UserError: no such file or folder, or no checkpoint in it.
+    """
+    if source.startswith(upstream.SCHEMES):
+        return upstream.local_weights(source)
+    is_file = os.path.exists(source) or source.endswith(FILE_EXTENSIONS) or os.sep in source
+    return checkpoint_file(source, flag) if is_file else None
 
 
 def checkpoint_file(path: str, flag: str) -> str:

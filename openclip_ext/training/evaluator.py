@@ -12,7 +12,7 @@ from openclip_ext.data.table import csv_table
 from openclip_ext.evaluation.datasets.imagenet import imagenet_folder
 from openclip_ext.evaluation.datasets.labelled import LabelledBatches
 from openclip_ext.evaluation.datasets.probe_sets import probe_data
-from openclip_ext.evaluation.during_training import Evaluator
+from openclip_ext.evaluation.during_training import Evaluator, ZeroShotSet
 from openclip_ext.evaluation.ranks import Ranks
 from openclip_ext.training.data import _dataset_type, caption_format
 
@@ -41,14 +41,15 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
             world_size=ranks.world_size,
         )
         pairs = eval_loader(config, workers=args.workers)
-    imagenet = {}
+    zero_shot = []
     for flag, path, prefix in (
         ("--imagenet-val", args.imagenet_val, "imagenet-zeroshot-val"),
         ("--imagenet-v2", args.imagenet_v2, "imagenetv2-zeroshot-val"),
     ):
         if path:
-            pictures = imagenet_folder(path, flag).pictures
-            imagenet[prefix] = LabelledBatches(pictures, transform, **loading)
+            labelled = imagenet_folder(path, flag)
+            batches = LabelledBatches(labelled.pictures, transform, **loading)
+            zero_shot.append(ZeroShotSet(prefix, batches, labelled.class_names, labelled.templates))
     probe = None
     if args.probe_train:
         probe = probe_data(args.probe_train, args.probe_val, transform, **loading)
@@ -58,7 +59,7 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
         autocast=accelerator.autocast,
         dtype=upstream.input_dtype(args.precision),
         pairs=pairs,
-        imagenet=imagenet,
+        zero_shot=zero_shot,
         probe=probe,
         ranks=ranks,
         val_frequency=args.val_frequency,

@@ -24,7 +24,8 @@ from openclip_ext.cli import main
 from openclip_ext.data import digits
 from openclip_ext.evaluation.datasets.imagenet import wnids
 from openclip_ext.evaluation.loading import load_model, weights_sha256
-from openclip_ext.evaluation.tasks import add_task_arguments, run_tasks, tasks_from
+from openclip_ext.evaluation.tasks import add_task_arguments, tasks_from
+from openclip_ext.evaluation.tasks.base import run_tasks
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_one_report_says_what_was_measured_of_what(evaluate, digit_run, digit_fo
         "source": str(digit_run), "path": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()
     }  # fmt: skip
     (entry,) = report["tasks"].values()
-    assert entry.keys() == {"dataset", "num_samples", "num_classes", "num_templates", "scores", "seconds"}
+    assert entry.keys() == {"dataset", "num_samples", "num_classes", "num_templates", "data", "scores", "seconds"}
     assert (entry["dataset"], entry["num_samples"]) == (str(digit_folders), 80)
     assert (entry["num_classes"], entry["num_templates"]) == (10, len(digits.TEMPLATES)) and entry["seconds"] > 0
     logits, labels = by_hand(digit_run, digit_folders, digits.CLASS_NAMES, digits.TEMPLATES)
@@ -146,6 +147,18 @@ def test_shards_score_as_their_folder(evaluate, digit_folders, tmp_path, workers
     first, second = report["tasks"].values()
     assert code == 0 and second["num_samples"] == 80
     assert second["scores"] == first["scores"]
+
+
+def test_braces_name_several_folders_of_shards(evaluate, digit_folders, tmp_path):
+    samples = [{"png": file.read_bytes(), "cls": file.parent.name.encode()}
+               for file in sorted(digit_folders.glob("*/*.png"))]  # fmt: skip
+    shard(tmp_path / "parts" / "a" / "0.tar", samples[:50])
+    shard(tmp_path / "parts" / "b" / "0.tar", samples[50:])
+    flags = "--class-names", digit_folders / "classnames.txt"
+    code, report = evaluate("--zero-shot", tmp_path / "parts" / "{a,b}", *flags)
+    assert code == 0 and report["tasks"]["parts"]["num_samples"] == 80
+    _, part = evaluate("--zero-shot", tmp_path / "parts" / "a", *flags)
+    assert part["tasks"]["a"]["num_samples"] == 50
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # its own
@@ -452,7 +465,9 @@ NAMED = [*DIGITS, "--model", "tiny-test", "--pretrained"]
         ([], "nothing to evaluate"),
         (["--imagenet-val", "nowhere"], "--imagenet-val nowhere: no such folder"),
         (["--imagenet-val", "nothing"], "--imagenet-val nothing: holds no class folders"),
-        (["--imagenet-val", "wnid"], "--imagenet-val wnid: holds 1 class folders and ImageNet has 1000"),
+        (["--imagenet-val", "wnid"],
+         "--imagenet-val wnid: holds 1 of ImageNet's 1000 class folders; give the folder that has them all, or choose "
+         "among those that are there with --classes present"),
         (["--imagenet-a", "not_wnid"], "--imagenet-a not_wnid: its folder cat is neither a wnid"),
         (["--imagenet-a", "rot", "--classes", "some"], "argument --classes: invalid choice: 'some'"),
         (["--zero-shot", "nowhere"], "--zero-shot nowhere: no such folder"),
@@ -470,7 +485,7 @@ NAMED = [*DIGITS, "--model", "tiny-test", "--pretrained"]
         ([*DIGITS, "--zero-shot", "rot", "--class-names", "names"], "--class-names names: is for one --zero-shot"),
         (["--zero-shot", "above"], "--zero-shot above: shards hold class indices only"),
         (["--zero-shot", "above", "--class-names", "names"],
-         "above/0.tar: sample 0001 needs a .cls file with a class from 0 to 1, and has '2'"),
+         "above/0.tar: sample 0001: needs a .cls file with a class from 0 to 1, and has '2'"),
         (["--zero-shot", "words", "--class-names", "names"], "class from 0 to 1, and has 'cat'"),
         (["--zero-shot", "no_cls", "--class-names", "names"], "class from 0 to 1, and has none"),
         (["--zero-shot", "broken", "--class-names", "names"], "broken/0.tar: sample 0001: corrupt image"),

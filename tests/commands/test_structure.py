@@ -138,7 +138,7 @@ def separated(train_flags, tmp_path):
 def test_two_checkpoints_are_measured_and_drawn(separated, show, tmp_path, capsys):
     code, report = show("--checkpoint", separated / "checkpoints" / "epoch_1.pt", separated)
     assert code == 0
-    assert report.keys() == {"created", "versions", "model", "data", "num_pairs", "checkpoints"}
+    assert report.keys() == {"created", "versions", "model", "precision", "data", "num_pairs", "checkpoints"}
     assert report["num_pairs"] == 50 and report["model"] == "tiny-test"
     first, last = report["checkpoints"]
     assert [first["label"], last["label"]] == ["epoch_1", "epoch_2"]
@@ -242,6 +242,57 @@ def test_files_of_bare_weights_are_checkpoints(show, weights, tmp_path):
     assert first["metrics"] == same["metrics"]
 
 
+def test_what_a_run_or_a_folder_brings_need_not_be_said(by_hand, show, model_config, tmp_path, val_shards):
+    """As `openclip-ext eval` has it: the architecture of a run, and of local-dir:."""
+    path = by_hand / "checkpoints" / "epoch_1.pt"
+    _, expected = show("--checkpoint", path)
+    local = tmp_path / "local"
+    local.mkdir()
+    save_file(torch.load(path)["state_dict"], local / "open_clip_model.safetensors")
+    config = open_clip.get_model_config("tiny-test")
+    (local / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    sources = [str(by_hand), f"local-dir:{local}"]
+    out = tmp_path / "inferred"
+    flags = ["--data", val_shards, "--out", str(out), "--device", "cpu", "--batch-size", "16"]
+    assert main(["structure", "--checkpoint", *sources, *flags]) == 0
+    report = json.loads((out / "structure.json").read_text())
+    assert report["model"] == f"tiny-test, {sources[1]}" and report["precision"] == "fp32"
+    assert [row["label"] for row in report["checkpoints"]] == ["epoch_1", sources[1]]
+    assert [row["source"] for row in report["checkpoints"]] == sources
+    for row in report["checkpoints"]:
+        assert row["metrics"] == pytest.approx(expected["checkpoints"][0]["metrics"], rel=1e-5)
+
+
+def test_precision_counts(by_hand, show):
+    full, half = (show("--checkpoint", by_hand, "--precision", name)[1] for name in ("fp32", "amp_bf16"))
+    assert (full["precision"], half["precision"]) == ("fp32", "amp_bf16")
+    values = [report["checkpoints"][0]["metrics"]["modality_gap"] for report in (full, half)]
+    assert values[0] != values[1] and values[0] == pytest.approx(values[1], rel=0.05)
+
+
+def test_a_csv_gives_the_numbers_of_its_shards(by_hand, show, tmp_path, pairs):
+    """Its first batch has nothing that can be used."""
+    rows = ["image\tcaption"]
+    for number, (image, caption) in enumerate(pairs[:40]):
+        (tmp_path / f"{number}.png").write_bytes(b"rot" if number < 8 else image)
+        rows.append(f"{number}.png\t{caption}")
+    (tmp_path / "pairs.tsv").write_text("\n".join(rows))
+    pack(pairs[8:40], str(tmp_path / "packed"), progress=False)
+    columns = ("--csv-img-key", "image", "--csv-caption-key", "caption", "--csv-separator", "\t")
+    flags = ("--checkpoint", by_hand, "--batch-size", 8)
+    _, table = show(*flags, "--data", tmp_path / "pairs.tsv", *columns)
+    _, shards = show(*flags, "--data", tmp_path / "packed")
+    assert table["num_pairs"] == shards["num_pairs"] == 32
+    assert table["checkpoints"] == shards["checkpoints"]
+
+
+def test_the_first_pairs_are_the_same_with_any_number_of_workers(by_hand, show, tmp_path, pairs):
+    pack(pairs[:40], str(tmp_path / "several"), samples_per_shard=10, progress=False)
+    flags = ("--checkpoint", by_hand, "--data", tmp_path / "several", "--batch-size", 5, "--num-samples", 12)
+    alone, many = (show(*flags, "--workers", workers)[1]["checkpoints"] for workers in (0, 3))
+    assert alone == many
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -258,7 +309,13 @@ def test_files_of_bare_weights_are_checkpoints(show, weights, tmp_path):
         (["--checkpoint", "weights.pt", "--data", "one"], "--data one: 1 usable pair(s), and at least 2 are needed"),
         (["--checkpoint", "weights.pt", "--num-samples", "1"], "--num-samples 1: must be at least 2"),
         (["--checkpoint", "weights.pt", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
-        (["--checkpoint", "weights.pt", "--workers", "-1"], "--workers -1: must not be negative"),
+        (["--checkpoint", "weights.pt", "--workers", "-1"], "--workers -1: must be at least 0"),
+        (["--checkpoint", "weights.pt", "--precision", "pure_fp16"], "--precision pure_fp16: needs a GPU"),
+        (["--checkpoint", "weights.pt", "--caption-separator", ""], "--caption-separator: must not be empty"),
+        (["--checkpoint", "weights.pt", "--data", "pairs.csv", "--caption-key", "texts"],
+         "--caption-key texts: is for shards; a CSV takes --csv-caption-key"),
+        (["--checkpoint", "weights.pt", "--data", "pairs.csv", "--csv-img-key", "image"], "--csv-img-key image"),
+        (["--checkpoint", "local-dir:nowhere"], "local-dir:nowhere: no such folder"),
         (["--checkpoint", "weights.pt", "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--checkpoint", "weights.pt", "--out", "rot.pt"], "--out rot.pt: cannot be made a folder"),
         (["--checkpoint", "weights.pt", "--model-config", "no.json"], "--model-config no.json: no such file"),
@@ -275,6 +332,7 @@ def test_a_wrong_input_is_one_line(show, weights, pairs, tmp_path, monkeypatch, 
     state = torch.load(weights)
     torch.save(state | {"text_projection": state["text_projection"] * math.nan}, tmp_path / "diverged.pt")
     pack(pairs[:1], str(tmp_path / "one"), progress=False)
+    (tmp_path / "pairs.csv").write_text("filepath,title\nx.png,x\n")
     assert show(*flags) == (2, None)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("openclip-ext:")]
     assert message in line

@@ -1,5 +1,6 @@
 """Evaluation between epochs: what several ranks find together is what one finds alone."""
 
+import contextlib
 import csv
 import io
 import json
@@ -18,6 +19,11 @@ from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
 from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
+from openclip_ext.evaluation.datasets.imagenet import imagenet_folder, wnids
+from openclip_ext.evaluation.datasets.labelled import LabelledBatches
+from openclip_ext.evaluation.during_training import Evaluator, ZeroShotSet
+from openclip_ext.evaluation.encoder import Encoder
+from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,34 @@ def test_ranks_together_find_what_one_finds(ranks, model_config, sources, digit_
     assert first == expected  # to the last bit
     assert skipped == expected_skips and bool(skipped) == rotten
     assert others == [({}, [])] * (num_ranks - 1)
+
+
+def test_every_set_has_its_own_words(model_config, pairs, tmp_path, monkeypatch):
+    """Two parts of ImageNet, one with the words of its own classes, and one with all."""
+    monkeypatch.setattr(open_clip, "OPENAI_IMAGENET_TEMPLATES", [lambda name: f"a {name}."])
+    for number, wnid in enumerate(list(wnids())[:60:20]):
+        for copy in range(4):
+            path = tmp_path / wnid / f"{copy}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(pairs[4 * number + copy][0])
+    open_clip.add_model_config(model_config)
+    model, _, transform = open_clip.create_model_and_transforms("tiny-test", output_dict=True)
+    how = {"tokenizer": open_clip.get_tokenizer("tiny-test"), "device": torch.device("cpu"),
+           "autocast": contextlib.nullcontext, "dtype": None}  # fmt: skip
+    sets = {classes: imagenet_folder(str(tmp_path), "--imagenet-val", classes) for classes in ("present", "all")}
+    assert [len(labelled.class_names) for labelled in sets.values()] == [3, 1000]
+    batches = {name: LabelledBatches(labelled.pictures, transform, batch_size=5, workers=0)
+               for name, labelled in sets.items()}  # fmt: skip
+    measured = [ZeroShotSet(name, batches[name], labelled.class_names, labelled.templates)
+                for name, labelled in sets.items()]  # fmt: skip
+    evaluator = Evaluator(**how, pairs=None, val_frequency=1, zeroshot_frequency=1, progress=False, zero_shot=measured)
+    metrics = evaluator.evaluate(model, 1, True)
+    encoder = Encoder(model=model, **how)
+    for name, labelled in sets.items():
+        classifier = zero_shot_classifier(encoder, labelled.class_names, labelled.templates, progress=False)
+        expected = zero_shot_scores(zero_shot_counts(encoder, classifier, batches[name], progress=False))
+        assert metrics[f"{name}-top1"] == expected["top1"] and metrics[f"{name}-top5"] == expected["top5"]
+    assert metrics["present-top5"] == 1  # of three
 
 
 def test_the_first_ranks_batch_statistics_count(ranks):

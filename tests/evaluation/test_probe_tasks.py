@@ -11,7 +11,7 @@ from PIL import Image
 from test_probes import class_folders
 
 from openclip_ext.cli import main
-from openclip_ext.evaluation.metrics.probes import class_scores, few_shot_accuracies, knn_predictions, linear_probe
+from openclip_ext.evaluation.metrics.probes import class_scores, few_shot_accuracies, knn_hits, linear_probe
 from openclip_ext.report.intervals import half_width
 
 
@@ -77,10 +77,10 @@ def test_probes_are_those_of_the_functions(evaluate, features, capsys):
     assert code == 0 and list(tasks) == ["knn", "linear-probe", "few-shot"]
     assert all((task["num_samples"], task["num_train"], task["num_classes"]) == (60, len(features["train"][1]), 10)
                for task in tasks.values())  # fmt: skip
-    found = knn_predictions(*features["train"], features["val"][0])
-    assert tasks["knn"]["scores"] == pytest.approx(class_scores(found.numpy(), arrays["val"][1]))
+    hits = knn_hits(*features["train"], *features["val"]).numpy()
+    assert tasks["knn"]["scores"] == pytest.approx(class_scores(hits, arrays["val"][1]))
     found, strength = linear_probe(*arrays["train"], arrays["val"][0])
-    assert tasks["linear-probe"]["scores"] == pytest.approx(class_scores(found, arrays["val"][1]))
+    assert tasks["linear-probe"]["scores"] == pytest.approx(class_scores(found == arrays["val"][1], arrays["val"][1]))
     assert tasks["linear-probe"]["scores"]["top1"] > 0.5 and tasks["linear-probe"]["C"] == strength
     expected = few_shot_accuracies(*arrays["train"], *arrays["val"], shots=[1, 4], seeds=2, progress=False)
     few = tasks["few-shot"]
@@ -99,6 +99,10 @@ def test_the_penalty_may_be_chosen_on_images_of_their_own(evaluate, features, fo
         "--probes", "linear", "few-shot", "--shots", 2, "--seeds", 1, "--probe-select", folders["select"]
     )
     _, strength = linear_probe(*arrays["train"], arrays["val"][0], arrays["select"])
+    (data, same) = (task["data"] for task in tasks.values())
+    assert data == same and data["images"] == 60
+    _, others = evaluate("--probes", "knn")
+    assert others["knn"]["data"]["checksum"] != data["checksum"]  # scores depend on --probe-select
     assert tasks["linear-probe"]["C"] == strength
     expected = few_shot_accuracies(
         *arrays["train"], *arrays["val"], arrays["select"], shots=[2], seeds=1, progress=False

@@ -1,6 +1,7 @@
 """Nearest neighbours and linear probes, against slow references and data whose answer is known."""
 
 import collections
+import contextlib
 import json
 import math
 
@@ -10,15 +11,18 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+import oracles
 from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data import digits
-from openclip_ext.evaluation.datasets.probe_sets import encoded, probe_data
+from openclip_ext.evaluation.datasets.probe_sets import probe_data, probe_features
+from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.metrics.probes import (
     class_scores,
     few_shot_accuracies,
     held_out_tenth,
     knn_accuracy,
+    knn_hits,
     linear_probe,
     linear_probe_accuracy,
     place_in_class,
@@ -59,6 +63,44 @@ def test_a_vote_counts_by_similarity_and_a_cold_one_does_not_overflow():
     assert knn_accuracy(train, labels, query, label) == 1  # outvoted by number, not by weight
     assert knn_accuracy(train, labels, query, label, temperature=10.0) == 0
     assert knn_accuracy(train, labels, query, label, temperature=1e-4) == 1
+
+
+def shared_knn(train, train_labels, features, labels, k, temperature):
+    """The vote where all orders of equals count alike, in float64; similarities are exact to nine digits."""
+    hits = []
+    for feature, label in zip(features, labels, strict=True):
+        cosines = [round(float(feature @ x / (feature.norm() * x.norm())), 9) for x in train]
+        last = sorted(cosines, reverse=True)[k - 1]
+        left = k - sum(cosine > last for cosine in cosines)
+        votes = collections.Counter()
+        for cosine, of in zip(cosines, train_labels.tolist(), strict=True):
+            place = 1 if cosine > last else left / cosines.count(last) if cosine == last else 0
+            votes[of] += place * math.exp(cosine / temperature)
+        winners = [c for c, vote in votes.items() if math.isclose(vote, max(votes.values()), rel_tol=1e-9)]
+        hits.append(1 / len(winners) if int(label) in winners else 0.0)
+    return hits
+
+
+@pytest.mark.parametrize("k", [1, 3, 20, 59])
+def test_ties_are_shared_in_whatever_order_neighbours_come(k):
+    """Of corners of a cube, each several times and with several classes."""
+    generator = torch.Generator().manual_seed(0)
+    train, features = (torch.randint(2, (n, 3), generator=generator).double() * 2 - 1 for n in (60, 30))
+    train_labels, labels = (torch.randint(4, (n,), generator=generator) for n in (60, 30))
+    data = train, train_labels, features, labels
+    hits = knn_hits(*data, k=k, temperature=0.5, block=7)
+    assert hits.tolist() == pytest.approx(shared_knn(*data, k, 0.5))
+    assert k > 1 or ((hits > 0) & (hits < 1)).any()
+    order = torch.randperm(60, generator=generator)
+    assert torch.equal(knn_hits(train[order], train_labels[order], *data[2:], k=k, temperature=0.5), hits)
+
+
+def test_features_that_are_all_the_same_score_as_chance():
+    constant = oracles.unit(1, 509, dtype=torch.float32).expand(80, -1)
+    labels = torch.arange(80) % 4
+    assert knn_accuracy(constant, labels, constant, labels) == 0.25
+    more_of_one = torch.where(labels == 3, 2, labels)  # and then the largest class wins
+    assert knn_accuracy(constant, more_of_one, constant[:4], torch.arange(4) % 3) == 0.25
 
 
 def test_probes_find_what_is_separable_and_guess_where_nothing_is():
@@ -152,7 +194,7 @@ def test_places_are_a_random_order_of_each_class():
 
 
 def test_scores_count_images_and_classes():
-    scores = class_scores(np.array([0, 0, 0, 1, 2]), np.array([0, 0, 0, 1, 1]))
+    scores = class_scores(np.array([1, 1, 1, 1, 0]), np.array([0, 0, 0, 1, 1]))
     assert scores == {"top1": 0.8, "mean_per_class": 0.75}
 
 
@@ -181,8 +223,11 @@ def test_features_are_the_towers_with_the_labels_of_the_training_folder(folders,
             path.unlink()
         (folders[1] / name).rmdir()
     data = probe_data(*map(str, folders), preprocess, batch_size=16, workers=0)
-    how = {"device": torch.device("cpu"), "autocast": lambda: torch.autocast("cpu", enabled=False), "progress": False}
-    features, labels = encoded(model.eval(), data.val, **how)
+    encoder = Encoder(
+        model=model.eval(), tokenizer=open_clip.tokenize, device=torch.device("cpu"),
+        autocast=contextlib.nullcontext, dtype=None,
+    )  # fmt: skip
+    features, labels = probe_features(encoder, data.val, progress=False)
     assert sorted(labels.unique().tolist()) == list(range(3, 10))
     images = torch.cat([images for images, _ in data.val])
     with torch.no_grad():

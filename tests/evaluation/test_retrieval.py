@@ -1,6 +1,7 @@
 """Ranks and recall against slow references over the whole matrix of scores."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -22,13 +23,13 @@ def slow_recall(image, text, owner, k):
     return np.mean(found_texts), np.mean(found_images)
 
 
-def slow_ahead(scores, is_own):
-    """How many of the others are ahead of the first own candidate, as a mean over all orders of equal candidates."""
+def slow_firsts(scores, is_own):
+    """How many are ahead of the first own candidate, in each order that equal candidates may have."""
     best = max(score for score, own in zip(scores, is_own, strict=True) if own)
     ahead = sum(score > best for score in scores)
     equals = [own for score, own in zip(scores, is_own, strict=True) if score == best]
-    places = itertools.combinations(range(len(equals)), sum(equals))  # that the own ones among them may have
-    return ahead + np.mean([min(own) for own in places])
+    # Which of their places the own ones may have.
+    return [ahead + min(own) for own in itertools.combinations(range(len(equals)), sum(equals))]
 
 
 @pytest.mark.parametrize("blocks", [(7, 11), (1024, 4096), (40, 1)])
@@ -47,22 +48,35 @@ def test_recall_is_that_of_sorted_lists(blocks, captions):
         assert recall == pytest.approx(slow_recall(image, text, owner, k)) and 0.05 < min(recall) < 1
 
 
+@pytest.mark.parametrize("width", [4, 1])  # corners of a square, or one point: scores are exact and many are equal
 @pytest.mark.parametrize("captions", [1, 3])
-def test_among_equals_a_rank_is_the_mean_over_their_orders(captions):
+def test_among_equals_scores_are_means_over_their_orders(captions, width):
     generator = torch.Generator().manual_seed(1)
-    # Corners of a square: scores are exact and many are equal.
-    image, text = (torch.eye(4)[torch.randint(4, (count,), generator=generator)] for count in (6, 6 * captions))
+    image, text = (torch.eye(width)[torch.randint(width, (n,), generator=generator)] for n in (6, 6 * captions))
     owner = torch.arange(6).repeat(captions)
-    scores = image @ text.T
+    scores = (image.double() @ text.double().T).tolist()
     metrics = retrieval_metrics(image, text, owner, image_block=4, text_block=5)
-    ahead = [
-        [slow_ahead(scores[i].tolist(), (owner == i).tolist()) for i in range(6)],
-        [slow_ahead(scores[:, j].tolist(), (torch.arange(6) == owner[j]).tolist()) for j in range(6 * captions)],
+    firsts = [
+        [slow_firsts(scores[i], (owner == i).tolist()) for i in range(6)],
+        [slow_firsts([row[j] for row in scores], (torch.arange(6) == owner[j]).tolist()) for j in range(6 * captions)],
     ]
-    for way, expected in zip(WAYS, ahead, strict=True):
-        assert metrics[f"{way}_mean_rank"] == pytest.approx(np.mean(expected) + 1)
-        assert metrics[f"{way}_median_rank"] == np.floor(np.median(expected)) + 1
-        assert metrics[f"{way}_R@1"] == np.mean(np.array(expected) < 1)
+    for way, of_queries in zip(WAYS, firsts, strict=True):
+        ahead = [np.mean(orders) for orders in of_queries]
+        assert metrics[f"{way}_mean_rank"] == pytest.approx(np.mean(ahead) + 1)
+        assert metrics[f"{way}_median_rank"] == np.floor(np.median(ahead)) + 1
+        for k in (1, 5, 10):
+            found = [np.mean(np.array(orders) < k) for orders in of_queries]
+            assert metrics[f"{way}_R@{k}"] == pytest.approx(np.mean(found))
+
+
+def test_copies_of_an_image_share_its_hits():
+    """Each caption is nearest to its own picture, which is there twice."""
+    image = oracles.unit(20, 8, dtype=torch.float32).repeat_interleave(2, dim=0)
+    text = torch.nn.functional.normalize(image + 0.01 * oracles.unit(40, 8, seed=1, dtype=torch.float32), dim=1)
+    metrics = retrieval_metrics(image, text)
+    assert metrics["text_to_image_R@1"] == 0.5 and metrics["text_to_image_R@5"] == 1
+    assert metrics["text_to_image_mean_rank"] == 1.5
+    assert metrics["image_to_text_R@1"] == 0.5  # the nearer of two captions is the own one of one
 
 
 def test_pairs_are_the_case_of_one_text_per_image_and_openclips_where_no_scores_are_equal():
@@ -81,9 +95,12 @@ def test_a_collapsed_model_scores_as_chance(captions, blocks):
     owner = torch.arange(101).repeat_interleave(captions)
     image, text = constant.expand(101, -1), constant.expand(len(owner), -1)
     metrics = retrieval_metrics(image, text, owner, image_block=blocks[0], text_block=blocks[1])
-    assert metrics["text_to_image_mean_rank"] == 51 and metrics["text_to_image_R@10"] == 0
+    assert metrics["text_to_image_mean_rank"] == 51
     assert metrics["image_to_text_mean_rank"] == pytest.approx(100 * captions / (captions + 1) + 1)
-    assert metrics["image_to_text_R@10"] == 0
+    for k in (1, 5, 10):
+        assert metrics[f"text_to_image_R@{k}"] == pytest.approx(k / 101)
+        missed = math.comb(100 * captions, k) / math.comb(101 * captions, k)
+        assert metrics[f"image_to_text_R@{k}"] == pytest.approx(1 - missed)
 
 
 def test_features_that_are_not_finite_find_nothing():
@@ -92,7 +109,9 @@ def test_features_that_are_not_finite_find_nothing():
         metrics = retrieval_metrics(broken, text)
         assert metrics["text_to_image_R@1"] == 0
         assert metrics["image_to_text_R@1"] < 1
-    assert retrieval_metrics(image * torch.nan, text)["image_to_text_R@10"] == 0
+    for few in (20, 4):  # fewer candidates than places too
+        metrics = retrieval_metrics(image[:few] * torch.nan, text[:few])
+        assert all(metrics[f"{way}_R@{k}"] == 0 for way in WAYS for k in (1, 5, 10))
 
 
 class LargestTensor(TorchDispatchMode):

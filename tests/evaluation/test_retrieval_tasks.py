@@ -111,6 +111,8 @@ def test_all_captions_of_an_image_count_wherever_they_are(evaluate, photos, weig
     assert (code, code_of_joined, code_of_listed) == (0, 0, 0)
     for result in results:
         assert (result["num_samples"], result["num_texts"]) == (8, sum(map(len, CAPTIONS.values())))
+        assert result["data"] == results[0]["data"]  # in whatever form and order
+        assert (result["data"]["images"], result["data"]["texts"]) == (8, result["num_texts"])
         for k in (1, 5):
             both = [result["scores"][f"{way}_R@{k}"] for way in ("image_to_text", "text_to_image")]
             assert both == pytest.approx(slow_recall(*features, k)) and min(both) > 0
@@ -124,12 +126,27 @@ def test_several_sets_in_one_call_and_captions_as_they_are(evaluate, photos, cap
     assert "retrieval-joined" in printed and "text_to_image_R@10" in printed
 
 
+def test_copies_of_images_are_noted_and_what_to_do(evaluate, photos, tmp_path, capsys):
+    """A sample per caption, as a CSV with a row per caption becomes where rows are not grouped."""
+    with wds.TarWriter(str(tmp_path / "rows.tar"), encoder=False) as rows:
+        for name, image, captions in photographs():
+            for number, caption in enumerate(captions):
+                rows.write({"__key__": f"{name}{number}", "png": image, "txt": caption.encode()})
+    code, tasks = evaluate("--retrieval", tmp_path / "rows.tar", "--retrieval", photos / "joined.tar")
+    total = sum(map(len, CAPTIONS.values()))
+    note = tasks["retrieval-rows"]["note"]
+    assert code == 0 and note.startswith(f"{total - 8} of {total} images are copies of others")
+    assert "shards pack" in note and "--caption-key" in note and f"retrieval-rows: {note}" in capsys.readouterr().out
+    assert "note" not in tasks["retrieval-joined"]
+
+
 def test_the_second_time_features_come_from_disk(evaluate, photos, tmp_path, weights):
     flags = "--retrieval", photos / "joined.tar", "--caption-separator", "|"
     _, first = evaluate(*flags)
     _, second = evaluate(*flags)
     assert [tasks["retrieval-joined"]["cached"] for tasks in (first, second)] == [False, True]
     assert first["retrieval-joined"]["scores"] == second["retrieval-joined"]["scores"]
+    assert first["retrieval-joined"]["data"] == second["retrieval-joined"]["data"]
     assert first["retrieval-joined"]["ranks"] == second["retrieval-joined"]["ranks"]
     # Not what depends on anything else.
     changed = tmp_path / "changed.pt"

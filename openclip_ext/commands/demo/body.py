@@ -1,6 +1,7 @@
 """`openclip-ext demo`: small CLIP models from scratch on handwritten digits, one per loss and seed, compared."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -8,16 +9,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from PIL import Image
 from tqdm import tqdm
 
 from openclip_ext.commands.eval.body import describe
 from openclip_ext.data import digits
-from openclip_ext.data.listing import list_shards
+from openclip_ext.data.captions import CaptionFormat
 from openclip_ext.data.pack import pack
-from openclip_ext.data.pipeline import eval_loader
-from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
+from openclip_ext.evaluation.datasets.captioned import captioned_shards, pair_features
+from openclip_ext.evaluation.datasets.content import checksum_of_pairs
+from openclip_ext.evaluation.datasets.labelled import LabelledBatches
 from openclip_ext.evaluation.loading import load_model
 from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
 from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
@@ -132,18 +134,25 @@ def _flags(out, shards, model_config, loss, seed, epochs, batch_size) -> list[st
 def _score(folder: str, shards: str) -> None:
     """Write a run's scores on the test split into its folder, as `openclip-ext eval` would."""
     model = load_model(folder, device="cpu")
-    config = StreamConfig(
-        source=list_shards(shards), batch_size=256, image_transform=model.transform, tokenizer=model.tokenizer
-    )
-    batches = list(eval_loader(config, workers=0))
-    images = torch.cat([model.encode_images(batch["image"]) for batch in batches])
-    texts = torch.cat([model.encode_texts(batch["text"]) for batch in batches])
-    labels = torch.tensor([label for _, _, label in digits.digit_splits()["test"]])
-    pictures = torch.cat([batch["image"] for batch in batches])
+    pairs = captioned_shards(shards, "--out", CaptionFormat())
+    features = pair_features(model, pairs, batch_size=256, workers=0, progress=False)
+    rows = [(Image.open(io.BytesIO(image)), label) for image, _, label in digits.digit_splits()["test"]]
+    batches = LabelledBatches(rows, model.transform, batch_size=256, workers=0)
     classifier = zero_shot_classifier(model, digits.CLASS_NAMES, digits.TEMPLATES, progress=False)
-    accuracy = zero_shot_scores(zero_shot_counts(model, classifier, [(pictures, labels)], progress=False))
-    scores = {"top1": accuracy["top1"], **retrieval_metrics(images, texts)}
-    tasks = {"test": {"dataset": shards, "num_samples": len(labels), "scores": scores}}
+    accuracy = zero_shot_scores(zero_shot_counts(model, classifier, batches, progress=False))
+    scores = {
+        "top1": accuracy["top1"],
+        **retrieval_metrics(features["image"], features["text"], features["image_of_text"]),
+    }
+    checksum = checksum_of_pairs(features["image_id"], features["text_id"], features["image_of_text"])
+    result = {
+        "dataset": shards,
+        "num_samples": len(rows),
+        "num_classes": len(digits.CLASS_NAMES),
+        "data": {"images": len(features["image"]), "texts": len(features["text"]), "checksum": checksum},
+        "scores": scores,
+    }
+    tasks = {"test": result}
     write_json(describe(model) | {"tasks": tasks}, os.path.join(folder, "test.json"))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import LoadedModel, load_model
-from openclip_ext.evaluation.tasks import run_tasks, table, tasks_from
+from openclip_ext.evaluation.tasks import tasks_from
+from openclip_ext.evaluation.tasks.base import run_tasks, table
 from openclip_ext.files import write_json
 
 PACKAGES = ("openclip-ext", "open_clip_torch", "torch", "torchvision", "timm", "numpy")
@@ -26,8 +27,13 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
         checkpoint    source (as given), path (of the file, null: from the hub), sha256 (of the file, without one of
                       the weights)
         precision, device
-        tasks         by name: dataset (path as given), num_samples, seconds, scores (name to number), and what the
-                      task adds
+        tasks         by name: dataset (path as given), num_samples, num_classes (of which one is right; not of
+                      retrieval), data, seconds, scores (name to number), and what the task adds, such as a note
+        data          of a task, what its scores were measured on: images, texts (of retrieval), and checksum, a SHA-256
+                      of the content, which is the same on any machine and in any folder. It is over files' bytes and
+                      captions for retrieval, in whatever form they come; over names in the class folders, sizes and
+                      classes for folders, those of all sets for probes; over names and sizes in shards; null where
+                      it is not known without reading everything
 
     Raises:
         UserError: a wrong flag, a path that does not fit, or a checkpoint that cannot be had.

@@ -2,15 +2,14 @@
 
 import argparse
 
-from openclip_ext.commands.eval import add_model_arguments
+from openclip_ext.evaluation.flags import WEIGHTS, add_model_arguments
 from openclip_ext.evaluation.tasks import add_task_arguments
 
 HELP = "mix the weights of two checkpoints in several shares and score each mixture (WiSE-FT)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = "a file, the folder of a run, or one of OpenCLIP's tags"
-    parser.add_argument("a", metavar="A", help=f"where alpha is 0, such as the model before fine-tuning: {kinds}")
+    parser.add_argument("a", metavar="A", help=f"where alpha is 0, such as the model before fine-tuning: {WEIGHTS}")
     parser.add_argument("b", metavar="B", help="where alpha is 1, such as the fine-tuned model")
     parser.add_argument(
         "--alpha", default="0:1:0.1", metavar="RANGE",

@@ -14,7 +14,8 @@ from openclip_ext.commands.interpolate.mixing import interpolate, parse_alphas, 
 from openclip_ext.commands.interpolate.picture import draw_interpolation
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import LoadedModel, load_model, weights_sha256
-from openclip_ext.evaluation.tasks import run_tasks, tasks_from
+from openclip_ext.evaluation.tasks import tasks_from
+from openclip_ext.evaluation.tasks.base import run_tasks
 from openclip_ext.files import atomic, make_out_folder, write_json
 from openclip_ext.report.compare import shown_metrics
 from openclip_ext.report.run_files import PARAMS, task_scores

@@ -2,24 +2,25 @@
 
 import argparse
 
+from openclip_ext.evaluation.flags import WEIGHTS, add_caption_arguments, add_loading_arguments, add_model_arguments
+
 HELP = "show how checkpoints lay out images and texts, in one picture"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", nargs="+", required=True, metavar="FILE",
-        help="files that OpenCLIP's --pretrained takes, or folders of runs for their last epoch; several are compared",
+        "--checkpoint", nargs="+", required=True, metavar="WEIGHTS", help=f"{WEIGHTS}; several are compared"
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--data", required=True, metavar="SHARDS_OR_CSV",
+        help="held-out pairs: a folder or pattern of shards, or a CSV; of several captions of an image in shards the "
+        "first counts",
     )  # fmt: skip
-    parser.add_argument("--model", required=True, metavar="NAME", help="their architecture")
-    parser.add_argument("--model-config", metavar="FILE", help="an OpenCLIP model config in JSON, as in training")
-    parser.add_argument("--data", required=True, metavar="SHARDS", help="held-out pairs: a folder or pattern")
-    parser.add_argument("--out", default="runs/structure", metavar="FOLDER", help="default: %(default)s")
+    add_caption_arguments(parser)
     parser.add_argument("--num-samples", type=int, default=2000, help="pairs to look at (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data (default: %(default)s)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if any")
-    parser.add_argument("--caption-separator", metavar="TEXT", help="as in training; the first caption counts")
-    parser.add_argument("--caption-key", metavar="KEY", help="as in training")
+    add_loading_arguments(parser)
+    parser.add_argument("--out", default="runs/structure", metavar="FOLDER", help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import dataclasses
 import datetime
 import json
 import os
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,8 +19,11 @@ from openclip_ext.data.captions import CaptionFormat
 from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
+from openclip_ext.data.table import Table, csv_table
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.loading import checkpoint_file, choose_device, load_model
+from openclip_ext.evaluation.feature_cache import require_finite
+from openclip_ext.evaluation.flags import caption_format, csv_columns, require_loading
+from openclip_ext.evaluation.loading import LoadedModel, choose_device, load_model, local_file
 from openclip_ext.evaluation.metrics.structure import TITLES, Structure, structure_metrics
 from openclip_ext.files import load_tensors, make_out_folder
 from openclip_ext.losses import LossContext, Widths
@@ -37,40 +42,52 @@ def run_structure(args: argparse.Namespace) -> dict:
         args: the flags of `openclip-ext structure`.
 
     Returns:
-        What `structure.json` holds: `created, versions, model, data, num_pairs`, and for each of `checkpoints` its
-        `label`, its `path`, and its `metrics` as `structure_metrics` returns them.
+        What `structure.json` holds: `created, versions, model` (names of the architectures, joined by commas),
+        `precision, data, num_pairs`, and for each of `checkpoints` its `label`, its `source` (as given), `path` (of the
+        file, null: from the hub), `model`, and its `metrics` as `structure_metrics` returns them.
 
     Raises:
         UserError: a wrong flag, a checkpoint that is none or of another architecture, or fewer than two usable pairs.
     """
-    _require_positive(args)
+    require_loading(args)
+    if args.num_samples < 2:
+        raise UserError(f"--num-samples {args.num_samples}: must be at least 2")
     choose_device(args.device)
-    listing = list_shards(args.data, flag="--data")
-    paths = [checkpoint_file(path, "--checkpoint") for path in args.checkpoint]
-    if args.model_config:
-        upstream.register_model_config(args.model_config)
+    captions, source = caption_format(args), _source(args)
+    labels = _labels(args.checkpoint, [local_file(given, "--checkpoint") for given in args.checkpoint])
     make_out_folder(args.out)
-    structures = []
+    structures, rows = [], []
     start_logging(None, console=True, debug=False)
     try:
-        for label, path in zip(_labels(paths), paths, strict=True):
-            features = _encode(path, label, args, listing)
+        for given, label in zip(args.checkpoint, labels, strict=True):
+            model = load_model(
+                given, name=args.model, model_config=args.model_config, device=args.device, precision=args.precision,
+                cache_dir=args.cache_dir, flag="--checkpoint",
+            )  # fmt: skip
+            features = _encode(model, label, args, source, captions)
             structures.append(Structure(label, features, structure_metrics(**features)))
+            rows.append({"label": label, "source": given, "path": model.path, "model": model.name,
+                         "metrics": structures[-1].metrics})  # fmt: skip
     finally:
         stop_logging()
     report = {
         "created": datetime.datetime.now().isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("openclip-ext", "open_clip_torch", "torch")},
-        "model": args.model,
+        "model": ", ".join(dict.fromkeys(row["model"] for row in rows)),
+        "precision": model.precision,
         "data": args.data,
         "num_pairs": len(structures[0].features["image"]),
-        "checkpoints": [
-            {"label": structure.label, "path": path, "metrics": structure.metrics}
-            for structure, path in zip(structures, paths, strict=True)
-        ],
+        "checkpoints": rows,
     }
     _write(report, structures, args.out)
     return report
+
+
+def _source(args: argparse.Namespace) -> ShardListing | Table:
+    """What `--data` names. Raises UserError: there is none."""
+    if columns := csv_columns(args, args.data):
+        return csv_table(args.data, *columns)
+    return list_shards(args.data, flag="--data")
 
 
 def _write(report: dict, structures: list[Structure], out: str) -> None:
@@ -85,59 +102,61 @@ def _write(report: dict, structures: list[Structure], out: str) -> None:
 
 
 def _table(structures: list[Structure], num_pairs: int) -> str:
-    widths = [max(12, len(structure.label) + 2) for structure in structures]
-    columns = list(zip(structures, widths, strict=True))
-    lines = [f"{f'{num_pairs} pairs':30}" + "".join(f"{structure.label:>{width}}" for structure, width in columns)]
-    for name, title in TITLES.items():
-        cells = [f"{structure.metrics[name]:.4f}" if name in structure.metrics else "–" for structure in structures]
-        if any(cell != "–" for cell in cells):
-            lines.append(f"{title:30}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
-    return "\n".join(lines)
+    rows = [
+        [title, *(f"{structure.metrics[name]:.4f}" if name in structure.metrics else "–" for structure in structures)]
+        for name, title in TITLES.items()
+        if any(name in structure.metrics for structure in structures)
+    ]
+    head = [f"{num_pairs} pairs", *(structure.label for structure in structures)]
+    alignment = ["left", *("right" for _ in structures)]
+    return tabulate(rows, head, tablefmt="plain", colalign=alignment, disable_numparse=True)
 
 
-def _require_positive(args: argparse.Namespace) -> None:
-    for name, least, words in (("num_samples", 2, "be at least 2"), ("batch_size", 1, "be at least 1"),
-                               ("workers", 0, "not be negative")):  # fmt: skip
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must {words}")
-    if args.caption_separator == "":
-        raise UserError("--caption-separator: must not be empty")
-
-
-def _labels(paths: list[str]) -> list[str]:
-    """What tells the paths apart: without their common folder, `checkpoints/` and the extension."""
-    absolute = [Path(path).absolute() for path in paths]
-    common = os.path.commonpath([path.parent for path in absolute])
-    relative = [path.relative_to(common).with_suffix("") for path in absolute]
-    return ["/".join(part for part in path.parts if part != "checkpoints") for path in relative]
+def _labels(sources: list[str], paths: list[str | None]) -> list[str]:
+    """What tells checkpoints apart: of files without their common folder, `checkpoints/` and the extension."""
+    files = {
+        source: Path(path).absolute()
+        for source, path in zip(sources, paths, strict=True)
+        if path is not None and not source.startswith(upstream.SCHEMES)
+    }
+    common = os.path.commonpath([path.parent for path in files.values()]) if files else ""
+    short = {}
+    for source, path in files.items():
+        parts = path.relative_to(common).with_suffix("").parts
+        short[source] = "/".join(part for part in parts if part != "checkpoints")
+    return [short.get(source, source) for source in sources]
 
 
 @torch.no_grad()
-def _encode(path: str, label: str, args: argparse.Namespace, listing: ShardListing) -> dict[str, Tensor]:
+def _encode(
+    model: LoadedModel, label: str, args: argparse.Namespace, source: ShardListing | Table, captions: CaptionFormat
+) -> dict[str, Tensor]:
     """Unit features (M, D) of the first `--num-samples` usable pairs, on CPU: `image`, `text`, and with heads
     `…_private`."""
-    loaded = load_model(path, name=args.model, device=args.device, precision="fp32", flag="--checkpoint")
-    device, limit = loaded.device, args.num_samples
-    loss_state = load_tensors(path, "--checkpoint", mapped=True).get("loss")
-    heads = _private_heads(loss_state if isinstance(loss_state, dict) else {}, device)
-    paired = PairModel(loaded.model, trunk_features=heads is not None).eval()
+    heads, limit = _private_heads(model), args.num_samples
+    encoder = dataclasses.replace(model, model=PairModel(model.model, trunk_features=heads is not None).eval())
     config = StreamConfig(
-        source=listing,
+        source=source,
         batch_size=args.batch_size,
-        image_transform=loaded.transform,
-        tokenizer=loaded.tokenizer,
-        captions=CaptionFormat(separator=args.caption_separator, key=args.caption_key),
+        image_transform=model.transform,
+        tokenizer=model.tokenizer,
+        captions=captions,
     )
+    length = len(source) if isinstance(source, Table) else source.length
+    # Several workers take turns at shards: the first pairs would depend on how many there are.
+    part_of_shards = isinstance(source, ShardListing) and (length is None or length > limit)
+    loader = eval_loader(config, workers=min(args.workers, 1) if part_of_shards else args.workers)
     parts, skipped, count = collections.defaultdict(list), [], 0
-    with tqdm(total=min(limit, listing.length or limit), desc=label, unit="pair") as bar:
-        for batch in eval_loader(config, workers=args.workers):
-            out = paired(batch["image"].to(device), batch["text"].to(device))
+    with tqdm(total=min(limit, length or limit), desc=label, unit="pair") as bar:
+        for batch, out in encoder.paired(loader):
+            skipped += batch["skipped"]
+            if batch["position"][0] < 0:  # none of its pairs can be used
+                continue
             for modality in ("image", "text"):
                 parts[modality].append(out[f"{modality}_features"].float().cpu())
                 if heads is not None:
-                    private = heads.private(modality, out[f"{modality}_trunk_features"])
-                    parts[f"{modality}_private"].append(private.float().cpu())
-            skipped += batch["skipped"]
+                    private = heads.private(modality, out[f"{modality}_trunk_features"].float())
+                    parts[f"{modality}_private"].append(private.cpu())
             count += len(batch["image"])
             bar.update(min(count, limit) - bar.n)
             if count >= limit:
@@ -145,22 +164,22 @@ def _encode(path: str, label: str, args: argparse.Namespace, listing: ShardListi
     report_skips(skipped, label)
     if count < 2:
         raise UserError(
-            f"--data {args.data}: {count} usable pair(s), and at least 2 are needed; look at the shards with: "
+            f"--data {args.data}: {count} usable pair(s), and at least 2 are needed; look at shards with: "
             "openclip-ext shards check"
         )
     features = {name: torch.cat(rows)[:limit] for name, rows in parts.items()}
-    if not all(x.isfinite().all() for x in features.values()):
-        raise UserError(f"--checkpoint {path}: its features are not finite; take a checkpoint from before it diverged")
-    return features
+    return require_finite(features, model, "--checkpoint")
 
 
-def _private_heads(loss_state: dict[str, Tensor], device: torch.device) -> FeatureSeparationTerm | None:
+def _private_heads(model: LoadedModel) -> FeatureSeparationTerm | None:
     """The term as trained, None where the checkpoint was trained without it."""
-    state = {key.removeprefix(HEADS): value for key, value in loss_state.items() if key.startswith(HEADS)}
+    loss = load_tensors(model.path, "--checkpoint", mapped=True).get("loss") if model.path else None
+    entries = loss.items() if isinstance(loss, dict) else ()
+    state = {key.removeprefix(HEADS): value for key, value in entries if key.startswith(HEADS)}
     if not state:
         return None
     embed, image_trunk = state["heads.image.0.weight"].shape
     widths = Widths(embed=embed, image_trunk=image_trunk, text_trunk=state["heads.text.0.weight"].shape[1])
     term = FeatureSeparationTerm(NoOptions(), LossContext(widths=widths))
     term.load_state_dict(state)
-    return term.to(device)
+    return term.to(model.device)

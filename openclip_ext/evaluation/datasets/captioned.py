@@ -1,27 +1,39 @@
 """Pictures with one or more captions each, from shards and from CSV files, and a model's features of both."""
 
+import collections
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from openclip_ext.data import tar
 from openclip_ext.data.captions import CaptionFormat
+from openclip_ext.data.check import EMPTY_CAPTION
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pairs_from_csv
-from openclip_ext.errors import UserError
-from openclip_ext.evaluation.datasets.labelled import opened
-from openclip_ext.evaluation.encoder import Encoder
+from openclip_ext.errors import RankError, UserError
+from openclip_ext.evaluation.datasets.content import content_id
+from openclip_ext.evaluation.datasets.rows import ShardRows, first_error, opened
+from openclip_ext.evaluation.loading import LoadedModel
+
+
+class Captioned(NamedTuple):
+    """A picture, the `content_id` of its file, and its captions."""
+
+    picture: Image.Image
+    id: int
+    captions: list[str]
 
 
 class CaptionedFiles(Dataset):
-    """(picture, captions) of image files, or the error of one that cannot be opened; `files` is all that is read."""
+    """A `Captioned` of image files, or the error of one that cannot be opened; `files` is all that is read."""
 
     def __init__(self, path: str, rows: Sequence[tuple[str, list[str]]]) -> None:
         self.rows, self.files = rows, [path, *(image for image, _ in rows)]
@@ -29,35 +41,33 @@ class CaptionedFiles(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]] | UserError:
+    def __getitem__(self, index: int) -> Captioned | RankError:
         path, captions = self.rows[index]
         picture = opened(path)
-        return picture if isinstance(picture, UserError) else (picture, captions)
+        if isinstance(picture, RankError):
+            return picture
+        return Captioned(picture, content_id(Path(path).read_bytes()), captions)
 
 
-class CaptionedShards(IterableDataset):
-    """(picture, captions) of samples, or the error of one; several workers take turns. `files` is all that is read."""
+class CaptionedShards(ShardRows):
+    """A `Captioned` of samples, or the error of one; `files` is all that is read."""
 
     def __init__(self, urls: Sequence[str], captions: CaptionFormat) -> None:
+        super().__init__(urls)
         self.files, self.captions = urls, captions
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, list[str]] | UserError]:
-        info = get_worker_info()
-        for url in self.files[info.id :: info.num_workers] if info else self.files:
-            skips = tar.Skips()
-            for sample in tar.read_shard(url, skips.record):
-                yield self._row(sample, skips)
-            if skips:
-                yield UserError(f"{url}: {next(iter(skips))[0]}; make it again")
-
-    def _row(self, sample: dict, skips: tar.Skips) -> tuple[Image.Image, list[str]] | UserError:
-        captions = self.captions.of_sample(sample, skips.record)
-        picture = tar.decode_image(sample, skips.record)
-        captions = [caption for caption in captions or () if caption.strip()]
-        if picture is None or not captions:
-            fault = next(iter(skips), ("empty caption",))[0]
-            return UserError(f"{sample['__url__']}: sample {sample['__key__']}: {fault}; mend or remove it")
-        return picture, captions
+    def row(self, sample: dict, record: tar.Record) -> Captioned | None:
+        captions = self.captions.of_sample(sample, record)
+        if captions is None:
+            return None
+        captions = [caption for caption in captions if caption.strip()]
+        if not captions:
+            raise UserError(EMPTY_CAPTION)
+        picture = tar.decode_image(sample, record)
+        if picture is None:
+            return None
+        data = next(sample[extension] for extension in tar.IMAGE_EXTENSIONS if extension in sample)
+        return Captioned(picture, content_id(data), captions)
 
 
 def captioned_csv(
@@ -83,7 +93,7 @@ def captioned_shards(path: str, flag: str, captions: CaptionFormat) -> Captioned
 
 @torch.no_grad()
 def pair_features(
-    encoder: Encoder,
+    model: LoadedModel,
     dataset: CaptionedFiles | CaptionedShards,
     *,
     batch_size: int,
@@ -91,39 +101,46 @@ def pair_features(
     desc: str = "retrieval",
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Unit features in float32 on the CPU: `image` (N, D), `text` (M, D), and `image_of_text` (M,), a row of `image`.
+    """Unit features in float32 on the CPU, of the pictures and of all their captions.
+
+    Returns:
+        `image` (N, D), `text` (M, D), `image_of_text` (M,), a row of `image`, and `image_id` (N,) and `text_id` (M,),
+        the `content_id` of each picture's file and of each caption.
 
     Raises:
         UserError: a picture or caption that cannot be read, or there is none at all.
     """
     count = len(dataset) if isinstance(dataset, CaptionedFiles) else None
     workers = workers if count else min(workers, len(dataset.files))
-    collate = functools.partial(_collate, encoder.transform, encoder.tokenizer)
+    collate = functools.partial(_collate, model.transform, model.tokenizer)
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
-    images, texts, owners, done = [], [], [], 0
+    parts, done = collections.defaultdict(list), 0
     with tqdm(total=count, desc=desc, unit="image", disable=not progress, leave=False) as bar:
         for batch in loader:
-            if isinstance(batch, UserError):
+            if isinstance(batch, RankError):
                 raise batch
-            pictures, tokens, owner = batch
-            images.append(encoder.encode_images(pictures).float().cpu())
-            texts += [encoder.encode_texts(part).float().cpu() for part in tokens.split(batch_size)]
-            owners.append(owner + done)
+            pictures, tokens, owner, ids = batch
+            parts["image"].append(model.encode_images(pictures).float().cpu())
+            parts["text"] += [model.encode_texts(part).float().cpu() for part in tokens.split(batch_size)]
+            parts["image_of_text"].append(owner + done)
+            for name, values in ids.items():
+                parts[name].append(values)
             done += len(pictures)
             bar.update(len(pictures))
-    if not images:
+    if not parts:
         raise UserError(f"{dataset.files[0]}: holds no sample")
-    return {"image": torch.cat(images), "text": torch.cat(texts), "image_of_text": torch.cat(owners)}
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def _collate(transform, tokenizer, rows: list) -> Any:
-    """(pictures, token ids of all captions, their pictures' places), or the error of one of the rows."""
-    if error := next((row for row in rows if isinstance(row, UserError)), None):
+    """(pictures, token ids of all captions, their pictures' places, ids of both), or the error of one of the rows."""
+    if error := first_error(rows):
         return error
-    pictures, captions = zip(*rows, strict=True)
-    owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(texts) for texts in captions]))
+    texts = [text for row in rows for text in row.captions]
+    ids = {"image_id": [row.id for row in rows], "text_id": [content_id(text.encode()) for text in texts]}
     return (
-        torch.stack([transform(picture) for picture in pictures]),
-        tokenizer([text for texts in captions for text in texts]),
-        owner,
+        torch.stack([transform(row.picture) for row in rows]),
+        tokenizer(texts),
+        torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.captions) for row in rows])),
+        {name: torch.tensor(values) for name, values in ids.items()},
     )

@@ -4,7 +4,8 @@ import functools
 
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.datasets.labelled import LabelledFiles, LabelledSet, class_folders
+from openclip_ext.evaluation.datasets.class_folders import class_folders
+from openclip_ext.evaluation.datasets.labelled import LabelledFiles, LabelledSet
 
 NUM_CLASSES = 1000
 
@@ -25,8 +26,8 @@ def imagenet_folder(folder: str, flag: str, classes: str | None = None) -> Label
     index_of = {name: _class_index(name, folder, flag) for name in names}
     if len(names) != NUM_CLASSES and classes is None:
         raise UserError(
-            f"{flag} {folder}: holds {len(names)} class folders and ImageNet has {NUM_CLASSES}; give the folder that "
-            "holds the wnid folders"
+            f"{flag} {folder}: holds {len(names)} of ImageNet's {NUM_CLASSES} class folders; give the folder that has "
+            "them all, or choose among those that are there with --classes present"
         )
     class_names, templates = upstream.imagenet_names()
     present = sorted(index_of.values())

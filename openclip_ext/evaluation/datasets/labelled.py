@@ -2,19 +2,19 @@
 
 import dataclasses
 import functools
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from openclip_ext.data import tar
 from openclip_ext.data.pipeline import shared_batches
 from openclip_ext.errors import RankError, UserError
+from openclip_ext.evaluation.datasets.content import checksum_of_files, checksum_of_pictures, checksum_of_shards
+from openclip_ext.evaluation.datasets.rows import ShardRows, first_error, opened
 from openclip_ext.evaluation.ranks import ALONE, Ranks
 
 CLASS_EXTENSION = "cls"  # a sample's class index in a shard, as text
@@ -36,14 +36,11 @@ class LabelledSet:
     templates: Sequence[str | Callable[[str], str]]
     note: str = ""
 
-
-def opened(path: str) -> Image.Image | RankError:
-    """The picture in a file, or what to say of one that cannot be opened."""
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except tar.IMAGE_ERRORS as error:
-        return RankError(f"{path}: cannot be opened as a picture ({error})")
+    def checksum(self) -> str | None:
+        """Of the pictures and their classes; None where it would take reading them. See `datasets.content`."""
+        if isinstance(self.pictures, LabelledFiles | LabelledShards):
+            return self.pictures.checksum()
+        return checksum_of_pictures(self.pictures)
 
 
 class LabelledFiles(Dataset):
@@ -60,35 +57,27 @@ class LabelledFiles(Dataset):
         picture = opened(path)
         return picture if isinstance(picture, RankError) else (picture, label)
 
+    def checksum(self) -> str:
+        return checksum_of_files(self.samples)
 
-class LabelledShards(IterableDataset):
-    """(picture, class index) of samples with an image and a `cls` file, or the error of one; several workers take
-    turns."""
+
+class LabelledShards(ShardRows):
+    """(picture, class index) of samples with an image and a `cls` file, or the error of one."""
 
     def __init__(self, urls: Sequence[str], num_classes: int) -> None:
-        self.urls, self.num_classes = urls, num_classes
+        super().__init__(urls)
+        self.num_classes = num_classes
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int] | RankError]:
-        info = get_worker_info()
-        skips = tar.Skips()
-        for url in self.urls[info.id :: info.num_workers] if info else self.urls:
-            for sample in tar.read_shard(url, skips.record):
-                yield self._row(sample, skips)
-            if skips:
-                yield RankError(f"{url}: {next(iter(skips))[0]}; make it again")
-
-    def _row(self, sample: dict, skips: tar.Skips) -> tuple[Image.Image, int] | RankError:
-        where = f"{sample['__url__']}: sample {sample['__key__']}"
+    def row(self, sample: dict, record: tar.Record) -> tuple[Image.Image, int] | None:
         text = sample.get(CLASS_EXTENSION, b"").decode("ascii", "replace").strip()
         if not (text.isdigit() and int(text) < self.num_classes):
             found = repr(text[:20]) if CLASS_EXTENSION in sample else "none"
-            return RankError(
-                f"{where} needs a .cls file with a class from 0 to {self.num_classes - 1}, and has {found}"
-            )
-        picture = tar.decode_image(sample, skips.record)
-        if picture is None:
-            return RankError(f"{where}: {next(iter(skips))[0]}")
-        return picture, int(text)
+            raise UserError(f"needs a .cls file with a class from 0 to {self.num_classes - 1}, and has {found}")
+        picture = tar.decode_image(sample, record)
+        return None if picture is None else (picture, int(text))
+
+    def checksum(self) -> str | None:
+        return checksum_of_shards(self.urls)
 
 
 class _Transformed(Dataset):
@@ -164,32 +153,4 @@ def _collate(transform: Callable[[Any], Tensor], rows: list) -> Any:
     """A batch; or the error of one of its rows, which would lose its one line if it were raised by a worker."""
     if not rows:
         rows = [(transform(Image.new("RGB", (8, 8))), -1)]
-    return next((row for row in rows if isinstance(row, RankError)), None) or default_collate(rows)
-
-
-def class_folders(folder: str, flag: str) -> tuple[list[str], list[tuple[str, int]]]:
-    """Names of the folders in `folder`, and (file, position of its folder) of all pictures in them.
-
-    In the order in which torchvision's `ImageFolder` numbers them; folders whose names are all numbers in theirs.
-
-    Raises:
-        UserError: no such folder, no folder in it, or one without a picture.
-    """
-    from torchvision.datasets import ImageFolder
-
-    if not os.path.isdir(folder):
-        raise UserError(f"{flag} {folder}: no such folder")
-    try:
-        found = ImageFolder(folder)
-    except FileNotFoundError as error:
-        reason = str(error).splitlines()[0]
-        if empty := re.match(r"Found no valid file for the classes (.*?)\. Supported", reason):
-            raise UserError(f"{flag} {folder}: no picture in class folder {empty[1].split(', ')[0]}") from error
-        raise UserError(f"{flag} {folder}: holds no class folders; give a folder with one folder per class") from error
-    names = found.classes
-    if not all(name.isdecimal() for name in names):
-        return names, found.samples
-    order = sorted(range(len(names)), key=lambda position: int(names[position]))
-    position_of = {old: new for new, old in enumerate(order)}
-    samples = sorted((position_of[label], path) for path, label in found.samples)
-    return [names[old] for old in order], [(path, label) for label, path in samples]
+    return first_error(rows) or default_collate(rows)

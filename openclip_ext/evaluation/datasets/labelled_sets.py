@@ -2,11 +2,13 @@
 
 import os
 
+import braceexpand
 from torch.utils.data import IterableDataset
 
 from openclip_ext.data.listing import list_shards
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.datasets.labelled import LabelledFiles, LabelledSet, LabelledShards, class_folders
+from openclip_ext.evaluation.datasets.class_folders import class_folders
+from openclip_ext.evaluation.datasets.labelled import LabelledFiles, LabelledSet, LabelledShards
 from openclip_ext.evaluation.datasets.prompts import CIFAR_TEMPLATES, Template, read_class_names, read_templates
 
 #: What clip_benchmark calls these files beside its shards.
@@ -50,9 +52,15 @@ def labelled_set(path: str, flag: str, class_names: str | None, templates: str |
 
 
 def _shard_source(path: str) -> str | None:
-    """What names the shards; None: there are none."""
-    if not os.path.isdir(path):
-        return path if path.endswith(".tar") else None
+    """What names the shards, in the folders that braces mean if need be; None: there are none."""
+    if not os.path.isdir(path) and path.endswith(".tar"):
+        return path
+    parts = [path] if os.path.isdir(path) else list(braceexpand.braceexpand(path))
+    sources = [_shard_folder(part) for part in parts]
+    return "::".join(sources) if all(sources) else None
+
+
+def _shard_folder(path: str) -> str | None:
     for folder in (path, os.path.join(path, "test")):
         if os.path.isdir(folder) and any(name.endswith(".tar") for name in os.listdir(folder)):
             return folder

@@ -1,15 +1,17 @@
 """Labelled images in one folder per class to fit probes on, and a frozen image tower's features of them."""
 
 import dataclasses
+import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.datasets.labelled import LabelledBatches, LabelledFiles, class_folders
+from openclip_ext.evaluation.datasets.class_folders import class_folders
+from openclip_ext.evaluation.datasets.labelled import LabelledBatches, LabelledFiles
+from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.ranks import ALONE, Ranks
 
 
@@ -28,6 +30,11 @@ class ProbeSets:
     train: LabelledFiles
     val: LabelledFiles
     select: LabelledFiles | None = None
+
+    def checksum(self) -> str:
+        """Of all sets: scores depend on each."""
+        sets = (self.train, self.val, *([self.select] if self.select else []))
+        return hashlib.sha256(" ".join(data.checksum() for data in sets).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,41 +82,30 @@ def probe_data(train: str, val: str, transform, *, batch_size: int, workers: int
     return ProbeData(*(LabelledBatches(data, transform, **loading) for data in (sets.train, sets.val)))
 
 
-def encoded(model, batches: Iterable[tuple[Tensor, Tensor]], **how) -> tuple[Tensor, Tensor]:
-    """Image features (M, D), float32 and not normalised, and labels (M,), on the CPU; see `encoded_batches`."""
-    return in_turn([list(encoded_batches(model, batches, **how))])
-
-
-def in_turn(parts: list[list[tuple[Tensor, Tensor]]]) -> tuple[Tensor, ...]:
-    """Features and labels of batches that ranks took in turn; nothing of no rank."""
-    batches = [batch for turn in itertools.zip_longest(*parts) for batch in turn if batch is not None]
-    return tuple(torch.cat(column) for column in zip(*batches, strict=True))
-
-
-@torch.no_grad()
-def encoded_batches(
-    model,
+def probe_features(
+    encoder: Encoder,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    device: torch.device,
-    autocast,
-    dtype=None,
+    ranks: Ranks = ALONE,
     desc: str = "probe",
     progress: bool = True,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """By batch: image features (B, D), float32 and not normalised, and labels (B,), on the CPU.
+) -> tuple[Tensor, Tensor] | None:
+    """Image features (M, D), float32 and not normalised, and labels (M,), on the CPU; None but on the first rank.
 
     Args:
-        model: has `encode_image`; in evaluation mode.
-        batches: (images, class indices).
-        device: where the model is.
-        autocast: a function that returns the context to run the model in.
-        dtype: of images; None: as loaded.
+        encoder: the model.
+        batches: (images, class indices), this rank's; images of class -1, which make up for missing ones, are left out.
+        ranks: those that share the batches in turn. The features come in the order of one rank's batches.
         desc: what the progress bar is called.
         progress: show it.
     """
-    total = getattr(batches, "num_batches", None)
-    for images, labels in tqdm(batches, desc=desc, unit="batch", total=total, disable=not progress, leave=False):
-        with autocast():
-            features = model.encode_image(images.to(device=device, dtype=dtype)).float().cpu()
-        yield features[labels >= 0], labels[labels >= 0]  # without what makes up for a batch that there is not
+    own = [
+        (features.float().cpu()[labels >= 0], labels[labels >= 0])
+        for features, labels in encoder.labelled(batches, normalize=False, desc=desc, progress=progress)
+    ]
+    parts = ranks.on_first(own)
+    in_order = [batch for turn in itertools.zip_longest(*parts) for batch in turn if batch is not None]
+    if not in_order:
+        return None
+    features, labels = zip(*in_order, strict=True)
+    return torch.cat(features), torch.cat(labels)

@@ -22,19 +22,24 @@ MOST_TO_CHOOSE_ON = 4
 
 
 @torch.no_grad()
-def knn_predictions(
+def knn_hits(
     train_features: Tensor,
     train_labels: Tensor,
     features: Tensor,
+    labels: Tensor,
     *,
     k: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
     block: int = 256,
 ) -> Tensor:
-    """(Q,) the class that wins the vote of each feature's k nearest training features.
+    """(Q,) in [0, 1], float64: whether each feature's class wins the vote of its k nearest training features.
 
     With unit features x, a neighbour j votes for its own class with weight `exp(<x_i, x_j> / temperature)`. Works on
-    blocks of queries, so no (Q, M) matrix is formed.
+    blocks of queries, so that only (block, M) matrices are formed.
+
+    Ties are shared, so that the order of training features does not count: similarities that differ by less than their
+    rounding error, `sqrt(D) * 2^-23`, are equal; of neighbours equally near at the k-th place each votes with its share
+    of the places that are left; of n classes with equally many votes each wins 1 / n.
 
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, with the
     k and temperature of DINO (Caron et al., ICCV 2021).
@@ -43,26 +48,41 @@ def knn_predictions(
         train_features: (M, D).
         train_labels: (M,) class indices.
         features: (Q, D).
+        labels: (Q,) class indices, of classes in `train_labels`.
         k: neighbours that vote; all where there are fewer.
         temperature: of the votes.
         block: queries at a time.
     """
     num_classes = int(train_labels.max()) + 1
+    tolerance = train_features.shape[1] ** 0.5 * torch.finfo(torch.float32).eps
     train, queries = normalize(train_features.float(), dim=1), normalize(features.float(), dim=1)
-    winners = []
-    for rows in queries.split(block):
-        similarity, neighbours = (rows @ train.T).topk(min(k, len(train)), dim=1)
+    hits = []
+    for rows, own in zip(queries.split(block), labels.split(block), strict=True):
+        similarity = rows @ train.T
+        nearest, neighbours = similarity.topk(min(k + 1, len(train)), dim=1)
         # Less the largest: the winner is the same, and nothing overflows.
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weight.new_zeros(len(rows), num_classes).scatter_add_(1, train_labels[neighbours], weight)
-        winners.append(votes.argmax(1))
-    return torch.cat(winners)
+        weight = ((nearest[:, :k] - nearest[:, :1]) / temperature).exp()
+        votes = weight.new_zeros(len(rows), num_classes).scatter_add_(1, train_labels[neighbours[:, :k]], weight)
+        if len(train) > k:
+            tied = nearest[:, k - 1] - nearest[:, k] <= tolerance
+            places = _places(similarity[tied], nearest[tied, k - 1 : k], k, tolerance)
+            weight = places * ((similarity[tied] - nearest[tied, :1]) / temperature).exp()
+            votes[tied] = weight.new_zeros(len(weight), num_classes).index_add_(1, train_labels, weight)
+        winners = votes >= votes.amax(1, keepdim=True) * (1 - tolerance / temperature)
+        hits.append(winners.gather(1, own[:, None])[:, 0].double() / winners.sum(1))
+    return torch.cat(hits)
+
+
+def _places(similarity: Tensor, last: Tensor, k: int, tolerance: float) -> Tensor:
+    """The share of a place among the nearest k that each has, where those as similar as the `last` share theirs."""
+    nearer = similarity > last + tolerance
+    level = (similarity - last).abs() <= tolerance
+    return nearer + level * (k - nearer.sum(1, keepdim=True)) / level.sum(1, keepdim=True)
 
 
 def knn_accuracy(train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor, **options) -> float:
-    """Share of features whose class `knn_predictions` finds; its `options`."""
-    found = knn_predictions(train_features, train_labels, features, **options)
-    return (found == labels).double().mean().item()
+    """The mean of `knn_hits`; its `options`."""
+    return knn_hits(train_features, train_labels, features, labels, **options).mean().item()
 
 
 def linear_probe(
@@ -152,9 +172,13 @@ def place_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
     return place
 
 
-def class_scores(found: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`top1`, the share of samples whose class was found, and `mean_per_class`, the mean of that over the classes."""
-    hits = found == labels
+def class_scores(hits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`top1`, the share of samples whose class was found, and `mean_per_class`, the mean of that over the classes.
+
+    Args:
+        hits: (Q,) whether it was; a number between 0 and 1 where it was one of several.
+        labels: (Q,) class indices.
+    """
     per_class = [hits[labels == label].mean() for label in np.unique(labels)]
     return {"top1": float(hits.mean()), "mean_per_class": float(np.mean(per_class))}
 

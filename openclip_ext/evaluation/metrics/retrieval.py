@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
+RETRIEVAL_METRICS = tuple(
+    f"{way}_{score}"
+    for way in ("image_to_text", "text_to_image")
+    for score in (*(f"R@{k}" for k in RECALL_AT), "mean_rank", "median_rank")
+)
 OWN_BLOCK = 128  # texts at a time whose scores with their own images are read off a diagonal
 
 
@@ -28,10 +33,12 @@ def retrieval_metrics(
     of that one, so that a hit among the first k is a rank of at most k. A text has one image. Images without a text
     are candidates only.
 
-    Scores that differ by less than their rounding error, `sqrt(D) * 2^-23`, are equal. Among equals, m of which are the
-    query's own, a random order puts 1 / (m + 1) of the others ahead of the first own: so many count, which is half of
-    them in a text's ranks and with one text per image. Constant features thus score as chance would. A score that
-    is not a number counts as ahead.
+    Scores that differ by less than their rounding error, `sqrt(D) * 2^-23`, are equal, and what is said of ranks is the
+    mean over all orders of equals: a tie is neither a hit nor a miss. Let a candidates be ahead of the query's best own
+    one, and e others be equal to it and to m own ones in all. Then the rank is `1 + a + e / (m + 1)`, and in a share
+    `1 - C(e, k - a) / C(e + m, k - a)` of the orders one of the m is among the first k; for m = 1 that is
+    `(k - a) / (e + 1)`. Constant features thus score as chance would. A score that is not a number is ahead of others,
+    and finds nothing.
 
     Every score is computed once, in tiles of `image_block` x `text_block`; beside the features, memory is that of a
     few tiles and of a few numbers per image and text.
@@ -56,7 +63,7 @@ def retrieval_metrics(
     level_with_best = (own >= best[image_of_text] - tolerance).long()
     by_image = _Standing(best, tolerance, torch.zeros_like(best, dtype=torch.long))
     by_image.own_equals.index_add_(0, image_of_text, level_with_best)
-    by_text = _Standing(own, tolerance, torch.ones_like(own, dtype=torch.long))
+    by_text = _Standing(own, tolerance, (~own.isnan()).long())
     for rows in _blocks(len(image_features), image_block):
         for columns in _blocks(len(text_features), text_block):
             scores = image_features[rows].float() @ text_features[columns].float().T
@@ -64,8 +71,11 @@ def retrieval_metrics(
             by_text.count(columns, scores.T)
     has_text = torch.zeros_like(best, dtype=torch.bool)
     has_text[image_of_text] = True
-    ranks = {"image_to_text": by_image.ahead(len(own))[has_text], "text_to_image": by_text.ahead(len(best))}
-    return {f"{way}_{name}": value for way, ahead in ranks.items() for name, value in _summary(ahead).items()}
+    places = {
+        "image_to_text": [numbers[has_text.cpu()] for numbers in by_image.places(len(own))],
+        "text_to_image": by_text.places(len(best)),
+    }
+    return {f"{way}_{name}": value for way, numbers in places.items() for name, value in _summary(*numbers).items()}
 
 
 @dataclasses.dataclass
@@ -86,10 +96,10 @@ class _Standing:
         self.behind[queries] += (scores < own - self.tolerance).sum(1, dtype=torch.int32)
         self.behind_or_equal[queries] += (scores <= own + self.tolerance).sum(1, dtype=torch.int32)
 
-    def ahead(self, candidates: int) -> Tensor:
-        """Of how many in all, equals by their share; float64 on the CPU."""
+    def places(self, candidates: int) -> list[Tensor]:
+        """Of `candidates` in all: how many are ahead, how many others are equal, and `own_equals`; on the CPU."""
         others_equal = (self.behind_or_equal - self.behind - self.own_equals).clamp(min=0)
-        return (candidates - self.behind_or_equal + others_equal.double() / (self.own_equals + 1)).cpu()
+        return [(candidates - self.behind_or_equal).cpu(), others_equal.cpu(), self.own_equals.cpu()]
 
 
 def _own_scores(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> Tensor:
@@ -105,7 +115,17 @@ def _blocks(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _summary(ahead: Tensor) -> dict[str, float]:
-    shares = {f"R@{k}": (ahead < k).double().mean().item() for k in RECALL_AT}
-    ranks = {"mean_rank": ahead.mean().item() + 1, "median_rank": float(np.median(ahead)) // 1 + 1}
+def _summary(ahead: Tensor, others_equal: Tensor, own_equals: Tensor) -> dict[str, float]:
+    mean_ahead = ahead + others_equal.double() / (own_equals + 1)
+    shares = {f"R@{k}": _found(ahead, others_equal, own_equals, k).mean().item() for k in RECALL_AT}
+    ranks = {"mean_rank": mean_ahead.mean().item() + 1, "median_rank": float(np.median(mean_ahead)) // 1 + 1}
     return ranks | shares
+
+
+def _found(ahead: Tensor, others_equal: Tensor, own_equals: Tensor, k: int) -> Tensor:
+    """The share of orders of equals in which an own candidate is among the first k, float64."""
+    missed = torch.ones_like(ahead, dtype=torch.float64)
+    for drawn in range(k):  # the places that are left to equals are filled one after the other
+        others, all_equal = (others_equal - drawn).clamp(min=0), (others_equal + own_equals - drawn).clamp(min=1)
+        missed = torch.where(drawn < k - ahead, missed * others / all_equal, missed)
+    return torch.where(own_equals > 0, 1 - missed, 0.0)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
@@ -67,7 +66,7 @@ def zero_shot_counts(
     """(C, 4) int64 on the CPU: by class, its images, and those of them that have it among their best 1, 3 and 5.
 
     Counts of parts of a data set add up to those of the whole. Images of class -1, which make up for missing ones, do
-    not count.
+    not count. Among classes with equal scores `topk` decides, as in OpenCLIP, whose numbers these are.
 
     Args:
         encoder: the model.
@@ -78,9 +77,8 @@ def zero_shot_counts(
     """
     num_classes = classifier.shape[1]
     counts = torch.zeros(num_classes, 1 + len(TOPS), dtype=torch.int64, device=encoder.device)
-    for images, labels in tqdm(batches, desc=desc, unit="batch", disable=not progress):
+    for features, labels in encoder.labelled(batches, normalize=True, desc=desc, progress=progress):
         labels = labels.to(encoder.device, non_blocking=True)
-        features = encoder.encode_images(images)
         with encoder.autocast():
             logits = 100.0 * features @ classifier  # scaled as OpenCLIP's, so that rounding makes the same ties
         correct = logits.topk(min(max(TOPS), num_classes)).indices == labels[:, None]

@@ -89,13 +89,12 @@ class ProbeFeatures:
         import torch
 
         from openclip_ext.evaluation.datasets.labelled import LabelledBatches
-        from openclip_ext.evaluation.datasets.probe_sets import encoded
+        from openclip_ext.evaluation.datasets.probe_sets import probe_features
         from openclip_ext.evaluation.feature_cache import files_identity, require_finite
 
         def compute():
             batches = LabelledBatches(data, model.transform, **self._loading)
-            how = {"device": model.device, "autocast": model.autocast, "dtype": model.dtype}
-            features, _ = encoded(model.model, batches, desc=f"probe-{name}", **how)
+            features, _ = probe_features(model, batches, desc=f"probe-{name}")
             return require_finite({"image": features}, model)
 
         files = files_identity(path for path, _ in data.samples)
@@ -119,6 +118,7 @@ class ProbeTask:
         sets = self.features.sets
         return {
             "num_samples": len(sets.val),
+            "data": {"images": len(sets.val), "checksum": sets.checksum()},
             "num_train": len(sets.train),
             "num_classes": len(sets.classes),
             "cached": self.features.cached,
@@ -128,17 +128,16 @@ class ProbeTask:
 
 
 class KnnTask(ProbeTask):
-    """`knn_predictions`."""
+    """`knn_hits`."""
 
     name = "knn"
 
     def run(self, model: "LoadedModel") -> dict[str, Any]:
-        from openclip_ext.evaluation.metrics.probes import NEIGHBOURS, class_scores, knn_predictions
+        from openclip_ext.evaluation.metrics.probes import NEIGHBOURS, class_scores, knn_hits
 
         data = self.features.of(model)
-        features, labels = data["val"]
-        found = knn_predictions(*data["train"], features)
-        return self._report(class_scores(found.numpy(), labels.numpy()), neighbours=NEIGHBOURS)
+        hits = knn_hits(*data["train"], *data["val"])
+        return self._report(class_scores(hits.numpy(), data["val"][1].numpy()), neighbours=NEIGHBOURS)
 
 
 class LinearProbeTask(ProbeTask):
@@ -152,7 +151,7 @@ class LinearProbeTask(ProbeTask):
         data = _arrays(self.features.of(model))
         features, labels = data["val"]
         found, strength = linear_probe(*data["train"], features, data.get("select"), progress=True)
-        return self._report(class_scores(found, labels), C=strength)
+        return self._report(class_scores(found == labels, labels), C=strength)
 
 
 @dataclasses.dataclass(frozen=True)

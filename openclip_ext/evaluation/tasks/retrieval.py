@@ -5,9 +5,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openclip_ext.errors import UserError
+from openclip_ext.evaluation.flags import add_caption_arguments, caption_format, csv_columns
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from openclip_ext.evaluation.feature_cache import FeatureCache
     from openclip_ext.evaluation.loading import LoadedModel
 
@@ -18,20 +20,15 @@ FLAG = "--retrieval"
 def add_arguments(group) -> None:
     group.add_argument(
         FLAG, action="append", default=[], metavar="SHARDS_OR_CSV",
-        help="images with one or more captions each: a folder or pattern of shards, or a CSV with a row "
-        "per caption; repeatable",
+        help="images with one or more captions each, all of which count: a folder or pattern of shards, or a CSV "
+        "with a row per caption; repeatable",
     )  # fmt: skip
-    group.add_argument("--caption-separator", metavar="TEXT", help="splits a caption into several, all of which count")
-    group.add_argument("--caption-key", metavar="KEY", help="where a sample's JSON holds its captions; as in training")
-    group.add_argument("--csv-img-key", default="filepath", help="column of image paths (default: %(default)s)")
-    group.add_argument("--csv-caption-key", default="title", help="column of captions (default: %(default)s)")
-    group.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
+    add_caption_arguments(group)
 
 
 def tasks(args: argparse.Namespace) -> list["RetrievalTask"]:
     """What the flags ask for. Raises UserError: a path or column that does not fit."""
-    if args.caption_separator == "":
-        raise UserError("--caption-separator: must not be empty")
+    caption_format(args)  # is wrong or right whatever there is to read
     return [_task(path, args) for path in args.retrieval]
 
 
@@ -58,6 +55,7 @@ class RetrievalTask:
     def run(self, model: "LoadedModel") -> dict[str, Any]:
         """Scores are recalls; `ranks` has the mean and median ranks, `cached` is whether features were on disk."""
         from openclip_ext.evaluation.datasets.captioned import pair_features
+        from openclip_ext.evaluation.datasets.content import checksum_of_pairs
         from openclip_ext.evaluation.feature_cache import files_identity, model_identity, require_finite
         from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
 
@@ -68,28 +66,37 @@ class RetrievalTask:
         files = files_identity(self.pairs.files)
         identity = files and {"of": "pairs", "files": files, "reading": self.reading, **model_identity(model)}
         features, cached = self.cache.get(identity, compute)
+        checksum = checksum_of_pairs(*(features[name] for name in ("image_id", "text_id", "image_of_text")))
         metrics = retrieval_metrics(*(features[name].to(model.device) for name in ("image", "text", "image_of_text")))
         return {
             "num_samples": len(features["image"]),
             "num_texts": len(features["text"]),
+            "data": {"images": len(features["image"]), "texts": len(features["text"]), "checksum": checksum},
             "cached": cached,
             "scores": {name: value for name, value in metrics.items() if "_R@" in name},
             "ranks": {name: value for name, value in metrics.items() if "_R@" not in name},
+        } | self._copies(features["image_id"])
+
+    def _copies(self, image_ids: "Tensor") -> dict[str, str]:
+        """A note, if the same image is there as several."""
+        copies = len(image_ids) - len(image_ids.unique())
+        if not copies:
+            return {}
+        return {
+            "note": f"{copies:,} of {len(image_ids):,} images are copies of others, and the captions of one count as "
+            "wrong for the next; have each image once with all its captions: openclip-ext shards pack groups them by "
+            "image, for --caption-key, and so does a CSV with one path per image"
         }
 
 
 def _task(path: str, args: argparse.Namespace) -> RetrievalTask:
-    from openclip_ext.data.captions import CaptionFormat
     from openclip_ext.evaluation.datasets.captioned import captioned_csv, captioned_shards
     from openclip_ext.evaluation.feature_cache import open_cache
 
-    captions = CaptionFormat(separator=args.caption_separator, key=args.caption_key)
+    captions = caption_format(args)
     reading = dataclasses.asdict(captions)
-    if path.endswith((".csv", ".tsv")):
-        if args.caption_key is not None:
-            raise UserError(f"--caption-key {args.caption_key}: is for shards; a CSV takes --csv-caption-key")
-        columns = {name: getattr(args, f"csv_{name}") for name in ("img_key", "caption_key", "separator")}
-        pairs = captioned_csv(path, FLAG, *columns.values(), captions)
+    if columns := csv_columns(args, path):
+        pairs = captioned_csv(path, FLAG, *columns, captions)
         reading["csv"] = columns
     else:
         pairs = captioned_shards(path, FLAG, captions)

@@ -150,8 +150,10 @@ class ZeroShotTask:
         labelled = self.labelled
         batches = LabelledBatches(labelled.pictures, model.transform, batch_size=self.batch_size, workers=self.workers)
         counts = zero_shot_counts(model, self.classifier.of(model), batches, desc=self.name)
+        num_samples = counts[:, 0].sum().item()
         result = {
-            "num_samples": counts[:, 0].sum().item(),
+            "num_samples": num_samples,
+            "data": {"images": num_samples, "checksum": labelled.checksum()},
             "num_classes": len(labelled.class_names),
             "num_templates": len(labelled.templates),
             "scores": zero_shot_scores(counts),
