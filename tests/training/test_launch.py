@@ -73,7 +73,7 @@ def test_two_processes_equal_one_with_twice_the_batch(train_flags, tmp_path, two
     one, two = (torch.load(tmp_path / "logs" / name / "checkpoints" / "epoch_6.pt") for name in ("one", "two"))
     assert all(key.startswith("module.") for key in two["state_dict"])  # as OpenCLIP writes on several ranks
     weights = {key.removeprefix("module."): value for key, value in two["state_dict"].items()}
-    torch.testing.assert_close(weights, one["state_dict"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights, one["state_dict"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(two.get("loss"), one.get("loss"), rtol=1e-4, atol=1e-5, equal_nan=True)
     # The state moves to another number of processes.
     assert (

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from openclip_ext.cli import main
 from openclip_ext.data.captions import CaptionFormat, changed_words, two_views
 from openclip_ext.data.tar import Skips
+from openclip_ext.losses import Widths
 from openclip_ext.training.pair_model import PairModel, feature_widths, pair_model
 
 ALL_TERMS = (
@@ -194,7 +195,7 @@ def test_trunk_features_are_what_the_projection_is_given(name):
         projected = visual.head(trunk) if len(visual.head) else visual.trunk.get_classifier()(trunk)
     torch.testing.assert_close(normalize(projected, dim=-1), plain["image_features"])
     widths = feature_widths(paired, None)
-    assert widths == {"image_trunk": trunk.shape[1], "text_trunk": 16, "embed": 8}
+    assert widths == Widths(image_trunk=trunk.shape[1], text_trunk=16, embed=8)
 
 
 def test_hugging_face_text_towers_have_trunk_features():
