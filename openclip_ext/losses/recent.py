@@ -18,7 +18,10 @@ class RecentOptions:
         check=lambda steps: steps >= 0,
     )  # fmt: skip
     recent_check: int = option(
-        100, "steps between two measurements of how fresh recent pairs are", allowed=">= 1", check=lambda every: every >= 1
+        100,
+        "steps between two measurements of how fresh recent pairs are",
+        allowed=">= 1",
+        check=lambda every: every >= 1,
     )
     recent_limit: float = option(
         0.25, "largest error of scores, in logits, with which recent pairs may join", allowed="> 0",

@@ -67,6 +67,12 @@ class RecentPairs(nn.Module):
                 for name in _ROWS}  # fmt: skip
         return StoredPairs(**rows)
 
+    def visit(self, pairs: PairBatch, log_mean: Tensor, image_again: Tensor | None, text_again: Tensor | None) -> None:
+        """Stage the global batch, and check freshness where the loop has encoded again what it kept."""
+        self.stage(pairs, log_mean)
+        if self.probe == "encode" and image_again is not None:
+            self.check(pairs, image_again, text_again)
+
     @torch.no_grad()
     def stage(self, pairs: PairBatch, log_mean: Tensor) -> None:
         """Remember the global batch for `commit`, with `log mean_j r_ij` of own anchors, (2, B).

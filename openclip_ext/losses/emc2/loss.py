@@ -237,6 +237,8 @@ SPEC = LossSpec(
     summary="Markov chains sample negatives of the whole training set; a bank holds each sample's current one",
     paper="Yau et al., ICML 2024",
     options=Options,
-    needs=lambda options: frozenset({"sample_ids", "stored_features" if options.bank == "index" else "widths"}),
+    needs=lambda options: frozenset(
+        {"sample_ids", "num_samples", "stored_features" if options.bank == "index" else "widths"}
+    ),
     build=EMC2Loss,
 )
