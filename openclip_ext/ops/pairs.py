@@ -252,8 +252,7 @@ class _PairLoss(torch.autograd.Function):
     """Computes the gradient with the value, so that no score of a pair is kept for the backward pass.
 
     `weights()` gives, per direction, those of own anchors and all columns (B, G), and those of own columns and all
-    anchors (B, G). `stored_weights()` gives those of own anchors and stored columns, and those of own columns and stored
-    anchors, (B, S) per direction; or None.
+    anchors (B, G). `stored_weights()` gives the same of stored columns and anchors, (B, S) per direction; or None.
     """
 
     @staticmethod

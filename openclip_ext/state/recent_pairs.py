@@ -3,8 +3,8 @@
     K   steps that are kept     R   pairs of one step, on all ranks     D   width of the embeddings
 
 A stored pair is where the model was. Used after the model has moved too far, it pushes the batch away from where
-features were, which makes the model move faster. So freshness is measured: the pairs of one step are encoded again 1, 2,
-4, … steps later, and only ages at which scores with them are still right may join the batch.
+features were, which makes the model move faster. So freshness is measured: the pairs of one step are encoded again 1,
+2, 4, … steps later, and only ages at which scores with them are still right may join the batch.
 """
 
 import math
@@ -41,6 +41,7 @@ class RecentPairs(nn.Module):
         # Of the host, which decides by it, and in `clock` of the state: steps committed, steps held, step at which the
         # check under way began (-1: none), ages it has passed, and the age up to which stored steps may join.
         self.steps, self.held, self.began, self.passed, self.usable = 0, 0, -1, 0, 0
+        self.errors: dict[int, float] = {}  # by age
         self.register_buffer("clock", torch.zeros(5, dtype=torch.int64, device=device))
         self.register_buffer("error", torch.full((len(self.ages),), math.nan, device=device))
         self._staged: dict[str, Tensor] | None = None
@@ -136,8 +137,9 @@ class RecentPairs(nn.Module):
                 self.began = -1
                 return
             (age, error), self._found = self._found, None
+            self.errors[age] = float(error)
             self.error[self.ages.index(age)] = error
-            if error <= self.limit:
+            if self.errors[age] <= self.limit:
                 self.passed = age
                 if age == self.num_steps:
                     self.usable = age
@@ -150,7 +152,7 @@ class RecentPairs(nn.Module):
     def report(self) -> dict[str, Tensor]:
         """How many steps join, and the error of each age when it was last measured, in logits."""
         used = {"recent_batches_used": torch.tensor(float(min(self.usable, self.held)))}
-        return used | {f"recent_error_{age}": error for age, error in zip(self.ages, self.error, strict=True)}
+        return used | {f"recent_error_{age}": torch.tensor(error) for age, error in self.errors.items()}
 
     def _allocate(self, size: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         steps = self.num_steps
@@ -186,3 +188,4 @@ class RecentPairs(nn.Module):
             self._write_clock()
             state_dict |= {prefix + name: getattr(self, name) for name in (*_ROWS, "clock")}
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.errors = {age: e for age, e in zip(self.ages, self.error.tolist(), strict=True) if not math.isnan(e)}

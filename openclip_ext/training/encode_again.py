@@ -25,7 +25,7 @@ class KeptInputs:
         self._kept: list[Inputs] | None = None
 
     def forget(self) -> None:
-        """Let the loss begin anew, as it does after a resume: so a run that stops there goes on as one that does not."""
+        """Let the loss begin anew, as after a resume: so a run that was stopped goes on as one that was not."""
         self._kept = None
 
     @torch.no_grad()
