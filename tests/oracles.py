@@ -151,7 +151,7 @@ def recent_weight(form, log_sum, count, positive, negatives):
 def with_recent_pairs(form, fresh, stored, scale, negatives):
     """A scalar with the gradient of a batch that stored pairs have joined, by loops over anchors and columns.
 
-    `fresh` and `stored`: (image, text, ids); `stored` is followed by what its anchors had: log sums (2, S), counts (S,).
+    `fresh` and `stored`: (image, text, ids); in `stored` log sums (2, S) and counts (S,) of its anchors follow.
     """
     image, text, ids = fresh
     old_image, old_text, old_ids, log_sums, counts = stored
