@@ -104,17 +104,16 @@ def test_stored_anchors_weigh_no_more_than_in_the_batch_alone():
 
 
 def test_an_age_whose_scores_have_moved_stays_out():
-    loss, kept, used, errors = recent_loss("dcl", steps=8), [], [], []
+    loss, kept, used = recent_loss("dcl", steps=8), [], []
     for step in range(30):
         age = step - loss.base.recent.began
         outputs = take_step(loss, batch(step), kept, moved=0.02 * age if step else 0.0)
         used.append(int(outputs["recent_batches_used"]))
-        errors.append(outputs["recent_error_1"])
     # Moved by .02 in each of 4 components, a column's score moves by about .02 age * 6 for anchors of unit norm.
     assert used[0] == 0 and 0 < used[-1] < 8
     recent = loss.base.recent
-    passed = [age for age, error in zip(recent.ages, recent.error.tolist(), strict=True) if error <= 0.25]
-    failed = [age for age, error in zip(recent.ages, recent.error.tolist(), strict=True) if error > 0.25]
+    passed = [age for age, error in recent.errors.items() if error <= 0.25]
+    failed = [age for age, error in recent.errors.items() if error > 0.25]
     assert passed and failed and used[-1] == min(failed) - 1 >= max(passed)
 
 
