@@ -179,3 +179,39 @@ def test_a_loss_without_use_for_them_refuses_them():
         create_loss("siglip", recent_batches=2)
     with pytest.raises(UserError, match="recent_batches=-1: .* must be int >= 0"):
         create_loss("dcl", recent_batches=-1)
+
+
+def test_chains_move_to_columns_of_recent_steps():
+    """`emc2` with all pairs of the data among batch and recent steps: its gradient is that of the exact softmax."""
+    size, steps = 4, 3
+    image, text = oracles.unit(2, size * (steps + 1), D, seed=5)
+    ids = torch.arange(len(image))
+    loss, kept = create_loss("emc2", num_samples=len(image), embed_dim=D, bank_dtype="float32", recent_batches=steps,
+                             recent_check=1), []  # fmt: skip
+    own = [slice(size * (step % (steps + 1)), size * (step % (steps + 1) + 1)) for step in range(4 * (steps + 1) + 1)]
+    for part in own[:-1]:
+        take_step(loss, (image[part], text[part], ids[part]), kept)
+    # The waiting state is a sample that the batch or a recent step holds too, and counts once.
+    leaves = [x[own[-1]].clone().requires_grad_() for x in (image, text)]
+    outputs = loss(*leaves, SCALE, sample_ids=ids[own[-1]])
+    assert outputs["recent_batches_used"] == steps
+    found = torch.autograd.grad(outputs["contrastive_loss"], leaves)
+    everything = [x.clone().requires_grad_() for x in (image, text)]
+    # Of columns of recent steps the anchor's side alone: take the columns as constants there.
+    total = 0.0
+    for anchors, columns in (everything, everything[::-1]):
+        for i in range(*own[-1].indices(len(image))):
+            in_batch = range(*own[-1].indices(len(image)))
+            scores = torch.stack(
+                [SCALE * anchors[i] @ (columns[j] if j in in_batch else columns[j].detach())
+                 for j in range(len(image)) if j != i]
+            )  # fmt: skip
+            total = total + scores.logsumexp(0) - SCALE * anchors[i] @ columns[i]
+    expected = torch.autograd.grad(total / (2 * size), everything)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs[own[-1]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["isir", "mh"])
+def test_every_check_holds_for_chains(ranks, kernel):
+    check_loss("emc2", ranks=ranks, num_ranks=(2,), gradcheck=kernel == "isir", recent_batches=2, kernel=kernel)
