@@ -27,17 +27,20 @@ class Need:
 
     Attributes:
         meaning: what it is, in words that follow "it needs".
-        provider: who has it: `data` (rows of batches), `model`, `teacher`, or `caller` (who encodes samples again).
+        provider: who has it: `data` (rows of batches), `model`, `loop` (see `openclip_ext.Loss.probe`), `teacher`, or
+            `caller` (who encodes samples again).
         arguments: the keyword arguments of a loss's `forward` that hold it; none: it is part of `LossContext`.
         batch_keys: what batches hold for it.
         of_views: whether images alone have it, with two views of each.
+        optional: whether `forward` can do without.
     """
 
     meaning: str
-    provider: Literal["data", "model", "teacher", "caller"]
+    provider: Literal["data", "model", "loop", "teacher", "caller"]
     arguments: tuple[str, ...] = ()
     batch_keys: tuple[str, ...] = ()
     of_views: bool = False
+    optional: bool = False
 
 
 #: What a loss may ask of the loop and of the data pipeline; what none asks for is not computed.
@@ -72,6 +75,10 @@ NEEDS: Mapping[str, Need] = types.MappingProxyType({
         meaning="features and logit scale of a teacher", provider="teacher",
         arguments=("dist_image_features", "dist_text_features", "dist_logit_scale"),
     ),
+    "encoded_again": Need(
+        meaning="features of a batch that it asked to keep, encoded again, in some steps", provider="loop",
+        arguments=("image_features_again", "text_features_again"), optional=True, of_views=True,
+    ),
     "stored_features": Need(
         meaning="embeddings, encoded again, of the samples that the loss's stored_ids names", provider="caller",
         arguments=("stored_features",),
@@ -89,6 +96,10 @@ def arguments(needs: Iterable[str]) -> set[str]:
     if "trunk_features" in needs:
         names |= {f"{modality}_trunk_features_aug" for modality in ("image", "text") if f"{modality}_aug" in needs}
     return names
+
+
+#: Arguments that a loss can do without.
+OPTIONAL = frozenset(argument for need in NEEDS.values() if need.optional for argument in need.arguments)
 
 
 def batch_keys(needs: Iterable[str] = NEEDS) -> set[str]:

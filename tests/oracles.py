@@ -136,3 +136,42 @@ def feature_separation(shared, private, private_aug, scale):
         spread = [(-2 * distance(p[j], p[k])).exp() for j in rows for k in rows if j != k]
         total = total + entropy / 2 + (sum(spread) / len(spread)).log() / 2
     return total
+
+
+def recent_weight(form, log_sum, count, positive, negatives):
+    """What a score's exponential is divided by, as a log: an anchor's offset in the loss `form`."""
+    if form in ("dcl", "sogclr"):
+        return log_sum
+    if form == "clip":
+        return torch.logaddexp(log_sum, positive)
+    log_k, log_n = math.log(negatives), math.log(count)
+    return torch.nn.functional.softplus(log_sum - positive - log_n + log_k) - log_k + log_n + positive
+
+
+def with_recent_pairs(form, fresh, stored, scale, negatives):
+    """A scalar with the gradient of a batch that stored pairs have joined, by loops over anchors and columns.
+
+    `fresh` and `stored`: (image, text, ids); in `stored` log sums (2, S) and counts (S,) of its anchors follow.
+    """
+    image, text, ids = fresh
+    old_image, old_text, old_ids, log_sums, counts = stored
+    constant = scale.detach()
+    total = 0.0
+    for direction, (anchors, columns, old_anchors, old_columns) in enumerate(
+        ((image, text, old_image, old_text), (text, image, old_text, old_image))
+    ):
+        for i in range(len(ids)):
+            others = [columns[j] for j in range(len(ids)) if ids[j] != ids[i]]
+            others += [old_columns[j] for j in range(len(old_ids)) if old_ids[j] != ids[i]]
+            positive = scale * anchors[i] @ columns[i]
+            scores = torch.stack([scale * anchors[i] @ other for other in others])
+            offset = recent_weight(form, scores.logsumexp(0), len(others), positive, negatives).detach()
+            total = total + ((scores - offset).exp().detach() * (scores - positive)).sum()
+        for a in range(len(old_ids)):
+            others = [columns[j] for j in range(len(ids)) if ids[j] != old_ids[a]]
+            scores = torch.stack([constant * old_anchors[a] @ other for other in others])
+            log_sum = torch.logaddexp(log_sums[direction][a], scores.logsumexp(0))
+            positive = constant * old_anchors[a] @ old_columns[a]
+            offset = recent_weight(form, log_sum, int(counts[a]) + len(others), positive, negatives).detach()
+            total = total + ((scores - offset).exp().detach() * scores).sum()
+    return total / (2 * len(ids))

@@ -136,3 +136,35 @@ def buffers_shared(rank, num_ranks):
     layer(torch.full((2, 3), float(rank + 1)))
     Ranks(rank, num_ranks).share_buffers(layer)
     return layer.running_mean
+
+
+def recent_steps(rank, num_ranks, name, size):
+    """Averaged gradients and state after steps that recent pairs join, of a batch shared by several ranks."""
+    import oracles
+    from openclip_ext import create_loss
+    from openclip_ext.ops.gather import gather_rows, gather_sizes
+
+    loss = create_loss(name, num_samples=40, rank=rank, world_size=num_ranks, recent_batches=2, recent_check=1)
+    own = slice(rank * size // num_ranks, (rank + 1) * size // num_ranks)
+    kept = None
+    for step in range(5):
+        image, text = (x[own].requires_grad_() for x in oracles.unit(2, size, 4, seed=step, dtype=torch.float32))
+        again = {}
+        if loss.probe == "keep":
+            kept = image.detach(), text.detach()
+        elif loss.probe == "encode":
+            again = {"image_features_again": kept[0] + 0.001, "text_features_again": kept[1]}
+        scale = torch.tensor(5.0, requires_grad=True)
+        ids = (torch.arange(size) + 4 * step)[own]
+        outputs = loss(image, text, scale, sample_ids=ids, **again)
+        outputs["contrastive_loss"].backward()
+        loss.commit()
+    gathered = [gather_rows(x.grad, gather_sizes(len(x), num_ranks, x.device)) / num_ranks for x in (image, text)]
+    total = gather_rows(scale.grad[None], (1,) * num_ranks).sum() / num_ranks
+    used, state = float(outputs["recent_batches_used"]), loss.state_dict()
+    return {
+        "value": outputs["contrastive_loss"].detach(),
+        "gradients": [*gathered, total],
+        "used": used,
+        "state": state,
+    }

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from openclip_ext.errors import UserError
+from openclip_ext.losses.recent import recent_pairs
 from openclip_ext.ops.pairs import PairBatch, gather_pairs, log_mean_ratio, pair_loss
+from openclip_ext.state.recent_pairs import RecentPairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,21 @@ class Loss(nn.Module):
         """Write what a batch tells before training, without gradient; counts as no step. Arguments as of `compute`."""
 
     @property
+    def probe(self) -> str | None:
+        """What is asked of the loop in this step, for losses that need features encoded again.
+
+        `keep`: to keep what it gives the model. `encode`: to run the model, without gradient, on what it kept last, and
+        to give the loss those features as `image_features_again` and `text_features_again`. None: nothing. In a loop:
+
+            if loss.probe == "keep": kept = images, texts
+            again = model(*kept) if loss.probe == "encode" else {}      # torch.no_grad(), dropout off
+            loss(…, **{f"{name}_again": again[name] for name in again if name.endswith("_features")})
+
+        A loop that keeps nothing, or has lost it, gives nothing: the loss then asks anew.
+        """
+        return None
+
+    @property
     def wants_warm_start(self) -> bool:
         """Whether `warm_start` does anything."""
         return type(self).warm_start is not Loss.warm_start
@@ -134,47 +151,85 @@ class Loss(nn.Module):
 
 #: What a subclass may define and others call.
 HOOKS = ("compute", "begin_step", "commit", "warm_start", "wants_warm_start", "scheduled", "has_state",
-         "anchor_terms", "report", "visit")  # fmt: skip
+         "probe", "terms", "anchor_terms", "report", "visit")  # fmt: skip
 
 
 class PairLoss(Loss):
     """A loss that is a sum over anchors, each weighing its negatives by `r_ij = exp(s_ij - s_ii)`.
 
-    A subclass says in `anchor_terms` what each anchor is worth; gathering the global batch and the gradient over all
-    pairs is done here.
+    A subclass says in `terms` what an anchor is worth by the mean ratio of its negatives; where something else counts,
+    such as a memory, in `anchor_terms`. Gathering the global batch, the gradient over all pairs, and the pairs of
+    recent steps, if options say so, are done here.
+
+    Args:
+        options: with `recent_batches` and its kin where they are a `RecentOptions`.
+        context: as of `Loss`.
     """
+
+    def __init__(self, options: Any = None, context: LossContext | None = None) -> None:
+        super().__init__(options, context)
+        self.recent: RecentPairs | None = recent_pairs(options, self.context.device)
 
     def compute(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *,
-        sample_ids: Tensor | None = None, **extra: Tensor,
+        sample_ids: Tensor | None = None, image_features_again: Tensor | None = None,
+        text_features_again: Tensor | None = None, **extra: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
         """`contrastive_loss`, the mean over both directions and all G anchors, and what `report` adds."""
         pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
-        value, log_weight = self.anchor_terms(pairs, log_mean_ratio(pairs))
-        loss = pair_loss(pairs, value=value, log_weight=log_weight)
-        return {"contrastive_loss": loss} | self.report(pairs)
+        log_mean = log_mean_ratio(pairs)
+        value, log_weight = self.anchor_terms(pairs, log_mean)
+        of_stored = None if pairs.stored is None else self.terms(*pairs.stored_standing)[1]
+        loss = pair_loss(pairs, value=value, log_weight=log_weight, stored_log_weight=of_stored)
+        if self.recent is not None:
+            self.recent.visit(pairs, log_mean, image_features_again, text_features_again)
+        return {"contrastive_loss": loss} | self.report(pairs) | (self.recent.report() if self.recent else {})
 
     def gather(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, sample_ids: Tensor | None
     ) -> PairBatch:
-        """The global batch. A collective call over several ranks."""
-        context = self.context
-        return gather_pairs(image_features, text_features, logit_scale, sample_ids, context.rank, context.world_size)
+        """The global batch, with the stored pairs that may join it. A collective call over several ranks."""
+        context, stored = self.context, self.recent and self.recent.joining()
+        return gather_pairs(
+            image_features, text_features, logit_scale, sample_ids, context.rank, context.world_size, stored
+        )
 
-    def anchor_terms(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and log weight of each own anchor, (2, B) each, per direction; both are detached.
+    def terms(self, log_mean: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and log weight of anchors, by what is seen of their negatives now; elementwise.
 
         The gradient of anchor i is `exp(log_weight_i) * mean_j r_ij grad q_ij` over its negatives j, weights constant.
+
+        Args:
+            log_mean: `log mean_j r_ij` over the negatives j of an anchor.
+            log_count: log of their number.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no terms(log_mean, log_count)")
+
+    def anchor_terms(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and log weight of own anchors, (2, B) each, per direction; both are detached.
 
         Args:
             pairs: the global batch.
             log_mean: (2, B), `log mean_j r_ij` over the negatives j of each own anchor.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no anchor_terms(pairs, log_mean)")
+        return self.terms(log_mean, pairs.log_count)
 
     def report(self, pairs: PairBatch) -> dict[str, Tensor]:
         """Scalars to report beside the loss, of a batch whose `anchor_terms` were just taken."""
         return {}
+
+    @property
+    def probe(self) -> str | None:
+        return self.recent and self.recent.probe
+
+    @property
+    def has_state(self) -> bool:
+        return self.recent is not None or type(self).commit is not PairLoss.commit
+
+    def commit(self) -> None:
+        """Write this step's pairs."""
+        if self.recent is not None:
+            self.recent.commit()
 
 
 def total_loss(outputs: dict[str, Tensor]) -> Tensor:

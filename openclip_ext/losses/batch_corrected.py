@@ -6,13 +6,13 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from openclip_ext.losses.base import LossContext, PairLoss
-from openclip_ext.ops.pairs import PairBatch
+from openclip_ext.losses.recent import RecentOptions, recent_needs
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RecentOptions):
     negatives: int = option(
         0, "K, negatives in the target loss; 0: all others of the training set", allowed=">= 0", check=lambda k: k >= 0
     )
@@ -30,7 +30,7 @@ class BatchCorrectedLoss(PairLoss):
         super().__init__(options, context)
         self.log_negatives = context.log_negatives(options.negatives)
 
-    def anchor_terms(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(self, log_mean: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
         """`log(1 + K mean r)`, weighted by `K / (1 + K mean r)`."""
         log_rate = softplus(self.log_negatives + log_mean)
         return log_rate, self.log_negatives - log_rate
@@ -41,6 +41,6 @@ SPEC = LossSpec(
     summary="same-batch estimate of the loss over the whole training set; no memory",
     paper="the limit gamma = 1 of gamma_decomp",
     options=Options,
-    needs=lambda options: frozenset() if options.negatives else frozenset({"num_samples"}),
+    needs=lambda options: recent_needs(options) | (frozenset() if options.negatives else {"num_samples"}),
     build=BatchCorrectedLoss,
 )

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from openclip_ext.losses.base import PairLoss
-from openclip_ext.ops.pairs import PairBatch
+from openclip_ext.losses.recent import RecentOptions, recent_needs
 from openclip_ext.registry import LossSpec
 
 
@@ -16,14 +16,16 @@ class DCLLoss(PairLoss):
     Source: Yeh et al., "Decoupled Contrastive Learning", ECCV 2022.
     """
 
-    def anchor_terms(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(self, log_mean: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
         """`log sum_j r_ij`, weighted by one over the mean ratio."""
-        return log_mean + pairs.log_count, -log_mean
+        return log_mean + log_count, -log_mean
 
 
 SPEC = LossSpec(
     name="dcl",
     summary="decoupled: the positive is out of the denominator; no memory",
     paper="Yeh et al., ECCV 2022",
+    options=RecentOptions,
+    needs=recent_needs,
     build=DCLLoss,
 )

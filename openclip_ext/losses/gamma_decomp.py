@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 from openclip_ext.losses.base import LossContext
 from openclip_ext.losses.placement import named_flags, require_placement
 from openclip_ext.losses.rates import RateLoss
+from openclip_ext.losses.recent import RecentOptions, recent_needs
 from openclip_ext.ops.counter_random import log_gamma_mean
 from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.options import option
@@ -19,7 +20,7 @@ from openclip_ext.state.table import Placement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RecentOptions):
     gamma: float = option(
         0.2,
         "weight of the current batch in the rate memory, at the end of its schedule",
@@ -95,10 +96,14 @@ class GammaDecompLoss(RateLoss):
         log_estimate = self.log_negatives + log_mean
         return log_estimate if self.options.decoupled else softplus(log_estimate)
 
+    def log_weight(self, log_rate: Tensor) -> Tensor:
+        """`K / R`, which is `u K` for the mean of u."""
+        return self.log_negatives - log_rate
+
     def anchor_terms(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
         """`log R`, weighted by `u K`."""
-        log_rate = self.visit(pairs, log_mean)
-        return log_rate, self.log_negatives + self._log_draws(pairs.ids) - log_rate
+        log_rate, log_weight = super().anchor_terms(pairs, log_mean)
+        return log_rate, log_weight + self._log_draws(pairs.ids)
 
     def report(self, pairs: PairBatch) -> dict[str, Tensor]:
         """`gamma`, the weight of the current batch; `first_visits`, the share of the batch never seen before."""
@@ -123,6 +128,6 @@ SPEC = LossSpec(
     summary="the loss over the whole training set from small batches: a rate memory and Gamma auxiliary variables",
     paper="Chen et al., NeurIPS 2022",
     options=Options,
-    needs=frozenset({"sample_ids"}),
+    needs=lambda options: recent_needs(options) | {"sample_ids", "num_samples"},
     build=GammaDecompLoss,
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from openclip_ext.errors import UserError
 from openclip_ext.losses.base import Loss, LossContext
 from openclip_ext.losses.weights import Weight
-from openclip_ext.registry import NEEDS, arguments
+from openclip_ext.registry import NEEDS, OPTIONAL, arguments
 
 #: Calls without `commit` after which a loop is taken to have forgotten it: a gradient scaler may skip some first steps.
 _UNCOMMITTED = 20
@@ -75,12 +75,13 @@ class Objective(Loss):
 
     def _given(self, name: str, extra: dict[str, Any]) -> dict[str, Tensor]:
         names = arguments(self._needs[name])
-        if missing := sorted(key for key in names if extra.get(key) is None):
+        given = {key: extra[key] for key in names if extra.get(key) is not None}
+        if missing := sorted(names - given.keys() - OPTIONAL):
             meanings = {argument: need.meaning for need in NEEDS.values() for argument in need.arguments}
             raise UserError(
                 f"{self._titles[name]} needs {missing[0]}=…, {meanings.get(missing[0], 'as the first view has it')}"
             )
-        return {key: extra[key] for key in names}
+        return given
 
     def _warn_of_missing_calls(self) -> None:
         if self.scheduled and not self._told_time:
@@ -97,6 +98,11 @@ class Objective(Loss):
                 f"each optimizer step; {_UNCOMMITTED} calls passed without",
                 stacklevel=5,
             )
+
+    @property
+    def probe(self) -> str | None:
+        """As of `Loss`; of the base loss, since no term asks for features encoded again."""
+        return self.base.probe if isinstance(self.base, Loss) else None
 
     @property
     def scheduled(self) -> bool:

@@ -59,7 +59,7 @@ class ObjectivePlan:
         Raises:
             UserError: the context lacks something that a part needs, or there is no room for a part's state.
         """
-        if {"sample_ids", "num_samples"} & self.needs:
+        if "num_samples" in self.needs:
             _require_num_samples(context.num_samples, self.spec.name)
         objective = Objective(self.spec.name, self._part(self.spec, self.options, context), self._base_needs, context,
                               self.weight)  # fmt: skip

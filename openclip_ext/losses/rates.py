@@ -35,6 +35,20 @@ class RateLoss(PairLoss):
         """g, the weight of the current batch, in (0, 1]."""
         raise NotImplementedError
 
+    def log_weight(self, log_rate: Tensor) -> Tensor:
+        """log weight of an anchor whose log rate is `log_rate`; elementwise."""
+        raise NotImplementedError
+
+    def terms(self, log_mean: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
+        """`log rho` and its weight: what anchors without a memory are worth, such as stored ones."""
+        log_rate = self.estimate(log_mean)
+        return log_rate, self.log_weight(log_rate)
+
+    def anchor_terms(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """`log R` after this visit, and its weight."""
+        log_rate = self.visit(pairs, log_mean)
+        return log_rate, self.log_weight(log_rate)
+
     def visit(self, pairs: PairBatch, log_mean: Tensor) -> Tensor:
         """log R of own anchors after this visit, (2, B), which is staged."""
         return self.rates.visit(pairs, self.estimate(log_mean), self.batch_weight)
@@ -52,5 +66,6 @@ class RateLoss(PairLoss):
         self.rates.commit()
 
     def commit(self) -> None:
-        """Write the rates of this step's samples."""
+        """Write the rates of this step's samples, and its pairs."""
+        super().commit()
         self.rates.commit()

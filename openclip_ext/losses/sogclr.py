@@ -5,13 +5,13 @@ import dataclasses
 from torch import Tensor
 
 from openclip_ext.losses.rates import RateLoss
-from openclip_ext.ops.pairs import PairBatch
+from openclip_ext.losses.recent import RecentOptions, recent_needs
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RecentOptions):
     gamma: float = option(
         0.9, "weight of the current batch in the running normaliser", allowed="in (0, 1]", check=lambda g: 0 < g <= 1
     )
@@ -31,10 +31,9 @@ class SogCLRLoss(RateLoss):
     def batch_weight(self) -> float:
         return self.options.gamma
 
-    def anchor_terms(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
-        """`log U`, weighted by one over U."""
-        log_rate = self.visit(pairs, log_mean)
-        return log_rate, -log_rate
+    def log_weight(self, log_rate: Tensor) -> Tensor:
+        """One over U."""
+        return -log_rate
 
 
 SPEC = LossSpec(
@@ -42,6 +41,6 @@ SPEC = LossSpec(
     summary="running normaliser per anchor, decoupled",
     paper="Yuan et al., ICML 2022",
     options=Options,
-    needs=frozenset({"sample_ids"}),
+    needs=lambda options: recent_needs(options) | {"sample_ids", "num_samples"},
     build=SogCLRLoss,
 )

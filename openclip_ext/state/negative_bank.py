@@ -41,29 +41,31 @@ class NegativeBank(nn.Module):
         """Raises IndexError: an id outside of the bank."""
         self.ids.check(ids, "negative bank")
 
-    def stage(self, ids: Tensor, state: Tensor, columns: tuple[Tensor, Tensor]) -> None:
+    def stage(self, ids: Tensor, state: Tensor, column_ids: Tensor, texts: Tensor, images: Tensor) -> None:
         """Remember what `commit` will write. Replaces what was staged before.
 
         Args:
             ids: (G,) samples of the global batch.
-            state: (2, G) rows of the batch at which their chains are; -1: where they were.
-            columns: per direction, (G, D) embeddings of those rows.
+            state: (2, G) columns at which their chains are, C of them; -1: where they were.
+            column_ids: (C,) samples of the columns.
+            texts: (C, D) embeddings of the columns of direction 0.
+            images: (C, D) embeddings of those of direction 1.
         """
-        self._staged = (ids, state, columns)
+        self._staged = (ids, state, column_ids, texts, images)
 
     @torch.no_grad()
     def commit(self, step: Tensor) -> None:
         """Write what was staged, as stored at `step` (). Of a sample that came several times the last one counts."""
         if self._staged is None:
             return
-        (ids, state, columns), self._staged = self._staged, None
+        (ids, state, column_ids, *columns), self._staged = self._staged, None
         unique, place = ids.unique(return_inverse=True)
         rows = torch.arange(len(ids), device=ids.device)
         last = torch.zeros_like(unique).scatter_reduce(0, place, rows, "amax", include_self=False)
         for direction in range(DIRECTIONS):
             moved = state[direction, last] >= 0
             samples, row = unique[moved], state[direction, last[moved]]
-            self.ids.write(direction, samples, ids[row])
+            self.ids.write(direction, samples, column_ids[row])
             self.stored_at.write(direction, samples, step.expand_as(samples))
             if self.embedding is not None:
                 self.embedding.write(direction, samples, columns[direction][row])

@@ -76,7 +76,7 @@ class Table(nn.Module):
             if in_state:
                 values.fill_(fill)
         else:
-            _require_room(size, _free_memory(device), device.type, what)
+            require_room(size, device, what)
             values = torch.full(shape, fill, dtype=dtype, device=device)
         self.register_buffer("values", values, persistent=in_state)
 
@@ -125,6 +125,12 @@ class Table(nn.Module):
             call(self._file, [memory[row * size : (row + 1) * size]], (first + sample) * size)
 
 
+def require_room(size: int, device: torch.device, what: str) -> None:
+    """Raises NoRoomError: `size` bytes for `what` are more than is free in the device's memory."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    _require_room(size, free, device.type, what)
+
+
 def _file(path: str, size: int, what: str) -> int:
     existing = os.path.getsize(path) if os.path.exists(path) else 0
     if existing not in (0, size):
@@ -135,12 +141,6 @@ def _file(path: str, size: int, what: str) -> int:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     os.truncate(file, size)
     return file
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def _require_room(size: int, free: int, place: str, what: str) -> None:

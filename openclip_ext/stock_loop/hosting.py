@@ -39,6 +39,7 @@ from openclip_ext.options import parse_assignments, parse_terms
 from openclip_ext.registry import batch_keys
 from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.data import training_data
+from openclip_ext.training.encode_again import KeptInputs
 from openclip_ext.training.objective import plan_objective
 from openclip_ext.training.pair_model import feature_widths, freeze_unused_bias, pair_model, run_on_views
 
@@ -74,6 +75,7 @@ class Hosting:
         self._plan = plan_objective(flags)
         self._seed = args.seed
         self._trunks: dict | None = None
+        self._kept: KeptInputs | None = None
         self.needs = self._plan.needs
         _require_agreement(args, self.needs)
         self._data = training_data(flags, self._plan)
@@ -126,7 +128,7 @@ class Hosting:
         if "trunk_features" in self.needs:
             self._trunks = upstream.find_trunks(model)
         widths = feature_widths(pair_model(model, self.needs), image_dtype) if "widths" in self.needs else None
-        return self._plan.build(
+        loss = self._plan.build(
             LossContext(
                 num_samples=self._data.size,
                 rank=rank,
@@ -135,6 +137,8 @@ class Hosting:
                 widths=widths,
             )
         )
+        self._kept = KeptInputs(loss, model)
+        return loss
 
     def restore(self, loss: Objective, checkpoint: dict, path: str) -> list[str]:
         """Load the loss's state from a checkpoint's content; remarks for the log.
@@ -161,7 +165,10 @@ class Hosting:
 
         `model` runs what `build` was given, wrapped or not. See `openclip_ext.training.pair_model.run_on_views`.
         """
-        return run_on_views(model, self._trunks, image, text, image_aug, text_aug)
+        out = run_on_views(model, self._trunks, image, text, image_aug, text_aug)
+        if torch.is_grad_enabled() and "encoded_again" in self.needs:
+            out |= self._kept.features([{"image": image, "text": text}], lambda image, text: dict(model(image, text)))
+        return out
 
     def create_task(self, args: argparse.Namespace, model: nn.Module, *, teacher: nn.Module | None = None):
         """OpenCLIP 4's `TrainingTask` with this loss, which does all that a loop has to.
@@ -218,6 +225,11 @@ def _require_agreement(args: argparse.Namespace, needs: frozenset[str]) -> None:
     """Raises UserError: flags of OpenCLIP's own loop that do not go with the loss."""
     if args.siglip and args.loss != "siglip":
         raise UserError(f"--siglip --loss {args.loss}: these exclude each other; drop one")
+    if "encoded_again" in needs and args.accum_freq > 1:
+        raise UserError(
+            f"--accum-freq {args.accum_freq}: OpenCLIP's loop does not go with recent_batches there; drop one, or use "
+            "openclip-ext train"
+        )
     if getattr(args, "horovod", False):
         raise UserError(f"--horovod --loss {args.loss}: does not average the loss's gradients; use torchrun")
     for name in ("torchcompile", "torchscript"):

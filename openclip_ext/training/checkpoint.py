@@ -166,12 +166,20 @@ class Checkpoint:
     def restore_loss(self, loss) -> list[str]:
         """Load the loss's state; returns remarks for the log. Raises UserError: another loss's, or data set's."""
         expected, found = loss.state_dict(), self.content.get("loss", {})
+        remarks = _recent_remarks(expected, found)
+        found = {key: value for key, value in found.items() if key in expected or not _is_recent(key)}
+        # Recent pairs come in any number, and a loss can do without.
+        found |= {key: value for key, value in expected.items() if _is_recent(key) and key not in found}
         if not expected:
-            return []
-        if not found:
+            return remarks
+        if not self.content.get("loss"):
             return ["it holds no loss state: the loss starts anew"]
         different = sorted(expected.keys() ^ found.keys())
-        different += [key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape]
+        different += [
+            key
+            for key in expected.keys() & found.keys()
+            if not _is_recent(key) and expected[key].shape != found[key].shape
+        ]
         if different:
             key = different[0]
             shapes = [str(tuple(state[key].shape)) if key in state else "none" for state in (found, expected)]
@@ -181,7 +189,27 @@ class Checkpoint:
                 f"--pretrained {self.path}"
             )
         loss.load_state_dict(found)
+        return remarks
+
+
+def _is_recent(key: str) -> bool:
+    """Whether an entry of a loss's state belongs to its memory of recent pairs."""
+    return "recent" in key.split(".")
+
+
+def _recent_remarks(expected: dict, found: dict) -> list[str]:
+    """How many steps' pairs a checkpoint and a run keep, where that differs."""
+    kept, saved = (
+        next((len(value) for key, value in state.items() if _is_recent(key) and key.endswith(".image")), 0)
+        for state in (expected, found)
+    )
+    if not found or kept == saved:
         return []
+    if kept == 0:
+        return [f"its pairs of {saved} recent steps are left behind: give --recent-batches to go on with them"]
+    if saved > kept:
+        return [f"of its pairs of {saved} recent steps, those of the last {kept} are kept"]
+    return [f"it holds the pairs of {saved} recent steps, of {kept}: more join as training goes on"]
 
 
 def load_checkpoint(path: str, flag: str = "--resume") -> Checkpoint:

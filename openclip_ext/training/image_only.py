@@ -133,18 +133,36 @@ class SymmetricObjective(Loss):
         *,
         image_features_swapped: Tensor,
         text_features_swapped: Tensor,
+        image_features_again: Tensor | None = None,
+        text_features_again: Tensor | None = None,
+        image_features_swapped_again: Tensor | None = None,
+        text_features_swapped_again: Tensor | None = None,
         **extra: Tensor,
     ) -> dict[str, Tensor]:
         """Losses and report scalars by name, each the mean of both ways; features as `ViewsModel` returns them."""
         pairs = (image_features, text_features), (image_features_swapped, text_features_swapped)
+        again = (
+            self._again(image_features_again, text_features_again),
+            self._again(image_features_swapped_again, text_features_swapped_again),
+        )
         first, second = (
-            objective(*self._queries(*pair), logit_scale, **extra)
-            for objective, pair in zip(self.objectives, pairs, strict=True)
+            objective(*self._queries(*pair), logit_scale, **extra, **kept)
+            for objective, pair, kept in zip(self.objectives, pairs, again, strict=True)
         )
         return {name: (value + second[name]) / 2 for name, value in first.items()}
 
     def _queries(self, features: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         return normalize(self.predictor(features), dim=-1), keys.detach()
+
+    @torch.no_grad()
+    def _again(self, features: Tensor | None, keys: Tensor | None) -> dict[str, Tensor]:
+        if features is None:
+            return {}
+        return dict(zip(("image_features_again", "text_features_again"), self._queries(features, keys), strict=True))
+
+    @property
+    def probe(self) -> str | None:
+        return self.objectives[0].probe
 
     @property
     def wants_warm_start(self) -> bool:

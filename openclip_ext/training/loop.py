@@ -21,6 +21,7 @@ from openclip_ext.losses.base import Loss, total_loss
 from openclip_ext.registry import batch_keys
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.encode_again import KeptInputs
 from openclip_ext.training.image_only import MomentumEncoder
 from openclip_ext.training.log import EpochLog
 from openclip_ext.training.lora import Adapters
@@ -75,6 +76,9 @@ class Trainer:
     adapters: Adapters | None = None
     skipped_steps: int = 0
 
+    def __post_init__(self) -> None:
+        self.kept_inputs = KeptInputs(self.loss, self.paired)
+
     @property
     def steps_per_epoch(self) -> int:
         return self.loader.num_batches // self.accum_freq
@@ -90,6 +94,7 @@ class Trainer:
         self.model.train()
         self.loss.train()
         self.loader.set_epoch(epoch)
+        self.kept_inputs.forget()
         skipped: list[tuple[str, str, int]] = []
         batches = self.batches(skipped)
         for index in range(self.steps_per_epoch):
@@ -136,16 +141,16 @@ class Trainer:
         """Gradients of one optimizer step; the loss's outputs, detached."""
         self.optimizer.zero_grad()
         run = self._backward_whole if len(batches) == 1 else self._backward_in_parts
-        outputs = run(batches)
+        outputs = run(batches, self.kept_inputs.features([model_inputs(batch) for batch in batches], self.model))
         return {name: value.detach() for name, value in outputs.items()}
 
-    def _backward_whole(self, batches: list[dict]) -> dict[str, Tensor]:
+    def _backward_whole(self, batches: list[dict], again: dict[str, Tensor]) -> dict[str, Tensor]:
         (batch,) = batches
-        outputs = self._loss(self.model(**model_inputs(batch)), self.constants(batch))
+        outputs = self._loss(self.model(**model_inputs(batch)), self.constants(batch) | again)
         self.accelerator.backward(total_loss(outputs))
         return outputs
 
-    def _backward_in_parts(self, batches: list[dict]) -> dict[str, Tensor]:
+    def _backward_in_parts(self, batches: list[dict], again: dict[str, Tensor]) -> dict[str, Tensor]:
         """The gradient of the concatenated batches with the memory of one (GradCache, Gao et al., 2021).
 
         Features of all parts are computed without gradient, the loss is taken once on all of them, and each part is
@@ -160,7 +165,7 @@ class Trainer:
         leaves = {key: value.detach().clone() for key, value in concatenated(parts).items()}
         for leaf in leaves.values():
             leaf.requires_grad_(leaf.is_floating_point())
-        outputs = self._loss(leaves, concatenated([self.constants(batch) for batch in batches]))
+        outputs = self._loss(leaves, concatenated([self.constants(batch) for batch in batches]) | again)
         self.accelerator.backward(total_loss(outputs))
         sizes = [len(batch["image"]) for batch in batches]
         gradients = {key: leaf.grad.split(sizes) for key, leaf in leaves.items() if leaf.grad is not None and leaf.ndim}

@@ -11,15 +11,15 @@ from openclip_ext.ops.pairs import PairBatch
 class Chain:
     """What the chains of this rank's anchors in one direction choose from.
 
-    Candidates are the columns of the global batch. An anchor's own column, its positive, holds its stored state, unless
-    that is a sample of the batch: then the chain starts at its column, whose embedding is current.
+    Candidates are the columns of the global batch, and those of recent steps behind them. An anchor's own column, its
+    positive, holds its stored state, unless that is a sample of the batch: then the chain starts at its column, whose
+    embedding is current.
 
     Attributes:
-        scores: (B, G), -inf for what is no candidate.
+        scores: (B, G + S), -inf for what is no candidate.
         start: (B,) column of the state before the visit; -1: there is none.
         waiting: (B,), whether the own column holds a stored state.
         stored_gap: (B,), score of the stored state minus that of the positive, with gradient; 0 where none waits.
-        log_mean_ratio: (B,), log of the mean of exp(s_ij - s_ii) over the batch's negatives.
 
     Args:
         pairs: the global batch.
@@ -30,22 +30,37 @@ class Chain:
 
     def __init__(self, pairs: PairBatch, direction: int, stored_ids: Tensor, stored: Tensor) -> None:
         anchors, partners, _, _ = list(pairs.directions())[direction]
+        self._pairs, self._direction = pairs, direction
+        self._anchors = anchors
         self.own = torch.arange(len(anchors), device=anchors.device)[:, None] + pairs.own_rows.start
-        positive = pairs.logit_scale * (anchors * partners).sum(1)
+        self._positive = pairs.logit_scale * (anchors * partners).sum(1)
         stored_score = pairs.logit_scale * (anchors * stored).sum(1)
         column = _first_column(pairs.all_ids, stored_ids)
         self.waiting = (stored_ids >= 0) & (column < 0)
-        self.stored_gap = torch.where(self.waiting, stored_score - positive, 0.0)
+        self.stored_gap = torch.where(self.waiting, stored_score - self._positive, 0.0)
         with torch.no_grad():
             scores = pairs.scores[direction].masked_fill(pairs.same, -torch.inf)
-            self.log_mean_ratio = scores.logsumexp(1) - positive - pairs.log_count
             held = torch.where(self.waiting, stored_score, -torch.inf)[:, None]
             self.scores = scores.scatter_(1, self.own, held)
+            if pairs.stored is not None:
+                # A recent column of the sample that waits would be that candidate twice.
+                same = pairs.same_stored | (pairs.stored.ids == stored_ids[:, None])
+                recent = pairs.stored_scores[direction].masked_fill(same, -torch.inf)
+                self.scores = torch.cat([self.scores, recent], dim=1)
             self.start = torch.where(self.waiting, self.own[:, 0], column)
 
     def in_batch(self, weights: Tensor) -> Tensor:
-        """Weights without those of stored states."""
-        return weights.scatter(1, self.own, 0.0)
+        """Weights of the batch's columns, without those of stored states, (B, G)."""
+        return weights[:, : len(self._pairs.all_ids)].scatter(1, self.own, 0.0)
+
+    def recent_gap(self, weights: Tensor) -> Tensor | float:
+        """The weighted sum of `s_ij - s_ii` over the columns j of recent steps, (B,), with gradient."""
+        recent = self._pairs.stored
+        if recent is None:
+            return 0.0
+        weights = weights[:, len(self._pairs.all_ids) :].to(self._anchors.dtype)
+        mixed = weights @ (recent.image if self._direction else recent.text)
+        return self._pairs.logit_scale * (self._anchors * mixed).sum(1) - weights.sum(1) * self._positive
 
     def stored_weight(self, visit: Visit) -> Tensor:
         """Weights of stored states, (B,)."""

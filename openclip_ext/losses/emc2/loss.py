@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from openclip_ext.errors import UserError
-from openclip_ext.losses.base import Loss, LossContext, require_widths
+from openclip_ext.losses.base import LossContext, PairLoss, require_widths
 from openclip_ext.losses.emc2.chain import Chain, chain_report
 from openclip_ext.losses.emc2.kernels import Visit, metropolis_hastings, resampled
 from openclip_ext.losses.placement import named_flags, require_placement
+from openclip_ext.losses.recent import RecentOptions, recent_needs
 from openclip_ext.ops.counter_random import uniform
 from openclip_ext.ops.gather import global_mean
-from openclip_ext.ops.pairs import PairBatch, gather_pairs, weighted_pair_loss
+from openclip_ext.ops.pairs import PairBatch, log_mean_ratio, weighted_pair_loss
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
 from openclip_ext.state.negative_bank import NegativeBank
@@ -24,7 +25,7 @@ KERNELS = ("mh", "isir")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RecentOptions):
     kernel: Literal["mh", "isir"] = option(
         "isir", "how a chain moves: Metropolis-Hastings (the paper), or resampling, which averages over its draws"
     )
@@ -57,7 +58,7 @@ class Options:
         require_placement("bank", self.bank_device, self.bank_path)  # found wrong as early as other options
 
 
-class EMC2Loss(Loss):
+class EMC2Loss(PairLoss):
     """Target: the decoupled global loss `mean_i log sum_{j != i} exp(s_ij - s_ii)`, directions averaged.
 
     Its gradient is `E_{j ~ p_i} grad s_ij - grad s_ii`, `p_i(j) ~ exp(s_ij)` over all N - 1 negatives. The expectation
@@ -69,7 +70,8 @@ class EMC2Loss(Loss):
                     isir: the next state is drawn from the softmax of the candidates
         weights     mh: share of kept steps spent at each candidate, the stored state included; isir: the softmax
 
-    Gradients flow through both sides of a pair of the batch, and through the anchor only for a stored embedding.
+    Columns of recent steps join the candidates, if options say so. Gradients flow through both sides of a pair of the
+    batch, and through the anchor only for a stored embedding.
 
     `decoupled=false` keeps the positive in the denominator: each anchor's term is multiplied by `K Z / (1 + K Z)`,
     with Z the batch's mean of exp(s_ij - s_ii), or its running average for gamma < 1.
@@ -103,6 +105,8 @@ class EMC2Loss(Loss):
         *,
         sample_ids: Tensor,
         stored_features: Tensor | None = None,
+        image_features_again: Tensor | None = None,
+        text_features_again: Tensor | None = None,
         **extra: Tensor,
     ) -> dict[str, Tensor]:
         """The loss of the global batch.
@@ -113,19 +117,26 @@ class EMC2Loss(Loss):
             logit_scale: (), the inverse temperature.
             sample_ids: (B,), in [0, num_samples).
             stored_features: (2, B, D), embeddings of `stored_ids(sample_ids)`; with bank=index only.
+            image_features_again: (B', D), of the step that `probe` asked to keep, encoded now.
+            text_features_again: (B', D), likewise.
 
         Returns:
             contrastive_loss: the batch's estimate of the target, with the chains' gradient.
-            acceptance, stored_weight, age_mean, age_max, effective_samples: see `ops.chain.chain_report`.
+            acceptance, stored_weight, age_mean, age_max, effective_samples: see `chain.chain_report`.
 
         Raises:
             IndexError: a sample id outside of the bank.
         """
-        pairs = self._gather(image_features, text_features, logit_scale, sample_ids)
+        pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
         chains, visits = self._move_chains(pairs, stored_features, self.steps_taken)
-        loss = self._loss(pairs, chains, visits)
+        log_mean = log_mean_ratio(pairs)
+        loss = self._loss(pairs, log_mean, chains, visits)
         ages = self.steps_taken - self.bank.stored_at.read(pairs.ids)
-        return {"contrastive_loss": loss} | chain_report(chains, visits, ages, self.context.world_size)
+        report = chain_report(chains, visits, ages, self.context.world_size)
+        if self.recent is not None:
+            self.recent.visit(pairs, log_mean, image_features_again, text_features_again)
+            report |= self.recent.report()
+        return {"contrastive_loss": loss} | report
 
     @torch.no_grad()
     def warm_start(
@@ -142,12 +153,12 @@ class EMC2Loss(Loss):
 
         Arguments are those of `compute`.
         """
-        pairs = self._gather(image_features, text_features, logit_scale, sample_ids)
+        pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
         # Draws of their own, so that a sample's first step does not repeat them.
         chains, _ = self._move_chains(pairs, stored_features, torch.full_like(self.steps_taken, -1))
         self.bank.commit(self.steps_taken)
         if self.rates is not None:
-            self.rates.visit(pairs, self._log_rate(chains), self.options.gamma)
+            self.rates.visit(pairs, log_mean_ratio(pairs) + self.log_negatives, self.options.gamma)
             self.rates.commit()
 
     def stored_ids(self, sample_ids: Tensor) -> Tensor:
@@ -155,15 +166,12 @@ class EMC2Loss(Loss):
         return self.bank.ids.read(sample_ids)
 
     def commit(self) -> None:
-        """Write the chains' states of this step's samples."""
+        """Write the chains' states of this step's samples, and its pairs."""
+        super().commit()
         self.bank.commit(self.steps_taken)
         if self.rates is not None:
             self.rates.commit()
         self.steps_taken += 1
-
-    def _gather(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, ids: Tensor) -> PairBatch:
-        context = self.context
-        return gather_pairs(image_features, text_features, logit_scale, ids, context.rank, context.world_size)
 
     def _move_chains(
         self, pairs: PairBatch, stored_features: Tensor | None, step: Tensor
@@ -177,7 +185,10 @@ class EMC2Loss(Loss):
         ]
         visits = [self._visit(chain, pairs.ids, direction, step) for direction, chain in enumerate(chains)]
         state = torch.stack([chain.moved_to(visit) for chain, visit in zip(chains, visits, strict=True)])
-        self.bank.stage(pairs.all_ids, pairs.gathered(state), (pairs.all_text, pairs.all_image))
+        columns = [pairs.all_ids, pairs.all_text, pairs.all_image]
+        if recent := pairs.stored:
+            columns = [torch.cat(both) for both in zip(columns, (recent.ids, recent.text, recent.image), strict=True)]
+        self.bank.stage(pairs.all_ids, pairs.gathered(state), *columns)
         return chains, visits
 
     def _visit(self, chain: Chain, ids: Tensor, direction: int, step: Tensor) -> Visit:
@@ -200,12 +211,8 @@ class EMC2Loss(Loss):
         common = uniform(step, torch.arange(steps, device=ids.device), 2 * stream)
         return (common[:, None] + uniform(step, ids, 2 * stream + 1)).frac()
 
-    def _log_rate(self, chains: list[Chain]) -> Tensor:
-        """log of K Z, (2, B)."""
-        return torch.stack([chain.log_mean_ratio for chain in chains]) + self.log_negatives
-
-    def _loss(self, pairs: PairBatch, chains: list[Chain], visits: list[Visit]) -> Tensor:
-        log_rate = self._log_rate(chains)
+    def _loss(self, pairs: PairBatch, log_mean: Tensor, chains: list[Chain], visits: list[Visit]) -> Tensor:
+        log_rate = log_mean + self.log_negatives  # of K Z
         weights = [chain.in_batch(visit.weights) for chain, visit in zip(chains, visits, strict=True)]
         value, share = log_rate, torch.ones_like(log_rate)
         if not self.options.decoupled:
@@ -215,9 +222,9 @@ class EMC2Loss(Loss):
             share = log_rate.sigmoid()
             weights = [weight * factor[:, None] for weight, factor in zip(weights, share, strict=True)]
         loss = weighted_pair_loss(pairs, value=value, weights=weights)
-        # What a stored state adds to the gradient, and nothing to the value.
+        # What stored embeddings add to the gradient, and nothing to the value.
         for chain, visit, factor in zip(chains, visits, share, strict=True):
-            term = factor * chain.stored_weight(visit) * chain.stored_gap
+            term = factor * (chain.stored_weight(visit) * chain.stored_gap + chain.recent_gap(visit.weights))
             term = global_mean(term.sum(), len(term), self.context.world_size) / 2
             loss = loss + (term - term.detach())
         return loss
@@ -237,6 +244,9 @@ SPEC = LossSpec(
     summary="Markov chains sample negatives of the whole training set; a bank holds each sample's current one",
     paper="Yau et al., ICML 2024",
     options=Options,
-    needs=lambda options: frozenset({"sample_ids", "stored_features" if options.bank == "index" else "widths"}),
+    needs=lambda options: (
+        recent_needs(options)
+        | {"sample_ids", "num_samples", "stored_features" if options.bank == "index" else "widths"}
+    ),
     build=EMC2Loss,
 )

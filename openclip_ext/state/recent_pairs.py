@@ -1,0 +1,191 @@
+"""The pairs of recent steps, and how far the model has moved since.
+
+    K   steps that are kept     R   pairs of one step, on all ranks     D   width of the embeddings
+
+A stored pair is where the model was. Used after the model has moved too far, it pushes the batch away from where
+features were, which makes the model move faster. So freshness is measured: the pairs of one step are encoded again 1,
+2, 4, … steps later, and only ages at which scores with them are still right may join the batch.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from openclip_ext.ops.gather import mean_over_ranks
+from openclip_ext.ops.pairs import PairBatch, StoredPairs
+from openclip_ext.state.table import require_room
+
+#: Buffers that hold something of every pair of a step.
+_ROWS = ("image", "text", "ids", "log_sum", "count", "positive")
+
+
+class RecentPairs(nn.Module):
+    """The pairs of the last K steps, the same on all ranks, and how many of those steps may join the batch.
+
+    `stage` remembers, `commit` writes, once per optimizer step. The first step is the first whose size is known: then
+    the memory is taken, 4 K R (2 D + 7) bytes. A step of another size starts it anew.
+
+    Args:
+        num_steps: K.
+        check_every: optimizer steps between two checks of freshness.
+        limit: largest error of scores, in logits, with which an age may join.
+        device: where the module is.
+    """
+
+    def __init__(self, num_steps: int, check_every: int, limit: float, device: torch.device) -> None:
+        super().__init__()
+        self.num_steps, self.check_every, self.limit = num_steps, check_every, limit
+        self.ages = [2**power for power in range(num_steps.bit_length()) if 2**power < num_steps] + [num_steps]
+        self._allocate(0, 0, torch.float32, device)
+        # Of the host, which decides by it, and in `clock` of the state: steps committed, steps held, step at which the
+        # check under way began (-1: none), ages it has passed, and the age up to which stored steps may join.
+        self.steps, self.held, self.began, self.passed, self.usable = 0, 0, -1, 0, 0
+        self.errors: dict[int, float] = {}  # by age
+        self.register_buffer("clock", torch.zeros(5, dtype=torch.int64, device=device))
+        self.register_buffer("error", torch.full((len(self.ages),), math.nan, device=device))
+        self._staged: dict[str, Tensor] | None = None
+        self._found: tuple[int, Tensor] | None = None
+
+    @property
+    def probe(self) -> str | None:
+        """What is asked of the loop in this step: to `keep` its inputs, or to `encode` those it kept again."""
+        if self.began < 0 or self.steps - self.began >= max(self.check_every, self.num_steps + 1):
+            return "keep"
+        return "encode" if self.steps - self.began in self.ages and self._under_way else None
+
+    @property
+    def _under_way(self) -> bool:
+        return self.passed >= 0
+
+    def joining(self) -> StoredPairs | None:
+        """The pairs that may join the batch now; None: there are none."""
+        count = min(self.usable, self.held)
+        if count == 0:
+            return None
+        steps = [(self.steps - age) % self.num_steps for age in range(1, count + 1)]
+        rows = {name: torch.cat([getattr(self, name)[step] for step in steps], dim=-1 if name == "log_sum" else 0)
+                for name in _ROWS}  # fmt: skip
+        return StoredPairs(**rows)
+
+    def visit(self, pairs: PairBatch, log_mean: Tensor, image_again: Tensor | None, text_again: Tensor | None) -> None:
+        """Stage the global batch, and check freshness where the loop has encoded again what it kept."""
+        self.stage(pairs, log_mean)
+        if self.probe == "encode" and image_again is not None:
+            self.check(pairs, image_again, text_again)
+
+    @torch.no_grad()
+    def stage(self, pairs: PairBatch, log_mean: Tensor) -> None:
+        """Remember the global batch for `commit`, with `log mean_j r_ij` of own anchors, (2, B).
+
+        Replaces what was staged before. A collective call over several ranks.
+        """
+        own = torch.cat([log_mean + pairs.positive + pairs.log_count, pairs.count[None], pairs.positive[None]])
+        gathered = pairs.gathered(own)
+        self._staged = {
+            "image": pairs.all_image,
+            "text": pairs.all_text,
+            "ids": pairs.all_ids,
+            "log_sum": gathered[:2],
+            "count": gathered[2],
+            "positive": gathered[3],
+        }
+
+    @torch.no_grad()
+    def check(self, pairs: PairBatch, image_again: Tensor, text_again: Tensor) -> None:
+        """Measure the error of the age at hand; `commit` draws the conclusion. A collective call over several ranks.
+
+        The error is the root mean square, over anchors of the batch and columns of the kept step, of their score with
+        the stored column minus that with the column encoded now; the larger one of both directions.
+
+        Args:
+            pairs: the global batch.
+            image_again: (B', D), this rank's images of the kept step, encoded now.
+            text_again: (B', D), its texts.
+        """
+        step = self.began % self.num_steps
+        own = slice(pairs.rank * len(image_again), (pairs.rank + 1) * len(image_again))
+        squares = [
+            (pairs.logit_scale * anchors @ (column[step, own] - again.to(column.dtype)).T).square().mean()
+            for anchors, column, again in ((pairs.image, self.text, text_again), (pairs.text, self.image, image_again))
+        ]
+        mean = mean_over_ranks(torch.stack(squares), len(pairs.sizes))
+        self._found = self.steps - self.began, mean.max().sqrt()
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Write the pairs of this step, and what a check of this step has found."""
+        if self._staged is None:
+            return
+        rows, self._staged = self._staged, None
+        asked, features = self.probe, rows["image"]
+        if self.image.shape[1:] != features.shape:
+            self._allocate(*features.shape, features.dtype, features.device)
+            self.held, self.usable, asked = 0, 0, "keep"
+        for name, value in rows.items():
+            getattr(self, name)[self.steps % self.num_steps].copy_(value)
+        self._conclude(asked)
+        self.steps, self.held = self.steps + 1, min(self.held + 1, self.num_steps)
+        self._write_clock()
+
+    def _conclude(self, asked: str | None) -> None:
+        """Go on with the check that is under way, or begin one with the step just written."""
+        if asked == "keep":
+            self.began, self.passed = self.steps, 0
+        elif asked == "encode":
+            if self._found is None:  # the loop has not kept what it was asked to, or no longer: begin again
+                self.began = -1
+                return
+            (age, error), self._found = self._found, None
+            self.errors[age] = float(error)
+            self.error[self.ages.index(age)] = error
+            if self.errors[age] <= self.limit:
+                self.passed = age
+                if age == self.num_steps:
+                    self.usable = age
+            else:
+                self.usable, self.passed = age - 1, -1  # of what lies between two ages measured, the younger half
+
+    def _write_clock(self) -> None:
+        self.clock.copy_(torch.tensor([self.steps, self.held, self.began, self.passed, self.usable]))
+
+    def report(self) -> dict[str, Tensor]:
+        """How many steps join, and the error of each age when it was last measured, in logits."""
+        used = {"recent_batches_used": torch.tensor(float(min(self.usable, self.held)))}
+        return used | {f"recent_error_{age}": torch.tensor(error) for age, error in self.errors.items()}
+
+    def _allocate(self, size: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        steps = self.num_steps
+        if size:
+            number = dtype.itemsize
+            needed = steps * size * (2 * width * number + 4 * number + 8 + number)
+            require_room(needed, device, f"memory of {steps} recent steps of {size} pairs")
+        for name, shape in {
+            "image": (steps, size, width),
+            "text": (steps, size, width),
+            "ids": (steps, size),
+            "log_sum": (steps, 2, size),
+            "count": (steps, size),
+            "positive": (steps, size),
+        }.items():
+            kind = torch.int64 if name == "ids" else dtype
+            self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Take over a memory of any size; of more steps than are kept here, the latest."""
+        saved = {name: state_dict[prefix + name] for name in (*_ROWS, "clock") if prefix + name in state_dict}
+        if "clock" in saved:
+            steps, held, began, passed, usable = saved["clock"].tolist()
+            kept = min(held, self.num_steps)
+            self._allocate(*saved["image"].shape[1:], saved["image"].dtype, self.clock.device)
+            for step in range(steps - kept, steps):
+                for name in _ROWS:
+                    getattr(self, name)[step % self.num_steps] = saved[name][step % len(saved[name])]
+            if len(saved["image"]) != self.num_steps:  # its check is of other ages
+                began, passed, usable = -1, 0, min(usable, self.num_steps)
+                state_dict[prefix + "error"] = torch.full_like(self.error, math.nan)
+            self.steps, self.held, self.began, self.passed, self.usable = steps, kept, began, passed, usable
+            self._write_clock()
+            state_dict |= {prefix + name: getattr(self, name) for name in (*_ROWS, "clock")}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.errors = {age: e for age, e in zip(self.ages, self.error.tolist(), strict=True) if not math.isnan(e)}

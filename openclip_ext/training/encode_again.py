@@ -1,0 +1,69 @@
+"""Running the model again on inputs it was given before, for losses that ask how far it has moved (`Loss.probe`)."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from openclip_ext.losses import Loss
+
+Inputs = dict[str, Tensor]
+
+
+class KeptInputs:
+    """What the model was given in the step that the loss asked to keep.
+
+    Args:
+        loss: whose `probe` says when to keep and when to encode.
+        model: whose dropout is off while it encodes again.
+    """
+
+    def __init__(self, loss: Loss, model: nn.Module) -> None:
+        self._loss, self._model = loss, model
+        self._kept: list[Inputs] | None = None
+
+    def forget(self) -> None:
+        """Let the loss begin anew, as after a resume: so a run that was stopped goes on as one that was not."""
+        self._kept = None
+
+    @torch.no_grad()
+    def features(self, inputs: list[Inputs], run: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What the loss is to be given in this step, beside the features of the step itself; mostly nothing.
+
+        Args:
+            inputs: of the model in this step, per accumulated batch.
+            run: the model, or what runs it.
+        """
+        probe = self._loss.probe
+        if probe == "keep":
+            self._kept = [_first_views(part) for part in inputs]
+        if probe != "encode" or self._kept is None:
+            return {}
+        with settled(self._model):
+            parts = [run(**part) for part in self._kept]
+        names = [name for name in parts[0] if "_features" in name]
+        return {f"{name}_again": torch.cat([part[name] for part in parts]) for name in names}
+
+
+def _first_views(inputs: Inputs) -> Inputs:
+    """Without second views, unless those are what an image is paired with."""
+    return {name: x for name, x in inputs.items() if "text" not in inputs or name in ("image", "text")}
+
+
+@contextlib.contextmanager
+def settled(model: nn.Module) -> Iterator[None]:
+    """The model without dropout of any kind; BatchNorm as in training, its running statistics put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    for module, _ in modes:
+        module.training = isinstance(module, _BatchNorm) and module.training
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

@@ -1,0 +1,217 @@
+"""Pairs of recent steps in the batch: gradient against loops, freshness, bounds, ranks, and state."""
+
+import math
+
+import pytest
+import torch
+
+import oracles
+import rank_jobs
+from openclip_ext import UserError, create_loss
+from openclip_ext.testing import check_loss
+
+B, D, N = 5, 4, 40
+SCALE = torch.tensor(6.0, dtype=torch.float64)
+FORMS = {
+    "clip": {},
+    "dcl": {},
+    "batch_corrected": {"num_samples": N},
+    "sogclr": {"num_samples": N, "gamma": 1},
+    "gamma_decomp": {"num_samples": N, "gamma": 1},
+}
+
+
+def recent_loss(name, steps=3, **options):
+    return create_loss(name, **FORMS[name], **({"recent_batches": steps, "recent_check": 1} | options))
+
+
+def batch(step, size=B):
+    image, text = oracles.unit(2, size, D, seed=step)
+    return image, text, torch.arange(size) + 3 * step  # neighbours share samples
+
+
+def take_step(loss, fresh, kept, moved=0.0, scale=SCALE):
+    """One step of a loop that keeps and encodes again as asked; `moved` is added to features encoded again."""
+    image, text, ids = fresh
+    again = {}
+    if loss.probe == "keep":
+        kept[:] = [fresh]
+    elif loss.probe == "encode" and kept:
+        again = {f"{name}_features_again": x + moved for name, x in zip(("image", "text"), kept[0][:2], strict=True)}
+    outputs = loss(image, text, scale, sample_ids=ids, **again)
+    loss.commit()
+    return outputs
+
+
+def filled(name, steps=3, **options):
+    """A loss whose recent pairs were found fresh, with the batches it has seen."""
+    loss, kept, seen = recent_loss(name, steps, **options), [], []
+    while not seen or loss.base.recent.usable < steps:
+        seen.append(batch(len(seen)))
+        take_step(loss, seen[-1], kept)
+    return loss, seen
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_gradient_is_that_of_loops_over_all_pairs(name):
+    loss, seen = filled(name)
+    recent = loss.base.recent.joining()
+    assert sorted(recent.ids.tolist()) == sorted(torch.cat([ids for *_, ids in seen[-3:]]).tolist())
+    image, text, ids = batch(len(seen))
+    leaves = [x.clone().requires_grad_() for x in (image, text, SCALE)]
+    value = loss(*leaves, sample_ids=ids)["contrastive_loss"]
+    found = torch.autograd.grad(value, leaves)
+    expected = [x.clone().requires_grad_() for x in (image, text, SCALE)]
+    stored = (recent.image, recent.text, recent.ids, recent.log_sum, recent.count)
+    total = oracles.with_recent_pairs(name, (*expected[:2], ids), stored, expected[2], N - 1)
+    for ours, theirs in zip(found, torch.autograd.grad(total, expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    for direction, anchors, columns in ((0, image, text), (1, text, image)):  # what the youngest anchors had
+        others = [SCALE * anchors[0] @ columns[j] for j in range(1, B)]
+        old = recent.text if direction == 0 else recent.image
+        others += [SCALE * anchors[0] @ old[c] for c in range(len(recent.ids)) if recent.ids[c] != ids[0]]
+        loss.commit() if direction == 0 else None
+        newest = loss.base.recent.joining()
+        torch.testing.assert_close(newest.log_sum[direction, 0], torch.stack(others).logsumexp(0))
+        assert newest.count[0] == len(others) and newest.ids[0] == ids[0]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_without_features_encoded_again_no_stored_pair_joins(name):
+    with_them, without = recent_loss(name), create_loss(name, **FORMS[name])
+    for step in range(8):
+        image, text, ids = batch(step)
+        values = []
+        for loss in (with_them, without):
+            leaves = [x.clone().requires_grad_() for x in (image, text, SCALE)]
+            value = loss(*leaves, sample_ids=ids)["contrastive_loss"]
+            values.append((value.detach(), *torch.autograd.grad(value, leaves)))
+            loss.commit()
+        torch.testing.assert_close(*values)
+    assert with_them.base.recent.joining() is None
+
+
+def test_stored_anchors_weigh_no_more_than_in_the_batch_alone():
+    """However wrong a stored log sum is, an anchor of `dcl` pushes with a weight of at most one in all."""
+    loss, seen = filled("dcl")
+    loss.base.recent.log_sum.fill_(-1e4)
+    image, text, ids = batch(len(seen))
+    leaves = [x.clone().requires_grad_() for x in (image, text)]
+    gradients = torch.autograd.grad(loss(*leaves, 100 * SCALE, sample_ids=ids)["contrastive_loss"], leaves)
+    stored = 3 * B
+    for gradient in gradients:  # two directions of fresh anchors with their positives, and stored ones, all of norm one
+        assert gradient.norm(dim=1).sum() <= 100 * SCALE * (4 * B + stored) / (2 * B) + 1e-6
+
+
+def test_an_age_whose_scores_have_moved_stays_out():
+    loss, kept, used = recent_loss("dcl", steps=8), [], []
+    for step in range(30):
+        age = step - loss.base.recent.began
+        outputs = take_step(loss, batch(step), kept, moved=0.02 * age if step else 0.0)
+        used.append(int(outputs["recent_batches_used"]))
+    # Moved by .02 in each of 4 components, a column's score moves by about .02 age * 6 for anchors of unit norm.
+    assert used[0] == 0 and 0 < used[-1] < 8
+    recent = loss.base.recent
+    passed = [age for age, error in recent.errors.items() if error <= 0.25]
+    failed = [age for age, error in recent.errors.items() if error > 0.25]
+    assert passed and failed and used[-1] == min(failed) - 1 >= max(passed)
+
+
+def test_the_error_is_the_root_mean_square_of_scores():
+    loss, kept = recent_loss("dcl", steps=1), []
+    first, second = batch(0), batch(1)
+    take_step(loss, first, kept)
+    image_again, text_again = oracles.unit(2, B, D, seed=9)
+    outputs = loss(*second[:2], SCALE, sample_ids=second[2], image_features_again=image_again,
+                   text_features_again=text_again)  # fmt: skip
+    loss.commit()
+    errors = [
+        sum((SCALE * anchor @ (old - new)) ** 2 for anchor in anchors for old, new in zip(stored, again, strict=True))
+        for anchors, stored, again in ((second[0], first[1], text_again), (second[1], first[0], image_again))
+    ]
+    expected = math.sqrt(max(errors) / B**2)
+    assert loss.base.recent.report()["recent_error_1"] == pytest.approx(expected)
+    assert outputs["recent_batches_used"] == 0
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_equal_one(ranks, num_ranks):
+    (single,) = ranks.run(rank_jobs.recent_steps, 1, "batch_corrected", 6)
+    assert single["used"] == 2
+    for found in ranks.run(rank_jobs.recent_steps, num_ranks, "batch_corrected", 6):
+        torch.testing.assert_close(found, single, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["clip", "dcl", "gamma_decomp"])
+def test_every_check_holds(ranks, name):
+    check_loss(name, ranks=ranks, num_ranks=(2,), recent_batches=2, recent_check=1)
+
+
+def test_a_state_goes_on_bit_for_bit_and_with_another_number_of_steps():
+    loss, seen = filled("gamma_decomp", steps=4)
+    fresh = batch(len(seen))
+
+    def gradient(loss):
+        leaves = [x.clone().requires_grad_() for x in fresh[:2]]
+        outputs = loss(*leaves, SCALE, sample_ids=fresh[2])
+        return torch.autograd.grad(outputs["contrastive_loss"], leaves)
+
+    copy = recent_loss("gamma_decomp", steps=4)
+    copy.load_state_dict(loss.state_dict())
+    assert all(map(torch.equal, gradient(copy), gradient(loss)))
+    for steps in (2, 6):
+        other = recent_loss("gamma_decomp", steps=steps)
+        other.load_state_dict(loss.state_dict())
+        kept = other.base.recent.joining().ids.tolist()
+        assert kept == [i for *_, ids in reversed(seen[-min(steps, 4) :]) for i in ids.tolist()]
+        assert len(other.state_dict()["base.recent.image"]) == steps
+
+
+def test_a_step_of_another_size_starts_anew():
+    loss, seen = filled("dcl")
+    take_step(loss, batch(len(seen), size=3), [])
+    assert loss.base.recent.joining() is None
+    take_step(loss, batch(len(seen) + 1, size=3), [])
+
+
+def test_a_loss_without_use_for_them_refuses_them():
+    with pytest.raises(UserError, match="loss siglip has no option 'recent_batches'"):
+        create_loss("siglip", recent_batches=2)
+    with pytest.raises(UserError, match="recent_batches=-1: .* must be int >= 0"):
+        create_loss("dcl", recent_batches=-1)
+
+
+def test_chains_move_to_columns_of_recent_steps():
+    """`emc2` with all pairs of the data among batch and recent steps: its gradient is that of the exact softmax."""
+    size, steps = 4, 3
+    image, text = oracles.unit(2, size * (steps + 1), D, seed=5)
+    ids = torch.arange(len(image))
+    loss, kept = create_loss("emc2", num_samples=len(image), embed_dim=D, bank_dtype="float32", recent_batches=steps,
+                             recent_check=1), []  # fmt: skip
+    own = [slice(size * (step % (steps + 1)), size * (step % (steps + 1) + 1)) for step in range(4 * (steps + 1) + 1)]
+    for part in own[:-1]:
+        take_step(loss, (image[part], text[part], ids[part]), kept)
+    # The waiting state is a sample that the batch or a recent step holds too, and counts once.
+    leaves = [x[own[-1]].clone().requires_grad_() for x in (image, text)]
+    outputs = loss(*leaves, SCALE, sample_ids=ids[own[-1]])
+    assert outputs["recent_batches_used"] == steps
+    found = torch.autograd.grad(outputs["contrastive_loss"], leaves)
+    everything = [x.clone().requires_grad_() for x in (image, text)]
+    # Of columns of recent steps the anchor's side alone: take the columns as constants there.
+    total = 0.0
+    for anchors, columns in (everything, everything[::-1]):
+        for i in range(*own[-1].indices(len(image))):
+            in_batch = range(*own[-1].indices(len(image)))
+            scores = torch.stack(
+                [SCALE * anchors[i] @ (columns[j] if j in in_batch else columns[j].detach())
+                 for j in range(len(image)) if j != i]
+            )  # fmt: skip
+            total = total + scores.logsumexp(0) - SCALE * anchors[i] @ columns[i]
+    expected = torch.autograd.grad(total / (2 * size), everything)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs[own[-1]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["isir", "mh"])
+def test_every_check_holds_for_chains(ranks, kernel):
+    check_loss("emc2", ranks=ranks, num_ranks=(2,), gradcheck=kernel == "isir", recent_batches=2, kernel=kernel)
