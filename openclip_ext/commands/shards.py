@@ -27,7 +27,11 @@ def _add_pack(actions) -> None:
     pack.add_argument("out", help="the folder to write shards and sizes.json to")
     pack.add_argument("--csv-img-key", default="filepath", help="column of image paths (default: %(default)s)")
     pack.add_argument("--csv-caption-key", default="title", help="column of captions (default: %(default)s)")
-    pack.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
+    pack.add_argument("--csv-separator", metavar="CHARACTER", help="between columns; default: recognised")
+    pack.add_argument(
+        "--one-row-per-sample", action="store_true",
+        help="write a sample for each row of the CSV; default: one for each image, with the captions of all its rows",
+    )  # fmt: skip
     pack.add_argument(
         "--template", default="a photo of a {}",
         help="caption of an image without a .txt beside it; {} is its folder's name (default: %(default)s)",
@@ -43,25 +47,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from openclip_ext.data import pack
+    from openclip_ext.data.pack import pack
+    from openclip_ext.data.pairs import captions_by_image, pairs_from_csv, pairs_from_folder
 
     if args.samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {args.samples_per_shard}: must be at least 1")
     if os.path.isdir(args.source):
-        pairs = pack.pairs_from_folder(args.source, args.template)
+        pairs = pairs_from_folder(args.source, args.template)
     else:
-        pairs = pack.pairs_from_csv(args.source, args.csv_img_key, args.csv_caption_key, args.csv_separator)
+        pairs = pairs_from_csv(args.source, args.csv_img_key, args.csv_caption_key, args.csv_separator)
+        by_image = captions_by_image(pairs)
+        if len(by_image) < len(pairs) and not args.one_row_per_sample:
+            pairs = list(by_image.items())
     seed = args.seed if args.shuffle else None
-    sizes = pack.pack(pairs, args.out, samples_per_shard=args.samples_per_shard, shuffle_seed=seed)
-    print(f"{args.out}: {len(sizes)} shards, {sum(sizes.values())} samples, sizes.json")
+    packed = pack(pairs, args.out, samples_per_shard=args.samples_per_shard, shuffle_seed=seed)
+    sizes = packed.sizes
+    where = f", in JSON under {sizes.caption_key!r}, as sizes.json notes" if sizes.caption_key else ""
+    print(f"{args.out}: {len(sizes.of_shard)} shards, {sizes.total} images, {packed.num_captions} captions{where}")
     return 0
 
 
 def _index(args: argparse.Namespace) -> int:
-    from openclip_ext.data.pack import index
+    from openclip_ext.data.sizes import index
 
     sizes = index(args.folder)
-    print(f"{args.folder}/sizes.json: {len(sizes)} shards, {sum(sizes.values())} samples")
+    print(f"{args.folder}/sizes.json: {len(sizes.of_shard)} shards, {sizes.total} samples")
     return 0
 
 

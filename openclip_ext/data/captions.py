@@ -29,24 +29,40 @@ class CaptionFormat:
             return [text]
         return [part for part in map(str.strip, text.split(self.separator)) if part] or [""]
 
-    def of_sample(self, sample: dict, record: tar.Record) -> list[str] | None:
-        """The captions of a shard's sample, or None, recorded, where there is none or it cannot be read."""
-        if self.key is None:
-            text = tar.decode_caption(sample, record)
-            return None if text is None else self.split(text)
+    def of_sample(self, sample: dict, record: tar.Record, noted: Sequence[str] = ()) -> list[str] | None:
+        """The captions of a shard's sample, or None, recorded, where there is none or it cannot be read.
+
+        Args:
+            sample: as `tar.read_shard` yields it.
+            record: told what is wrong.
+            noted: keys, as `sizes.json` has them, that are looked up first where the format names none.
+        """
         try:
-            value = json.loads(sample[tar.JSON_EXTENSION])[self.key]
-        except (KeyError, IndexError, TypeError):  # no JSON, or another kind of it
-            record(tar.MISSING_CAPTION, sample["__url__"])
-            return None
-        except ValueError:
+            texts = _listed(sample, noted if self.key is None else (self.key,))
+        except (ValueError, RecursionError):
             record(tar.CORRUPT_CAPTION, sample["__url__"])
             return None
-        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
+        if not texts and self.key is None:
+            text = tar.decode_caption(sample, record)
+            return None if text is None else self.split(text)
         if not texts:
             record(tar.MISSING_CAPTION, sample["__url__"])
             return None
         return [part for text in texts for part in self.split(text)]
+
+
+def _listed(sample: dict, keys: Sequence[str]) -> list[str]:
+    """The captions under the first of the keys that the sample's JSON has any under; none without JSON.
+
+    Raises ValueError or RecursionError: it is no JSON.
+    """
+    content = json.loads(sample[tar.JSON_EXTENSION]) if keys and tar.JSON_EXTENSION in sample else None
+    for key in keys if isinstance(content, dict) else ():
+        value = content.get(key)
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
+        if texts:
+            return texts
+    return []
 
 
 def one_view(captions: Sequence[str], rng: random.Random) -> str:

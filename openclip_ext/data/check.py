@@ -7,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from openclip_ext.data import tar
+from openclip_ext.data.captions import CaptionFormat
 from openclip_ext.data.listing import ShardListing
 
 DUPLICATE_KEY = "duplicate key"
@@ -36,10 +37,11 @@ def check_shards(listing: ShardListing, *, decode: bool = True, progress: bool =
     """
     seen: collections.Counter[str] = collections.Counter()
     bar = tqdm(listing.urls, unit="shard", desc="check", disable=not progress)
-    return [_check_shard(url, listing.size_of.get(url), seen, decode) for url in bar]
+    return [_check_shard(url, listing, seen, decode) for url in bar]
 
 
-def _check_shard(url: str, expected: int | None, seen: collections.Counter, decode: bool) -> ShardReport:
+def _check_shard(url: str, listing: ShardListing, seen: collections.Counter, decode: bool) -> ShardReport:
+    expected = listing.size_of.get(url)
     skips = tar.Skips()
     samples = 0
     for sample in tar.read_shard(url, skips.record):
@@ -49,8 +51,8 @@ def _check_shard(url: str, expected: int | None, seen: collections.Counter, deco
         seen[sample["__key__"]] += 1
         if seen[sample["__key__"]] > 1:
             skips.record(DUPLICATE_KEY, url)
-        caption = tar.decode_caption(sample, skips.record)
-        if caption is not None and not caption.strip():
+        captions = CaptionFormat().of_sample(sample, skips.record, listing.caption_keys)
+        if captions is not None and not all(map(str.strip, captions)):
             skips.record(EMPTY_CAPTION, url)
         tar.decode_image(sample, skips.record)
     if expected is not None and samples != expected:

@@ -4,16 +4,15 @@ import ast
 import dataclasses
 import functools
 import glob
-import json
 import os
 import zlib
 from collections.abc import Sequence
 
 import braceexpand
 
+from openclip_ext.data.sizes import read_sizes
 from openclip_ext.errors import UserError
 
-SIZES_FILE = "sizes.json"
 LENGTH_FILE = "__len__"
 
 
@@ -26,12 +25,14 @@ class ShardListing:
         weights: one sampling weight per shard, for sampling with replacement; None: all equal.
         sizes: samples per shard as `sizes.json` says, None where there is no such file.
         length: total number of samples, None if neither `sizes.json` nor `__len__` tells.
+        caption_keys: in the samples' JSON, hold their captions, as a `sizes.json` notes; none: captions are text.
     """
 
     urls: tuple[str, ...]
     weights: tuple[float, ...] | None
     sizes: tuple[int, ...] | None
     length: int | None
+    caption_keys: tuple[str, ...] = ()
 
     @functools.cached_property
     def offsets(self) -> dict[str, int]:
@@ -76,8 +77,8 @@ def list_shards(sources: str, upsampling_factors: str | None = None, flag: str =
         for url in _expand(pattern, flag):
             weight_of[url] = weight_of.get(url, 0.0) + factor
     urls = tuple(weight_of)
-    sizes, length = _sizes(urls)
-    return ShardListing(urls, tuple(weight_of.values()) if upsampling_factors else None, sizes, length)
+    sizes, length, caption_keys = _noted(urls)
+    return ShardListing(urls, tuple(weight_of.values()) if upsampling_factors else None, sizes, length, caption_keys)
 
 
 def _factors(upsampling_factors: str | None, patterns: Sequence[str]) -> list[float]:
@@ -121,26 +122,19 @@ def _expand(pattern: str, flag: str) -> list[str]:
     return urls
 
 
-def _sizes(urls: Sequence[str]) -> tuple[tuple[int, ...] | None, int | None]:
-    """Sizes per shard from the `sizes.json` beside each, and the total, if they are known."""
+def _noted(urls: Sequence[str]) -> tuple[tuple[int, ...] | None, int | None, tuple[str, ...]]:
+    """From the `sizes.json` beside the shards: sizes per shard and the total, if they are known, and caption keys."""
     folders = list(dict.fromkeys(os.path.dirname(url) for url in urls))
     known: dict[str, int] = {}
-    for folder in folders:
-        path = os.path.join(folder, SIZES_FILE)
-        if is_local(folder) and os.path.exists(path):
-            known |= {os.path.join(folder, name): int(size) for name, size in read_json(path).items()}
+    keys: dict[str, None] = {}
+    for folder in filter(is_local, folders):
+        if noted := read_sizes(folder):
+            known |= {os.path.join(folder, name): size for name, size in noted.of_shard.items()}
+            keys |= {noted.caption_key: None} if noted.caption_key else {}
     if all(url in known for url in urls):
         sizes = tuple(known[url] for url in urls)
-        return sizes, sum(sizes)
+        return sizes, sum(sizes), tuple(keys)
     if len(folders) == 1 and is_local(folders[0]) and os.path.exists(os.path.join(folders[0], LENGTH_FILE)):
         with open(os.path.join(folders[0], LENGTH_FILE)) as file:
-            return None, int(ast.literal_eval(file.read()))
-    return None, None
-
-
-def read_json(path: str) -> dict:
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); write it anew with: openclip-ext shards index") from error
+            return None, int(ast.literal_eval(file.read())), tuple(keys)
+    return None, None, tuple(keys)

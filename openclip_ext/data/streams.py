@@ -223,7 +223,7 @@ def _ignore(kind: str, url: str) -> None:
 
 def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Image.Image, list[str]] | None:
     """The sample's picture and captions, or None, recorded, where either is missing or broken."""
-    captions = config.captions.of_sample(sample, record) if config.captions else []
+    captions = config.captions.of_sample(sample, record, config.source.caption_keys) if config.captions else []
     image = tar.decode_image(sample, record) if captions is not None else None
     return None if image is None else (image, captions)
 

@@ -73,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="Splits a caption into several, one of which is drawn each time; a second view is another of them.",
     )
     ours.add_argument(
-        "--caption-key", metavar="KEY", help="Where a sample's JSON holds its caption or captions, instead of its text."
+        "--caption-key",
+        metavar="KEY",
+        help="Where a sample's JSON holds its caption or captions. Default: where sizes.json says, else its text.",
     )
     ours.add_argument(
         "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON; --model is its file's name."

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that load data (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if any")
     parser.add_argument("--caption-separator", metavar="TEXT", help="as in training; the first caption counts")
-    parser.add_argument("--caption-key", metavar="KEY", help="as in training")
+    parser.add_argument("--caption-key", metavar="KEY", help="as in training; default: as sizes.json notes")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from openclip_ext.data import tar
 from openclip_ext.data.captions import CaptionFormat
-from openclip_ext.data.listing import list_shards
-from openclip_ext.data.pack import pairs_from_csv
+from openclip_ext.data.listing import ShardListing, list_shards
+from openclip_ext.data.pairs import captions_by_image, pairs_from_csv
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.datasets.labelled import opened
 from openclip_ext.evaluation.encoder import Encoder
@@ -36,10 +36,15 @@ class CaptionedFiles(Dataset):
 
 
 class CaptionedShards(IterableDataset):
-    """(picture, captions) of samples, or the error of one; several workers take turns. `files` is all that is read."""
+    """(picture, captions) of samples, or the error of one; several workers take turns.
 
-    def __init__(self, urls: Sequence[str], captions: CaptionFormat) -> None:
-        self.files, self.captions = urls, captions
+    Attributes:
+        files: all that is read.
+        noted: caption keys that `sizes.json` has, used where the format names none.
+    """
+
+    def __init__(self, listing: ShardListing, captions: CaptionFormat) -> None:
+        self.files, self.noted, self.captions = listing.urls, listing.caption_keys, captions
 
     def __iter__(self) -> Iterator[tuple[Image.Image, list[str]] | UserError]:
         info = get_worker_info()
@@ -51,7 +56,7 @@ class CaptionedShards(IterableDataset):
                 yield UserError(f"{url}: {next(iter(skips))[0]}; make it again")
 
     def _row(self, sample: dict, skips: tar.Skips) -> tuple[Image.Image, list[str]] | UserError:
-        captions = self.captions.of_sample(sample, skips.record)
+        captions = self.captions.of_sample(sample, skips.record, self.noted)
         picture = tar.decode_image(sample, skips.record)
         captions = [caption for caption in captions or () if caption.strip()]
         if picture is None or not captions:
@@ -70,15 +75,14 @@ def captioned_csv(
     """
     if not os.path.isfile(path):
         raise UserError(f"{flag} {path}: no such file; give a CSV with a header row, or shards")
-    captions_of: dict[str, list[str]] = {}
-    for image, text in pairs_from_csv(path, image_key, caption_key, separator):
-        captions_of.setdefault(image, []).extend(captions.split(text))
-    return CaptionedFiles(path, list(captions_of.items()))
+    texts_of = captions_by_image(pairs_from_csv(path, image_key, caption_key, separator))
+    rows = [(image, [part for text in texts for part in captions.split(text)]) for image, texts in texts_of.items()]
+    return CaptionedFiles(path, rows)
 
 
 def captioned_shards(path: str, flag: str, captions: CaptionFormat) -> CaptionedShards:
     """The samples of a folder or pattern of shards. Raises UserError: no shard matches."""
-    return CaptionedShards(list_shards(path, flag=flag).urls, captions)
+    return CaptionedShards(list_shards(path, flag=flag), captions)
 
 
 @torch.no_grad()

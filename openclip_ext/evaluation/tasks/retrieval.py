@@ -22,10 +22,13 @@ def add_arguments(group) -> None:
         "per caption; repeatable",
     )  # fmt: skip
     group.add_argument("--caption-separator", metavar="TEXT", help="splits a caption into several, all of which count")
-    group.add_argument("--caption-key", metavar="KEY", help="where a sample's JSON holds its captions; as in training")
+    group.add_argument(
+        "--caption-key", metavar="KEY",
+        help="where a sample's JSON holds its captions; default: where sizes.json says, else its text",
+    )  # fmt: skip
     group.add_argument("--csv-img-key", default="filepath", help="column of image paths (default: %(default)s)")
     group.add_argument("--csv-caption-key", default="title", help="column of captions (default: %(default)s)")
-    group.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
+    group.add_argument("--csv-separator", metavar="CHARACTER", help="between columns; default: recognised")
 
 
 def tasks(args: argparse.Namespace) -> list["RetrievalTask"]:
@@ -93,6 +96,7 @@ def _task(path: str, args: argparse.Namespace) -> RetrievalTask:
         reading["csv"] = columns
     else:
         pairs = captioned_shards(path, FLAG, captions)
+        reading["noted"] = pairs.noted
     return RetrievalTask(
         name=f"retrieval-{Path(path).stem}",
         dataset=path,
