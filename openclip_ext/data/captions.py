@@ -40,13 +40,13 @@ class CaptionFormat:
         try:
             texts = _listed(sample, noted if self.key is None else (self.key,))
         except (ValueError, RecursionError):
-            record(tar.CORRUPT_CAPTION, sample["__url__"])
+            record(tar.CORRUPT_CAPTION, sample["__url__"], sample["__ordinal__"])
             return None
         if not texts and self.key is None:
             text = tar.decode_caption(sample, record)
             return None if text is None else self.split(text)
         if not texts:
-            record(tar.MISSING_CAPTION, sample["__url__"])
+            record(tar.MISSING_CAPTION, sample["__url__"], sample["__ordinal__"])
             return None
         return [part for text in texts for part in self.split(text)]
 

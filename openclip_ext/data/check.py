@@ -50,10 +50,10 @@ def _check_shard(url: str, listing: ShardListing, seen: collections.Counter, dec
             continue
         seen[sample["__key__"]] += 1
         if seen[sample["__key__"]] > 1:
-            skips.record(DUPLICATE_KEY, url)
+            skips.record(DUPLICATE_KEY, url, sample["__ordinal__"])
         captions = CaptionFormat().of_sample(sample, skips.record, listing.caption_keys)
         if captions is not None and not all(map(str.strip, captions)):
-            skips.record(EMPTY_CAPTION, url)
+            skips.record(EMPTY_CAPTION, url, sample["__ordinal__"])
         tar.decode_image(sample, skips.record)
     if expected is not None and samples != expected:
         skips[tar.MORE_SAMPLES if samples > expected else tar.FEWER_SAMPLES, url] += abs(samples - expected)

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import os
+import pathlib
 import random
 import shutil
 import tarfile
@@ -17,6 +18,7 @@ from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pipeline import eval_loader, train_loader
 from openclip_ext.data.streams import StreamConfig
+from openclip_ext.data.table import Table
 from openclip_ext.data.tar import Skips, decode_caption, decode_image, read_shard
 
 
@@ -149,6 +151,49 @@ def test_faulty_samples_are_skipped_and_counted_by_kind_and_shard(tmp_path, shar
     assert skipped["truncated shard", "00002.tar"] >= 1
     assert skipped["fewer samples than sizes.json says", "00002.tar"] >= 1
     assert not {70, 71} & set(ids_of(batches))
+
+
+@pytest.fixture
+def faulty(tmp_path, shards):
+    """One shard of 64 samples, of which two have a broken image and one no caption, and a shard that breaks off."""
+    with tarfile.open(f"{shards}/00000.tar") as source, tarfile.open(tmp_path / "a.tar", "w") as target:
+        for member in source.getmembers():
+            content = source.extractfile(member)
+            if member.name in ("000000003.png", "000000004.png"):
+                member.size = 20
+            if member.name != "000000005.txt":
+                target.addfile(member, content)
+    whole = pathlib.Path(shards, "00001.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "sizes.json").write_text('{"a.tar": 63, "b.tar": 64}')
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_counts_once_in_an_epoch_that_reads_the_shard_again(faulty, workers, resampled):
+    loader = train_loader(config(faulty, resampled=resampled), num_samples=600, workers=workers)
+    for number in range(2):
+        loader.set_epoch(number)
+        skipped = collections.Counter()
+        for batch in loader.batches:
+            skipped.update({(kind, os.path.basename(url)): count for kind, url, count in batch["skipped"]})
+        assert skipped == {
+            ("corrupt image", "a.tar"): 2, ("missing caption", "a.tar"): 1,
+            ("more samples than sizes.json says", "a.tar"): 1,
+            ("truncated shard", "b.tar"): 1, ("fewer samples than sizes.json says", "b.tar"): 1,
+        }  # fmt: skip
+
+
+def test_a_broken_row_of_a_table_counts_once_though_its_neighbour_needs_another_too(tmp_path, pairs):
+    (tmp_path / "good.png").write_bytes(pairs[0][0])
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    rows = [(str(tmp_path / f"{name}.png"), "a") for name in ("good", "bad", "bad", "good")]
+    stream = StreamConfig(source=Table("t.csv", rows), batch_size=2, image_transform=to_tensor, tokenizer=as_codes)
+    loader = train_loader(stream, num_samples=4, workers=0)
+    for number in range(2):
+        loader.set_epoch(number)
+        assert sum(count for batch in loader.batches for _, _, count in batch["skipped"]) == 2
 
 
 def test_ids_of_a_shard_with_more_samples_than_recorded_stay_in_its_range(tmp_path, shards):
