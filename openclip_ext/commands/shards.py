@@ -12,17 +12,37 @@ HELP = "pack, index and check WebDataset shards"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     _add_pack(actions)
-    index = actions.add_parser("index", help="write sizes.json for a folder of shards")
-    index.add_argument("folder")
+    index = actions.add_parser(
+        "index", help="write sizes.json for folders of shards",
+        description="Count the samples of each shard and write them to sizes.json beside the shards, for training to "
+        "number samples by. Where captions are, as shards pack notes it there, is kept.",
+    )  # fmt: skip
+    index.add_argument("folders", nargs="+", metavar="FOLDER", help="braces and stars do, as in 'wds/{train,val}'")
+    index.add_argument(
+        "--skip-unreadable", action="store_true",
+        help="go on past a shard that cannot be read to its end: name it, and count what can be read of it",
+    )  # fmt: skip
     index.set_defaults(action=_index)
-    check = actions.add_parser("check", help="count samples and faults; exit code 1 if there are any")
-    check.add_argument("shards", help="a folder, a pattern with braces or stars, or several joined by ::")
+    check = actions.add_parser(
+        "check", help="count samples and faults; exit code 1 if there are any",
+        description="Read shards to their end and count what training would skip or misread: images that cannot be "
+        "decoded, captions that are missing or empty, keys that come twice in a folder, shards that break off, other "
+        "numbers of samples than sizes.json says. Exit code 1 if there is any.",
+    )  # fmt: skip
+    check.add_argument(
+        "shards", help="a folder, a pattern of shards or folders with braces or stars, or several joined by ::"
+    )
     check.add_argument("--json", action="store_true", help="print one JSON object per shard")
     check.set_defaults(action=_check)
 
 
 def _add_pack(actions) -> None:
-    pack = actions.add_parser("pack", help="make shards of a CSV or a folder of images")
+    pack = actions.add_parser(
+        "pack", help="make shards of a CSV or a folder of images",
+        description="Write WebDataset shards and their sizes.json. An image that has several rows in the CSV becomes "
+        "one sample: its captions are a list in the sample's JSON, the first is its text, and sizes.json notes that, "
+        "for training and evaluation to find them.",
+    )  # fmt: skip
     pack.add_argument("source", help="a CSV or TSV with a header row, or a folder of images")
     pack.add_argument("out", help="the folder to write shards and sizes.json to")
     pack.add_argument("--csv-img-key", default="filepath", help="column of image paths (default: %(default)s)")
@@ -68,10 +88,12 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
+    from openclip_ext.data.listing import list_folders
     from openclip_ext.data.sizes import index
 
-    sizes = index(args.folder)
-    print(f"{args.folder}/sizes.json: {len(sizes.of_shard)} shards, {sizes.total} samples")
+    for folder in [folder for pattern in args.folders for folder in list_folders(pattern, "shards index")]:
+        sizes, faults = index(folder, skip_unreadable=args.skip_unreadable)
+        print("\n".join([*faults, f"{folder}/sizes.json: {len(sizes.of_shard)} shards, {sizes.total} samples"]))
     return 0
 
 

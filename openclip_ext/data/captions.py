@@ -1,11 +1,17 @@
 """Captions of a sample, which may be several, and second views of them."""
 
 import dataclasses
+import itertools
 import json
 import random
 from collections.abc import Sequence
 
 from openclip_ext.data import tar
+from openclip_ext.errors import UserError
+
+# Samples of which one must have a caption under `--caption-key`.
+LOOKED_AT = 10_000
+
 
 DELETED = 0.1  # probability of a word
 SWAPPED = 0.1  # swaps per word, at least one
@@ -63,6 +69,37 @@ def _listed(sample: dict, keys: Sequence[str]) -> list[str]:
         if texts:
             return texts
     return []
+
+
+def require_caption_key(urls: Sequence[str], key: str | None) -> None:
+    """Raises UserError: `--caption-key` names what none of the first `LOOKED_AT` samples has. The shards are read until
+    one has it."""
+    if key is None:
+        return
+    there: set[str] = set()
+    samples = (sample for url in urls for sample in tar.read_shard(url, tar.Skips().record))
+    number = 0
+    for sample in itertools.islice(samples, LOOKED_AT):
+        number += 1
+        keys = _keys_of_text(sample)
+        if key in keys:
+            return
+        there |= keys
+    if number == 0:  # nothing can be read, which is another fault
+        return
+    has = f"their JSON has text under: {', '.join(sorted(there)[:20])}" if there else "they have no JSON with text"
+    raise UserError(
+        f"--caption-key {key}: none of the first {number} samples, from {urls[0]} on, has a caption there; {has}"
+    )
+
+
+def _keys_of_text(sample: dict) -> set[str]:
+    """The keys of the sample's JSON that could hold captions."""
+    try:
+        content = json.loads(sample.get(tar.JSON_EXTENSION, b"null"))
+    except (ValueError, RecursionError):
+        return set()
+    return {key for key in content if _listed(sample, [key])} if isinstance(content, dict) else set()
 
 
 def one_view(captions: Sequence[str], rng: random.Random) -> str:

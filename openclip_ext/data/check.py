@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 from typing import Any
 
 from tqdm import tqdm
@@ -35,7 +36,7 @@ def check_shards(listing: ShardListing, *, decode: bool = True, progress: bool =
         decode: decode every image and caption too, else only count samples.
         progress: show a progress bar.
     """
-    seen: collections.Counter[str] = collections.Counter()
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()  # folder and key
     bar = tqdm(listing.urls, unit="shard", desc="check", disable=not progress)
     return [_check_shard(url, listing, seen, decode) for url in bar]
 
@@ -48,8 +49,9 @@ def _check_shard(url: str, listing: ShardListing, seen: collections.Counter, dec
         samples += 1
         if not decode:
             continue
-        seen[sample["__key__"]] += 1
-        if seen[sample["__key__"]] > 1:
+        key = os.path.dirname(url), sample["__key__"]
+        seen[key] += 1
+        if seen[key] > 1:
             skips.record(DUPLICATE_KEY, url, sample["__ordinal__"])
         captions = CaptionFormat().of_sample(sample, skips.record, listing.caption_keys)
         if captions is not None and not all(map(str.strip, captions)):

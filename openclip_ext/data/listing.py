@@ -6,7 +6,7 @@ import functools
 import glob
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import braceexpand
 
@@ -62,8 +62,8 @@ def list_shards(sources: str, upsampling_factors: str | None = None, flag: str =
     """Expand what `--train-data` was given.
 
     Args:
-        sources: patterns joined by `::`. Each is a path or URL with braces (`{000..331}`), a glob, or a folder,
-            which stands for all `*.tar` in it.
+        sources: patterns joined by `::`. Each is a path or URL with braces (`{000..331}`), or a glob; a folder stands
+            for all `*.tar` in it.
         upsampling_factors: numbers joined by `::`, one per source.
         flag: for error messages.
 
@@ -102,15 +102,10 @@ def is_local(url: str) -> bool:
 
 def _expand(pattern: str, flag: str) -> list[str]:
     if not is_local(pattern):
-        return list(braceexpand.braceexpand(pattern))
-    if os.path.isdir(pattern):
-        urls = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
-        if not urls:
-            raise UserError(f"{flag} {pattern}: the folder holds no *.tar; pack one with: openclip-ext shards pack")
-        return urls
+        return list(_braces_expanded(pattern, flag))
     urls = []
-    for path in braceexpand.braceexpand(pattern):
-        urls += sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+    for path in _paths(pattern, flag):
+        urls += _shards_in(path, flag) if os.path.isdir(path) else [path]
     missing = [url for url in urls if not os.path.exists(url)]
     if not urls or len(missing) == len(urls):
         raise UserError(f"{flag} {pattern}: no shard matches; check the path (current folder: {os.getcwd()})")
@@ -119,6 +114,41 @@ def _expand(pattern: str, flag: str) -> list[str]:
             f"{flag} {pattern}: {len(missing)} of {len(urls)} shards do not exist, the first is {missing[0]}; "
             "give a pattern of existing shards, or the folder"
         )
+    return urls
+
+
+def list_folders(pattern: str, flag: str) -> list[str]:
+    """The folders of shards that a path with braces or stars means. Raises UserError: a path is no folder."""
+    paths = _paths(pattern, flag)
+    for path in paths:
+        if not os.path.isdir(path):
+            raise UserError(f"{flag} {path}: no such folder; give the folder that holds the shards")
+    if not paths:
+        raise UserError(f"{flag} {pattern}: no folder matches; check the path (current folder: {os.getcwd()})")
+    return paths
+
+
+def _paths(pattern: str, flag: str) -> list[str]:
+    """What a local pattern with braces and stars means; names without stars may not exist."""
+    if os.path.exists(pattern):
+        return [pattern]
+    paths = []
+    for path in _braces_expanded(pattern, flag):
+        paths += sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+    return paths
+
+
+def _braces_expanded(pattern: str, flag: str) -> Iterable[str]:
+    try:
+        return braceexpand.braceexpand(pattern)
+    except ValueError as error:
+        raise UserError(f"{flag} {pattern}: braces that do not pair ({error})") from error
+
+
+def _shards_in(folder: str, flag: str) -> list[str]:
+    urls = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    if not urls:
+        raise UserError(f"{flag} {folder}: the folder holds no *.tar; pack one with: openclip-ext shards pack")
     return urls
 
 

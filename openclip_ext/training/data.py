@@ -7,7 +7,7 @@ from typing import Any
 
 from torchvision.transforms import AutoAugment, Compose
 
-from openclip_ext.data.captions import CaptionFormat
+from openclip_ext.data.captions import CaptionFormat, require_caption_key
 from openclip_ext.data.check import check_shards
 from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.table import Table, csv_table, synthetic_table
@@ -65,6 +65,7 @@ def _dataset_type(path: str | None, given: str, flag: str) -> str:
 
 def _shard_data(args: argparse.Namespace, wanted: str | None) -> TrainingData:
     listing = list_shards(args.train_data, args.train_data_upsampling_factors)
+    require_caption_key(listing.urls, args.caption_key)
     num_samples = args.train_num_samples or listing.length
     index = "openclip-ext shards index " + (os.path.dirname(listing.urls[0]) or ".")
     if num_samples is None:

@@ -166,6 +166,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         args.model = os.path.splitext(os.path.basename(args.model_config))[0]
     args.name_given = args.name is not None
     args.precision_given = _given("--precision", argv)
+    if not _given("--csv-separator", argv):
+        args.csv_separator = None  # OpenCLIP's default is a tab, whatever the file has
     if args.dataset_type != "synthetic" and not any(
         (args.train_data, args.val_data, args.imagenet_val, args.imagenet_v2, args.probe_train)
     ):

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import tarfile
 
 import pytest
@@ -15,7 +16,7 @@ from test_pipeline import config
 
 from openclip_ext import UserError
 from openclip_ext.cli import main
-from openclip_ext.data.captions import CaptionFormat
+from openclip_ext.data.captions import CaptionFormat, require_caption_key
 from openclip_ext.data.check import check_shards
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
@@ -226,6 +227,66 @@ def test_index_counts_samples_of_existing_shards(tmp_path, shards):
     assert json.loads((tmp_path / "sizes.json").read_text()) == {"a.tar": 64, "b.tar": 3}
 
 
+@pytest.fixture
+def two_folders(tmp_path, pairs):
+    """wds/train with two shards of four samples each, and wds/val with one of three."""
+    pack(pairs[:8], str(tmp_path / "wds/train"), samples_per_shard=4, progress=False)
+    pack(pairs[8:11], str(tmp_path / "wds/val"), progress=False)
+    return tmp_path / "wds"
+
+
+def test_braces_and_stars_over_folders(two_folders, capsys):
+    urls = [f"{two_folders}/{name}.tar" for name in ("train/00000", "train/00001", "val/00000")]
+    for pattern in ("{train,val}", "*", "t*n::{folder}/val", "{train/{00000..00001}.tar,val}"):
+        listing = list_shards(f"{two_folders}/{pattern}".replace("{folder}", str(two_folders)))
+        assert (list(listing.urls), listing.sizes) == (urls, (4, 4, 3))
+    assert main(["shards", "check", f"{two_folders}/{{train,val}}"]) == 0
+    assert "3 shards, 11 samples, no faults" in capsys.readouterr().out
+    for folders in ([f"{two_folders}/{{train,val}}"], [f"{two_folders}/train", f"{two_folders}/val"]):
+        for folder in ("train", "val"):
+            (two_folders / folder / "sizes.json").unlink()
+        assert main(["shards", "index", *folders]) == 0
+        assert [read_sizes(two_folders / folder).total for folder in ("train", "val")] == [8, 3]
+
+
+def test_index_goes_past_a_broken_shard_where_that_is_wanted(tmp_path, shards, capsys):
+    for name in ("00000.tar", "00001.tar"):
+        shutil.copy(os.path.join(shards, name), tmp_path / name)
+    cut = tmp_path / "00001.tar"
+    cut.write_bytes(cut.read_bytes()[:20_000])
+    (tmp_path / "00002.tar").write_bytes(b"no tar at all" * 100)
+    assert main(["shards", "index", str(tmp_path)]) == 2
+    assert "truncated shard; replace or remove it, or count what there is with --skip-un" in capsys.readouterr().err
+    assert not (tmp_path / "sizes.json").exists()
+    assert main(["shards", "index", str(tmp_path), "--skip-unreadable"]) == 0
+    readable = len(read_all(cut)[0])
+    assert 0 < readable < 64
+    assert read_sizes(tmp_path).of_shard == {"00000.tar": 64, "00001.tar": readable, "00002.tar": 0}
+    said = capsys.readouterr().out
+    assert f"00001.tar: truncated shard; {readable} samples can be read" in said
+    assert "00002.tar: unreadable shard; 0 samples can be read" in said
+    # Sample ids need no more than that: no other fault than the breaks is found.
+    kinds = {kind for report in check_shards(list_shards(str(tmp_path)), progress=False) for kind in report.faults}
+    assert kinds == {"truncated shard", "unreadable shard"}
+
+
+def test_a_caption_key_that_no_sample_has_is_named_with_those_there_are(tmp_path, shards):
+    captions = b'{"caption": "a", "sentences": ["a", "b"], "width": 3, "none": []}'
+    write_tar(
+        tmp_path / "a.tar", [("1.png", b"x"), ("2.json", b"{"), ("3.json", captions), ("4.json", b'{"late": "a"}')]
+    )
+    urls = list_shards(str(tmp_path)).urls
+    for key in ("caption", "sentences", "late", None):
+        require_caption_key(urls, key)
+    for key in ("captionz", "width", "none"):
+        with pytest.raises(
+            UserError, match=f"--caption-key {key}: none of the first 4 samples.*under: caption, late, sent"
+        ):
+            require_caption_key(urls, key)
+    with pytest.raises(UserError, match="--caption-key caption: none of the first 256 samples.*they have no JSON"):
+        require_caption_key(list_shards(shards).urls, "caption")
+
+
 def test_a_key_that_starts_again_starts_a_new_sample(tmp_path):
     write_tar(tmp_path / "a.tar", [("1.txt", b"a"), ("1.JPG", b"b"), ("1.txt", b"c"), ("1.jpg", b"d")])
     samples, skips = read_all(tmp_path / "a.tar")
@@ -326,7 +387,11 @@ def test_sources_that_match_nothing_are_named(tmp_path, shards, sources, factors
             ["pack", "{tmp}/pairs.csv", "{tmp}/o", "--samples-per-shard", "0"],
             "--samples-per-shard 0: must be at least 1",
         ),
-        (["index", "{tmp}/nowhere"], "nowhere: no .*tar in this folder"),
+        (["index", "{tmp}/nowhere"], "shards index {tmp}/nowhere: no such folder"),
+        (["index", "{tmp}"], "no .*tar in this folder"),
+        (["index", "{tmp}/no*"], "no folder matches"),
+        (["index", "{tmp}/{{a"], "braces that do not pair"),
+        (["check", "{tmp}/{{a,b"], "braces that do not pair"),
         (["check", "{tmp}/nowhere"], "shards check {tmp}/nowhere: no shard matches"),
     ],
 )

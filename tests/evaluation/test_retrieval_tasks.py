@@ -168,6 +168,8 @@ def test_a_wrong_input_is_one_line(evaluate, photos, tmp_path, capsys, weights):
     refused("--caption-key captions: is for shards", "--retrieval", photos / "photos.csv", "--caption-key", "captions")
     refused("--caption-separator: must not be empty", "--retrieval", photos / "joined.tar", "--caption-separator", "")
     refused("sample astronaut: missing caption", "--retrieval", photos / "listed.tar")
+    refused("--caption-key caption: none of the first 8 samples, from ", "--retrieval", photos / "listed.tar",
+            "--caption-key", "caption")  # fmt: skip
     refused("both would be called", *2 * ("--retrieval", photos / "joined.tar"))
     (tmp_path / "file").touch()
     refused("cannot be made a folder", "--retrieval", photos / "joined.tar", "--feature-cache", tmp_path / "file")

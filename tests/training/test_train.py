@@ -260,6 +260,7 @@ BAD = [
         "--lock-text: OpenCLIP cannot leave the LayerNorms of --model tiny-test unlocked; add --lock-text-",
     ),
     (["--siglip", "--loss", "dcl"], "--siglip --loss dcl: these exclude each other"),
+    (["--caption-key", "captionz"], "--caption-key captionz: none of the first 256 samples"),
     (["--imagenet-val", "/nowhere"], "--imagenet-val /nowhere: no such folder"),
     (["--val-data", "/nowhere.tar"], "--val-data /nowhere.tar: no shard matches"),
     (["--train-data-upsampling-factors", "2"], "--train-data-upsampling-factors: needs --dataset-resampled"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openclip_ext import upstream
-from openclip_ext.data.captions import CaptionFormat
+from openclip_ext.data.captions import CaptionFormat, require_caption_key
 from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
@@ -45,6 +45,7 @@ def run_structure(args: argparse.Namespace) -> dict:
     _require_positive(args)
     choose_device(args.device)
     listing = list_shards(args.data, flag="--data")
+    require_caption_key(listing.urls, args.caption_key)
     paths = [checkpoint_file(path, "--checkpoint") for path in args.checkpoint]
     if args.model_config:
         upstream.register_model_config(args.model_config)

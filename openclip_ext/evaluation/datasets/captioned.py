@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from tqdm import tqdm
 
 from openclip_ext.data import tar
-from openclip_ext.data.captions import CaptionFormat
+from openclip_ext.data.captions import CaptionFormat, require_caption_key
 from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.pairs import captions_by_image, pairs_from_csv
 from openclip_ext.errors import UserError
@@ -81,8 +81,10 @@ def captioned_csv(
 
 
 def captioned_shards(path: str, flag: str, captions: CaptionFormat) -> CaptionedShards:
-    """The samples of a folder or pattern of shards. Raises UserError: no shard matches."""
-    return CaptionedShards(list_shards(path, flag=flag), captions)
+    """The samples of a folder or pattern of shards. Raises UserError: no shard matches, or none has `captions.key`."""
+    listing = list_shards(path, flag=flag)
+    require_caption_key(listing.urls, captions.key)
+    return CaptionedShards(listing, captions)
 
 
 @torch.no_grad()
