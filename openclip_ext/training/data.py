@@ -23,7 +23,7 @@ class TrainingData:
         source: shards or a table.
         num_samples: per epoch and over all ranks.
         size: N of the loss, the samples there are.
-        num_ids: sample ids run from 0 to this; above `size` only where they are hashes.
+        num_ids: sample ids run from 0 to this; another than `size` only where `--sample-id-table` says so.
         sample_id: how samples are identified, None where the loss does not need it.
     """
 
@@ -75,7 +75,9 @@ def _shard_data(args: argparse.Namespace, wanted: str | None) -> TrainingData:
         )
     size = num_ids = listing.length or num_samples
     if wanted == "hash":
-        num_ids = args.sample_id_table or 4 * size
+        num_ids = size if args.sample_id_table is None else args.sample_id_table
+        if num_ids < 1:
+            raise UserError(f"--sample-id-table {num_ids}: must be at least 1")
     elif wanted == "index" and listing.sizes is None:
         raise UserError(
             f"--loss {args.loss}: needs sample ids, and {args.train_data} has no sizes.json to number samples by; "

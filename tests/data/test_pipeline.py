@@ -226,12 +226,46 @@ def test_hashed_ids_depend_on_the_key_alone(shards):
     hashes = ids_of(batches)
     digest = hashlib.blake2b(b"000000000", digest_size=8).digest()
     assert len(set(hashes)) == 256 and int.from_bytes(digest, "big") >> 1 in hashes
-    ids = HashIds(1000)
-    table = torch.cat([ids(batch["sample_ids"]) for batch in batches])
-    assert table.min() >= 0 and table.max() < 1000
-    assert ids.collisions == 256 - len(table.unique())
-    before = ids.collisions
-    assert torch.equal(ids(batches[0]["sample_ids"]), table[:16]) and ids.collisions - before <= before
+    again = epoch(shards, sample_id="hash", number=1, rank=1, world_size=2, num_samples=128)
+    assert set(ids_of(again)) <= set(hashes)
+
+
+def key_hashes(count):
+    """Hashes of the keys of shards, as the stream makes them."""
+    digests = (hashlib.blake2b(b"%09d" % key, digest_size=8).digest() for key in range(count))
+    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
+
+
+def test_hashes_are_numbered_without_a_collision_where_folding_them_has_many():
+    hashes, count = key_hashes(20_000), 20_000
+    ids = HashIds(count)
+    expected = {}
+    for _ in range(2):
+        for batch in hashes[torch.randperm(count)].split(300):
+            for value, number in zip(batch.tolist(), ids(batch).tolist(), strict=True):
+                assert expected.setdefault(value, number) == number
+    assert sorted(expected.values()) == list(range(count)) and ids.collisions == 0
+    folded = (hashes % (4 * count)).unique(return_counts=True)[1]
+    assert (folded - 1).sum() / count > 0.1
+
+
+def test_numbers_follow_the_order_in_which_hashes_come_and_go_on_from_a_checkpoint():
+    hashes = key_hashes(100)
+    ids = HashIds(100)
+    assert ids(hashes[[5, 3, 5, 9]]).tolist() == [0, 1, 0, 2]
+    # Hashes that want the same place of the table.
+    assert ids(hashes[0] + 151 * torch.arange(3)).tolist() == [3, 4, 5]
+    resumed = HashIds(100)
+    resumed(ids.hashes)
+    rest = hashes[torch.randperm(80)]
+    assert torch.equal(resumed(rest), ids(rest)) and torch.equal(resumed.hashes, ids.hashes)
+
+
+def test_samples_beyond_the_room_share_ids_and_are_counted():
+    hashes = key_hashes(30)
+    ids = HashIds(20)
+    assert ids(hashes[:25]).tolist() == [*range(20), *(hashes[20:25] % 20).tolist()] and ids.collisions == 5
+    assert ids(hashes[:20]).tolist() == list(range(20)) and ids.collisions == 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
