@@ -60,13 +60,14 @@ class CaptionFormat:
 def _listed(sample: dict, keys: Sequence[str]) -> list[str]:
     """The captions under the first of the keys that the sample's JSON has any under; none without JSON.
 
-    Raises ValueError or RecursionError: it is no JSON.
+    Raises ValueError or RecursionError: it is no JSON, or holds text that no tokenizer takes.
     """
     content = json.loads(sample[tar.JSON_EXTENSION]) if keys and tar.JSON_EXTENSION in sample else None
     for key in keys if isinstance(content, dict) else ():
         value = content.get(key)
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
         if texts:
+            "".join(texts).encode()  # not so where JSON escapes half a character
             return texts
     return []
 
@@ -97,9 +98,9 @@ def _keys_of_text(sample: dict) -> set[str]:
     """The keys of the sample's JSON that could hold captions."""
     try:
         content = json.loads(sample.get(tar.JSON_EXTENSION, b"null"))
+        return {key for key in content if _listed(sample, [key])} if isinstance(content, dict) else set()
     except (ValueError, RecursionError):
         return set()
-    return {key for key in content if _listed(sample, [key])} if isinstance(content, dict) else set()
 
 
 def one_view(captions: Sequence[str], rng: random.Random) -> str:
