@@ -63,7 +63,9 @@ def _listed(sample: dict, keys: Sequence[str]) -> list[str]:
     Raises ValueError or RecursionError: it is no JSON, or holds text that no tokenizer takes.
     """
     content = json.loads(sample[tar.JSON_EXTENSION]) if keys and tar.JSON_EXTENSION in sample else None
-    for key in keys if isinstance(content, dict) else ():
+    if not isinstance(content, dict):
+        return []
+    for key in keys:
         value = content.get(key)
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
         if texts:

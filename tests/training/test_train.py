@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from openclip_ext.cli import main
+from openclip_ext.data.pack import pack
 
 
 def lines(path):
@@ -174,6 +175,17 @@ def test_hashed_ids_leave_the_objective_as_it_is(train_flags, tmp_path):
         assert main(train_flags("--loss", "gamma_decomp", "--sample-id", mode, "--name", mode)) == 0
     # Augmentation is seeded by the id, so losses are not equal; a target of four times the negatives would add log 4.
     assert losses(tmp_path, "hash") == pytest.approx(losses(tmp_path, "index"), abs=0.2)
+
+
+def test_validation_data_without_the_captions_key_is_named_before_training(
+    train_flags, tmp_path, pairs, val_shards, capsys
+):
+    pack([(image, [caption, "again"]) for image, caption in pairs[:64]], str(tmp_path / "listed"), progress=False)
+    flags = ("--train-data", tmp_path / "listed", "--val-data", val_shards)
+    assert main(train_flags(*flags, "--caption-key", "captions", "--name", "wrong")) == 2
+    assert f"--caption-key captions: none of the first 50 samples, from {val_shards}" in capsys.readouterr().err
+    # Where no key is given, each set has its own.
+    assert main(train_flags(*flags)) == 0
 
 
 def test_a_run_with_hashed_ids_resumes_with_the_ids_it_had(train_flags, tmp_path, capsys):
