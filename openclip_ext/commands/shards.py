@@ -12,22 +12,46 @@ HELP = "pack, index and check WebDataset shards"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     _add_pack(actions)
-    index = actions.add_parser("index", help="write sizes.json for a folder of shards")
-    index.add_argument("folder")
+    index = actions.add_parser(
+        "index", help="write sizes.json for folders of shards",
+        description="Count the samples of each shard and write them to sizes.json beside the shards, for training to "
+        "number samples by. Where captions are, as shards pack notes it there, is kept.",
+    )  # fmt: skip
+    index.add_argument("folders", nargs="+", metavar="FOLDER", help="braces and stars do, as in 'wds/{train,val}'")
+    index.add_argument(
+        "--skip-unreadable", action="store_true",
+        help="go on past a shard that cannot be read to its end: name it, and count what can be read of it",
+    )  # fmt: skip
     index.set_defaults(action=_index)
-    check = actions.add_parser("check", help="count samples and faults; exit code 1 if there are any")
-    check.add_argument("shards", help="a folder, a pattern with braces or stars, or several joined by ::")
+    check = actions.add_parser(
+        "check", help="count samples and faults; exit code 1 if there are any",
+        description="Read shards to their end and count what training would skip or misread: images that cannot be "
+        "decoded, captions that are missing or empty, keys that come twice in a folder, shards that break off, other "
+        "numbers of samples than sizes.json says. Exit code 1 if there is any.",
+    )  # fmt: skip
+    check.add_argument(
+        "shards", help="a folder, a pattern of shards or folders with braces or stars, or several joined by ::"
+    )
     check.add_argument("--json", action="store_true", help="print one JSON object per shard")
     check.set_defaults(action=_check)
 
 
 def _add_pack(actions) -> None:
-    pack = actions.add_parser("pack", help="make shards of a CSV or a folder of images")
+    pack = actions.add_parser(
+        "pack", help="make shards of a CSV or a folder of images",
+        description="Write WebDataset shards and their sizes.json. An image that has several rows in the CSV becomes "
+        "one sample: its captions are a list in the sample's JSON, the first is its text, and sizes.json notes that, "
+        "for training and evaluation to find them.",
+    )  # fmt: skip
     pack.add_argument("source", help="a CSV or TSV with a header row, or a folder of images")
     pack.add_argument("out", help="the folder to write shards and sizes.json to")
     pack.add_argument("--csv-img-key", default="filepath", help="column of image paths (default: %(default)s)")
     pack.add_argument("--csv-caption-key", default="title", help="column of captions (default: %(default)s)")
-    pack.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
+    pack.add_argument("--csv-separator", metavar="CHARACTER", help="between columns; default: recognised")
+    pack.add_argument(
+        "--one-row-per-sample", action="store_true",
+        help="write a sample for each row of the CSV; default: one for each image, with the captions of all its rows",
+    )  # fmt: skip
     pack.add_argument(
         "--template", default="a photo of a {}",
         help="caption of an image without a .txt beside it; {} is its folder's name (default: %(default)s)",
@@ -43,25 +67,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from openclip_ext.data import pack
+    from openclip_ext.data.pack import pack
+    from openclip_ext.data.pairs import captions_by_image, pairs_from_csv, pairs_from_folder
 
     if args.samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {args.samples_per_shard}: must be at least 1")
     if os.path.isdir(args.source):
-        pairs = pack.pairs_from_folder(args.source, args.template)
+        pairs = pairs_from_folder(args.source, args.template)
     else:
-        pairs = pack.pairs_from_csv(args.source, args.csv_img_key, args.csv_caption_key, args.csv_separator)
+        pairs = pairs_from_csv(args.source, args.csv_img_key, args.csv_caption_key, args.csv_separator)
+        by_image = captions_by_image(pairs)
+        if len(by_image) < len(pairs) and not args.one_row_per_sample:
+            pairs = list(by_image.items())
     seed = args.seed if args.shuffle else None
-    sizes = pack.pack(pairs, args.out, samples_per_shard=args.samples_per_shard, shuffle_seed=seed)
-    print(f"{args.out}: {len(sizes)} shards, {sum(sizes.values())} samples, sizes.json")
+    packed = pack(pairs, args.out, samples_per_shard=args.samples_per_shard, shuffle_seed=seed)
+    sizes = packed.sizes
+    where = f", in JSON under {sizes.caption_key!r}, as sizes.json notes" if sizes.caption_key else ""
+    print(f"{args.out}: {len(sizes.of_shard)} shards, {sizes.total} images, {packed.num_captions} captions{where}")
     return 0
 
 
 def _index(args: argparse.Namespace) -> int:
-    from openclip_ext.data.pack import index
+    from openclip_ext.data.listing import list_folders
+    from openclip_ext.data.sizes import index
 
-    sizes = index(args.folder)
-    print(f"{args.folder}/sizes.json: {len(sizes)} shards, {sum(sizes.values())} samples")
+    for folder in [folder for pattern in args.folders for folder in list_folders(pattern, "shards index")]:
+        sizes, faults = index(folder, skip_unreadable=args.skip_unreadable)
+        print("\n".join([*faults, f"{folder}/sizes.json: {len(sizes.of_shard)} shards, {sizes.total} samples"]))
     return 0
 
 

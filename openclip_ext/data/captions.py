@@ -1,11 +1,17 @@
 """Captions of a sample, which may be several, and second views of them."""
 
 import dataclasses
+import itertools
 import json
 import random
 from collections.abc import Sequence
 
 from openclip_ext.data import tar
+from openclip_ext.errors import UserError
+
+# Samples of which one must have a caption under `--caption-key`.
+LOOKED_AT = 10_000
+
 
 DELETED = 0.1  # probability of a word
 SWAPPED = 0.1  # swaps per word, at least one
@@ -29,24 +35,74 @@ class CaptionFormat:
             return [text]
         return [part for part in map(str.strip, text.split(self.separator)) if part] or [""]
 
-    def of_sample(self, sample: dict, record: tar.Record) -> list[str] | None:
-        """The captions of a shard's sample, or None, recorded, where there is none or it cannot be read."""
-        if self.key is None:
+    def of_sample(self, sample: dict, record: tar.Record, noted: Sequence[str] = ()) -> list[str] | None:
+        """The captions of a shard's sample, or None, recorded, where there is none or it cannot be read.
+
+        Args:
+            sample: as `tar.read_shard` yields it.
+            record: told what is wrong.
+            noted: keys, as `sizes.json` has them, that are looked up first where the format names none.
+        """
+        try:
+            texts = _listed(sample, noted if self.key is None else (self.key,))
+        except (ValueError, RecursionError):
+            record(tar.CORRUPT_CAPTION, sample["__url__"], sample["__ordinal__"])
+            return None
+        if not texts and self.key is None:
             text = tar.decode_caption(sample, record)
             return None if text is None else self.split(text)
-        try:
-            value = json.loads(sample[tar.JSON_EXTENSION])[self.key]
-        except (KeyError, IndexError, TypeError):  # no JSON, or another kind of it
-            record(tar.MISSING_CAPTION, sample["__url__"])
-            return None
-        except ValueError:
-            record(tar.CORRUPT_CAPTION, sample["__url__"])
-            return None
-        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
         if not texts:
-            record(tar.MISSING_CAPTION, sample["__url__"])
+            record(tar.MISSING_CAPTION, sample["__url__"], sample["__ordinal__"])
             return None
         return [part for text in texts for part in self.split(text)]
+
+
+def _listed(sample: dict, keys: Sequence[str]) -> list[str]:
+    """The captions under the first of the keys that the sample's JSON has any under; none without JSON.
+
+    Raises ValueError or RecursionError: it is no JSON, or holds text that no tokenizer takes.
+    """
+    content = json.loads(sample[tar.JSON_EXTENSION]) if keys and tar.JSON_EXTENSION in sample else None
+    if not isinstance(content, dict):
+        return []
+    for key in keys:
+        value = content.get(key)
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
+        if texts:
+            "".join(texts).encode()  # not so where JSON escapes half a character
+            return texts
+    return []
+
+
+def require_caption_key(urls: Sequence[str], key: str | None) -> None:
+    """Raises UserError: `--caption-key` names what none of the first `LOOKED_AT` samples has. The shards are read until
+    one has it."""
+    if key is None:
+        return
+    there: set[str] = set()
+    samples = (sample for url in urls for sample in tar.read_shard(url, tar.Skips().record))
+    number = 0
+    for sample in itertools.islice(samples, LOOKED_AT):
+        number += 1
+        keys = _keys_of_text(sample)
+        if key in keys:
+            return
+        there |= keys
+    if number == 0:  # nothing can be read, which is another fault
+        return
+    has = f"their JSON has text under: {', '.join(sorted(there)[:20])}" if there else "they have no JSON with text"
+    raise UserError(
+        f"--caption-key {key}: none of the first {number} samples, from {urls[0]} on, has a caption there; {has}"
+    )
+
+
+def _keys_of_text(sample: dict) -> set[str]:
+    """The keys of the sample's JSON that could hold captions."""
+    try:
+        content = json.loads(sample.get(tar.JSON_EXTENSION, b"null"))
+        return {key for key in content if _listed(sample, [key])} if isinstance(content, dict) else set()
+    except (ValueError, RecursionError):
+        return set()
 
 
 def one_view(captions: Sequence[str], rng: random.Random) -> str:

@@ -2,12 +2,14 @@
 
 import collections
 import dataclasses
+import os
 from typing import Any
 
 from tabulate import tabulate
 from tqdm import tqdm
 
 from openclip_ext.data import tar
+from openclip_ext.data.captions import CaptionFormat
 from openclip_ext.data.listing import ShardListing
 
 DUPLICATE_KEY = "duplicate key"
@@ -35,24 +37,26 @@ def check_shards(listing: ShardListing, *, decode: bool = True, progress: bool =
         decode: decode every image and caption too, else only count samples.
         progress: show a progress bar.
     """
-    seen: collections.Counter[str] = collections.Counter()
+    seen: collections.Counter[tuple[str, str]] = collections.Counter()  # folder and key
     bar = tqdm(listing.urls, unit="shard", desc="check", disable=not progress)
-    return [_check_shard(url, listing.size_of.get(url), seen, decode) for url in bar]
+    return [_check_shard(url, listing, seen, decode) for url in bar]
 
 
-def _check_shard(url: str, expected: int | None, seen: collections.Counter, decode: bool) -> ShardReport:
+def _check_shard(url: str, listing: ShardListing, seen: collections.Counter, decode: bool) -> ShardReport:
+    expected = listing.size_of.get(url)
     skips = tar.Skips()
     samples = 0
     for sample in tar.read_shard(url, skips.record):
         samples += 1
         if not decode:
             continue
-        seen[sample["__key__"]] += 1
-        if seen[sample["__key__"]] > 1:
-            skips.record(DUPLICATE_KEY, url)
-        caption = tar.decode_caption(sample, skips.record)
-        if caption is not None and not caption.strip():
-            skips.record(EMPTY_CAPTION, url)
+        key = os.path.dirname(url), sample["__key__"]
+        seen[key] += 1
+        if seen[key] > 1:
+            skips.record(DUPLICATE_KEY, url, sample["__ordinal__"])
+        captions = CaptionFormat().of_sample(sample, skips.record, listing.caption_keys)
+        if captions is not None and not all(map(str.strip, captions)):
+            skips.record(EMPTY_CAPTION, url, sample["__ordinal__"])
         tar.decode_image(sample, skips.record)
     if expected is not None and samples != expected:
         skips[tar.MORE_SAMPLES if samples > expected else tar.FEWER_SAMPLES, url] += abs(samples - expected)

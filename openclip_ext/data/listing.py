@@ -4,16 +4,15 @@ import ast
 import dataclasses
 import functools
 import glob
-import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import braceexpand
 
+from openclip_ext.data.sizes import read_sizes
 from openclip_ext.errors import UserError
 
-SIZES_FILE = "sizes.json"
 LENGTH_FILE = "__len__"
 
 
@@ -26,12 +25,14 @@ class ShardListing:
         weights: one sampling weight per shard, for sampling with replacement; None: all equal.
         sizes: samples per shard as `sizes.json` says, None where there is no such file.
         length: total number of samples, None if neither `sizes.json` nor `__len__` tells.
+        caption_keys: in the samples' JSON, hold their captions, as a `sizes.json` notes; none: captions are text.
     """
 
     urls: tuple[str, ...]
     weights: tuple[float, ...] | None
     sizes: tuple[int, ...] | None
     length: int | None
+    caption_keys: tuple[str, ...] = ()
 
     @functools.cached_property
     def offsets(self) -> dict[str, int]:
@@ -61,8 +62,8 @@ def list_shards(sources: str, upsampling_factors: str | None = None, flag: str =
     """Expand what `--train-data` was given.
 
     Args:
-        sources: patterns joined by `::`. Each is a path or URL with braces (`{000..331}`), a glob, or a folder,
-            which stands for all `*.tar` in it.
+        sources: patterns joined by `::`. Each is a path or URL with braces (`{000..331}`), or a glob; a folder stands
+            for all `*.tar` in it.
         upsampling_factors: numbers joined by `::`, one per source.
         flag: for error messages.
 
@@ -76,8 +77,8 @@ def list_shards(sources: str, upsampling_factors: str | None = None, flag: str =
         for url in _expand(pattern, flag):
             weight_of[url] = weight_of.get(url, 0.0) + factor
     urls = tuple(weight_of)
-    sizes, length = _sizes(urls)
-    return ShardListing(urls, tuple(weight_of.values()) if upsampling_factors else None, sizes, length)
+    sizes, length, caption_keys = _noted(urls)
+    return ShardListing(urls, tuple(weight_of.values()) if upsampling_factors else None, sizes, length, caption_keys)
 
 
 def _factors(upsampling_factors: str | None, patterns: Sequence[str]) -> list[float]:
@@ -101,15 +102,10 @@ def is_local(url: str) -> bool:
 
 def _expand(pattern: str, flag: str) -> list[str]:
     if not is_local(pattern):
-        return list(braceexpand.braceexpand(pattern))
-    if os.path.isdir(pattern):
-        urls = sorted(glob.glob(os.path.join(glob.escape(pattern), "*.tar")))
-        if not urls:
-            raise UserError(f"{flag} {pattern}: the folder holds no *.tar; pack one with: openclip-ext shards pack")
-        return urls
+        return list(_braces_expanded(pattern, flag))
     urls = []
-    for path in braceexpand.braceexpand(pattern):
-        urls += sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+    for path in _paths(pattern, flag):
+        urls += _shards_in(path, flag) if os.path.isdir(path) else [path]
     missing = [url for url in urls if not os.path.exists(url)]
     if not urls or len(missing) == len(urls):
         raise UserError(f"{flag} {pattern}: no shard matches; check the path (current folder: {os.getcwd()})")
@@ -121,26 +117,54 @@ def _expand(pattern: str, flag: str) -> list[str]:
     return urls
 
 
-def _sizes(urls: Sequence[str]) -> tuple[tuple[int, ...] | None, int | None]:
-    """Sizes per shard from the `sizes.json` beside each, and the total, if they are known."""
+def list_folders(pattern: str, flag: str) -> list[str]:
+    """The folders of shards that a path with braces or stars means. Raises UserError: a path is no folder."""
+    paths = _paths(pattern, flag)
+    for path in paths:
+        if not os.path.isdir(path):
+            raise UserError(f"{flag} {path}: no such folder; give the folder that holds the shards")
+    if not paths:
+        raise UserError(f"{flag} {pattern}: no folder matches; check the path (current folder: {os.getcwd()})")
+    return paths
+
+
+def _paths(pattern: str, flag: str) -> list[str]:
+    """What a local pattern with braces and stars means; names without stars may not exist."""
+    if os.path.exists(pattern):
+        return [pattern]
+    paths = []
+    for path in _braces_expanded(pattern, flag):
+        paths += sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+    return paths
+
+
+def _braces_expanded(pattern: str, flag: str) -> Iterable[str]:
+    try:
+        return braceexpand.braceexpand(pattern)
+    except ValueError as error:
+        raise UserError(f"{flag} {pattern}: braces that do not pair ({error})") from error
+
+
+def _shards_in(folder: str, flag: str) -> list[str]:
+    urls = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    if not urls:
+        raise UserError(f"{flag} {folder}: the folder holds no *.tar; pack one with: openclip-ext shards pack")
+    return urls
+
+
+def _noted(urls: Sequence[str]) -> tuple[tuple[int, ...] | None, int | None, tuple[str, ...]]:
+    """From the `sizes.json` beside the shards: sizes per shard and the total, if they are known, and caption keys."""
     folders = list(dict.fromkeys(os.path.dirname(url) for url in urls))
     known: dict[str, int] = {}
-    for folder in folders:
-        path = os.path.join(folder, SIZES_FILE)
-        if is_local(folder) and os.path.exists(path):
-            known |= {os.path.join(folder, name): int(size) for name, size in read_json(path).items()}
+    keys: dict[str, None] = {}
+    for folder in filter(is_local, folders):
+        if noted := read_sizes(folder):
+            known |= {os.path.join(folder, name): size for name, size in noted.of_shard.items()}
+            keys |= {noted.caption_key: None} if noted.caption_key else {}
     if all(url in known for url in urls):
         sizes = tuple(known[url] for url in urls)
-        return sizes, sum(sizes)
+        return sizes, sum(sizes), tuple(keys)
     if len(folders) == 1 and is_local(folders[0]) and os.path.exists(os.path.join(folders[0], LENGTH_FILE)):
         with open(os.path.join(folders[0], LENGTH_FILE)) as file:
-            return None, int(ast.literal_eval(file.read()))
-    return None, None
-
-
-def read_json(path: str) -> dict:
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); write it anew with: openclip-ext shards index") from error
+            return None, int(ast.literal_eval(file.read())), tuple(keys)
+    return None, None, tuple(keys)

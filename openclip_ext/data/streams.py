@@ -51,8 +51,9 @@ class TrainStream(IterableDataset):
     captions.
 
     If asked for, they hold second views, `image_aug` and `text_aug`, and `sample_ids` (B,). `skipped` lists (kind,
-    shard, count) of what could not be used since the last batch. A worker whose shards hold no full batch yields
-    `{"error": message}`. Batches are always full; a worker that runs out starts over in another order, as in OpenCLIP.
+    shard, count) of what could not be used since the last batch, each fault once per epoch and worker. A worker whose
+    shards hold no full batch yields `{"error": message}`. Batches are always full; a worker that runs out starts over
+    in another order, as in OpenCLIP.
     """
 
     def __init__(self, config: StreamConfig, batches_per_worker: int) -> None:
@@ -118,10 +119,10 @@ class TrainStream(IterableDataset):
         for sample in tar.read_shard(url, record):
             ordinal = sample["__ordinal__"]
             if size is not None and ordinal >= size:
-                record(tar.MORE_SAMPLES, url)
+                record(tar.MORE_SAMPLES, url, ordinal)
             yield sample | {"sample_id": ids[ordinal % len(ids)]}
         if size is not None and ordinal + 1 < size:
-            record(tar.FEWER_SAMPLES, url)
+            record(tar.FEWER_SAMPLES, url, None)
 
     def _decode(self, sample: dict, epoch: int, record: tar.Record) -> dict | None:
         """A training row, None where the sample cannot be used."""
@@ -161,7 +162,8 @@ class TableStream(Dataset):
             try:
                 image, caption = self.config.source.load(row)
             except tar.IMAGE_ERRORS:
-                self._skips.record(tar.CORRUPT_IMAGE, self.config.source.name)
+                if attempt == 0:  # else it is another row's turn to tell
+                    self._skips[tar.CORRUPT_IMAGE, self.config.source.name] += 1
                 continue
             pair = image, self.config.captions.split(caption) if self.config.captions else []
             if not self.training:
@@ -217,13 +219,13 @@ def padding(config: StreamConfig) -> list[dict]:
     return [config.evaluation_row(Image.new("RGB", (8, 8)), [""]) | {"position": -1}]
 
 
-def _ignore(kind: str, url: str) -> None:
+def _ignore(kind: str, url: str, ordinal: int | None) -> None:
     pass
 
 
 def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Image.Image, list[str]] | None:
     """The sample's picture and captions, or None, recorded, where either is missing or broken."""
-    captions = config.captions.of_sample(sample, record) if config.captions else []
+    captions = config.captions.of_sample(sample, record, config.source.caption_keys) if config.captions else []
     image = tar.decode_image(sample, record) if captions is not None else None
     return None if image is None else (image, captions)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from openclip_ext.data.pack import pairs_from_csv
+from openclip_ext.data.pairs import pairs_from_csv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Table:
             return image.convert("RGB"), caption
 
 
-def csv_table(path: str, image_key: str, caption_key: str, separator: str) -> Table:
+def csv_table(path: str, image_key: str, caption_key: str, separator: str | None) -> Table:
     """`--dataset-type csv`. Raises UserError: no such file or column, or a row without a value in one."""
     return Table(path, pairs_from_csv(path, image_key, caption_key, separator, check_images=False))
 

@@ -36,17 +36,28 @@ CORRUPT_CAPTION = "corrupt caption"
 MORE_SAMPLES = "more samples than sizes.json says"
 FEWER_SAMPLES = "fewer samples than sizes.json says"
 
-Record = Callable[[str, str], None]
+#: Takes what is wrong, in which shard, and in which of its samples; None: in the shard itself.
+Record = Callable[[str, str, int | None], None]
 
 
 class Skips(collections.Counter):
-    """How often what went wrong in which shard: (kind, shard) to count."""
+    """What went wrong how often: (kind, shard) to count.
 
-    def record(self, kind: str, url: str) -> None:
-        self[kind, url] += 1
+    What is recorded is counted once, however often the same sample or shard is read. Memory: an entry per fault.
+    """
+
+    def __init__(self, *counts: dict[tuple[str, str], int]) -> None:
+        super().__init__(*counts)
+        self._known: set[tuple[str, str, int | None]] = set()
+
+    def record(self, kind: str, url: str, ordinal: int | None) -> None:
+        fault = kind, url, ordinal
+        if fault not in self._known:
+            self._known.add(fault)
+            self[kind, url] += 1
 
     def flush(self) -> list[tuple[str, str, int]]:
-        """All counts, which are then forgotten here."""
+        """All counts, which start anew; what has been recorded stays known."""
         rows = [(kind, url, count) for (kind, url), count in self.items()]
         self.clear()
         return rows
@@ -70,7 +81,7 @@ def read_shard(url: str, record: Record) -> Iterator[dict]:
     except GeneratorExit:
         raise
     except Exception:  # tarfile, zlib, the operating system and remote readers each raise their own
-        record(TRUNCATED_SHARD if started else UNREADABLE_SHARD, url)
+        record(TRUNCATED_SHARD if started else UNREADABLE_SHARD, url, None)
 
 
 def _files(stream: IO[bytes], url: str) -> Iterator[tuple[str, bytes]]:
@@ -91,16 +102,13 @@ def _require_end(url: str) -> None:
 
 
 def count_samples(path: str, record: Record) -> int:
-    """How many samples `read_shard` finds in a local shard, from the headers alone."""
+    """How many samples `read_shard` finds in a local shard: from the headers alone, unless it breaks off."""
     try:
         _require_end(path)
         with tarfile.open(path) as shard:
             return sum(1 for _ in _group(((member.name, b"") for member in shard if member.isreg()), path))
-    except EOFError:
-        record(TRUNCATED_SHARD, path)
-    except (tarfile.TarError, OSError):
-        record(UNREADABLE_SHARD, path)
-    return 0
+    except (EOFError, tarfile.TarError, OSError):
+        return sum(1 for _ in read_shard(path, record))
 
 
 def _group(files: Iterable[tuple[str, bytes]], url: str) -> Iterator[dict]:
@@ -126,12 +134,12 @@ def decode_image(sample: dict, record: Record) -> Image.Image | None:
     """The sample's picture in RGB, or None, recorded, where there is none or it cannot be decoded."""
     data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
     if data is None:
-        record(MISSING_IMAGE, sample["__url__"])
+        record(MISSING_IMAGE, sample["__url__"], sample["__ordinal__"])
         return None
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
     except IMAGE_ERRORS:
-        record(CORRUPT_IMAGE, sample["__url__"])
+        record(CORRUPT_IMAGE, sample["__url__"], sample["__ordinal__"])
         return None
 
 
@@ -139,10 +147,10 @@ def decode_caption(sample: dict, record: Record) -> str | None:
     """The sample's caption, or None, recorded, where there is none or it is no UTF-8."""
     data = sample.get(CAPTION_EXTENSION)
     if data is None:
-        record(MISSING_CAPTION, sample["__url__"])
+        record(MISSING_CAPTION, sample["__url__"], sample["__ordinal__"])
         return None
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        record(CORRUPT_CAPTION, sample["__url__"])
+        record(CORRUPT_CAPTION, sample["__url__"], sample["__ordinal__"])
         return None

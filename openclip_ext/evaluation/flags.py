@@ -45,10 +45,13 @@ def require_loading(args: argparse.Namespace) -> None:
 def add_caption_arguments(group) -> None:
     """Where captions are in what a flag for pairs takes; `caption_format` and `csv_columns` read them."""
     group.add_argument("--caption-separator", metavar="TEXT", help="splits a caption into several")
-    group.add_argument("--caption-key", metavar="KEY", help="where a sample's JSON holds its captions; as in training")
+    group.add_argument(
+        "--caption-key", metavar="KEY",
+        help="where a sample's JSON holds its captions; default: where sizes.json says, else its text",
+    )  # fmt: skip
     group.add_argument("--csv-img-key", default="filepath", help="column of image paths (default: %(default)s)")
     group.add_argument("--csv-caption-key", default="title", help="column of captions (default: %(default)s)")
-    group.add_argument("--csv-separator", help="default: a tab for .tsv, else a comma")
+    group.add_argument("--csv-separator", metavar="CHARACTER", help="between columns; default: recognised")
 
 
 def caption_format(args: argparse.Namespace) -> "CaptionFormat":

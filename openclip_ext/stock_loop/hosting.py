@@ -149,9 +149,11 @@ class Hosting:
             path: what `--resume` named, for messages.
 
         Raises:
-            UserError: the state is another loss's, or another data set's.
+            UserError: the state is another loss's, or another data set's, or knows samples by hashes of their keys.
         """
-        return Checkpoint(path, checkpoint.get("epoch", 0), checkpoint).restore_loss(loss)
+        content = Checkpoint(path, checkpoint.get("epoch", 0), checkpoint)
+        content.restore_ids(self._data.sample_id, None)
+        return content.restore_loss(loss)
 
     def run(
         self,

@@ -42,10 +42,12 @@ def build_trainer(
         for modality in getattr(paired, "projected", [])
     ]
     average = None if args.ema is None else WeightAverage(model, args.ema)
+    hash_ids = HashIds(data.num_ids) if data.sample_id == "hash" else None
     if checkpoint:
         restored = checkpoint.restore(
             optimizer=optimizer, scaler=accelerator.scaler, loss=loss, keys=keys, average=average
         )
+        checkpoint.restore_ids(data.sample_id, hash_ids)
         remarks += [f"--resume {args.resume}: {remark}" for remark in restored]
     return Trainer(
         accelerator=accelerator,
@@ -62,7 +64,7 @@ def build_trainer(
         total_steps=steps_per_epoch * args.epochs,
         seed=args.seed,
         teacher=upstream.create_teacher(args, accelerator.device) if args.distill_model else None,
-        hash_ids=HashIds(data.num_ids) if data.sample_id == "hash" else None,
+        hash_ids=hash_ids,
         keys=keys,
         average=average,
         adapters=adapters,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from openclip_ext import upstream
+from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.errors import UserError
 from openclip_ext.files import atomic, load_tensors
 from openclip_ext.training import sharding
@@ -26,14 +27,15 @@ def save_checkpoint(
     keys=None,
     average: WeightAverage | None = None,
     adapters: Adapters | None = None,
+    hash_ids: HashIds | None = None,
 ) -> None:
     """Write a checkpoint that stock OpenCLIP loads, whole or not at all.
 
     Keys as OpenCLIP writes them: `epoch, name, state_dict, optimizer`, `scaler` if there is one, and `state_dict_ema`
     of an average, which its main branch reads. Keys of ours, which OpenCLIP ignores: `loss` (state of the loss),
     `loss_optimizer` (the optimizer's last group, if the loss has parameters; in `optimizer` it would keep OpenCLIP from
-    resuming), and if there are any `momentum_encoder` and `lora` (options, and the `state_dict` and `state_dict_ema` of
-    adapters, which the weights have merged).
+    resuming), and if there are any `sample_hashes` (by sample id), `momentum_encoder` and `lora` (options, and the
+    `state_dict` and `state_dict_ema` of adapters, which the weights have merged).
 
     A sharded model is gathered, so all ranks call this; those that write nothing pass None for `path`.
     """
@@ -50,6 +52,8 @@ def save_checkpoint(
         content["scaler"] = scaler.state_dict()
     if loss.state_dict():
         content["loss"] = loss.state_dict()
+    if hash_ids is not None:
+        content["sample_hashes"] = hash_ids.hashes
     if keys is not None:
         content["momentum_encoder"] = keys.state_dict()
     if loss_optimizer is not None:
@@ -151,6 +155,27 @@ class Checkpoint:
         if scaler is not None and "scaler" in self.content:
             scaler.load_state_dict(self.content["scaler"])
         return remarks
+
+    def restore_ids(self, sample_id: str | None, hash_ids: HashIds | None) -> None:
+        """Number samples as the loss's state in the checkpoint has them.
+
+        Args:
+            sample_id: how this run identifies samples, None where its loss does not.
+            hash_ids: of this run, new; None where it needs none.
+
+        Raises:
+            UserError: they were identified in another way.
+        """
+        hashes = self.content.get("sample_hashes")
+        if sample_id is None or not self.content.get("loss"):
+            return
+        if (hashes is None) != (hash_ids is None):
+            raise UserError(
+                f"--resume {self.path}: its loss does not know samples by --sample-id {sample_id}; use the one it was "
+                f"trained with, or start from its weights with --pretrained {self.path}"
+            )
+        if hash_ids is not None:
+            hash_ids(hashes)
 
     def optimizer_state(self, optimizer) -> tuple[dict, list[str]]:
         """What `optimizer.load_state_dict` takes, the group of the loss's parameters last; and remarks for the log."""

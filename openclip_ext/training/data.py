@@ -7,7 +7,7 @@ from typing import Any
 
 from torchvision.transforms import AutoAugment, Compose
 
-from openclip_ext.data.captions import CaptionFormat
+from openclip_ext.data.captions import CaptionFormat, require_caption_key
 from openclip_ext.data.check import check_shards
 from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.table import Table, csv_table, synthetic_table
@@ -23,7 +23,7 @@ class TrainingData:
         source: shards or a table.
         num_samples: per epoch and over all ranks.
         size: N of the loss, the samples there are.
-        num_ids: sample ids run from 0 to this; above `size` only where they are hashes.
+        num_ids: sample ids run from 0 to this; another than `size` only where `--sample-id-table` says so.
         sample_id: how samples are identified, None where the loss does not need it.
     """
 
@@ -65,6 +65,7 @@ def _dataset_type(path: str | None, given: str, flag: str) -> str:
 
 def _shard_data(args: argparse.Namespace, wanted: str | None) -> TrainingData:
     listing = list_shards(args.train_data, args.train_data_upsampling_factors)
+    require_caption_key(listing.urls, args.caption_key)
     num_samples = args.train_num_samples or listing.length
     index = "openclip-ext shards index " + (os.path.dirname(listing.urls[0]) or ".")
     if num_samples is None:
@@ -74,7 +75,9 @@ def _shard_data(args: argparse.Namespace, wanted: str | None) -> TrainingData:
         )
     size = num_ids = listing.length or num_samples
     if wanted == "hash":
-        num_ids = args.sample_id_table or 4 * size
+        num_ids = size if args.sample_id_table is None else args.sample_id_table
+        if num_ids < 1:
+            raise UserError(f"--sample-id-table {num_ids}: must be at least 1")
     elif wanted == "index" and listing.sizes is None:
         raise UserError(
             f"--loss {args.loss}: needs sample ids, and {args.train_data} has no sizes.json to number samples by; "

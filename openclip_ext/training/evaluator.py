@@ -5,6 +5,7 @@ import argparse
 from accelerate import Accelerator
 
 from openclip_ext import upstream
+from openclip_ext.data.captions import require_caption_key
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
@@ -31,6 +32,7 @@ def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer
             source = csv_table(args.val_data, args.csv_img_key, args.csv_caption_key, args.csv_separator)
         else:
             source = list_shards(args.val_data, flag="--val-data")
+            require_caption_key(source.urls, args.caption_key)
         config = StreamConfig(
             source=source,
             batch_size=args.batch_size,

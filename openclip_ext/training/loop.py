@@ -50,7 +50,7 @@ class Trainer:
         total_steps: of the whole run.
         seed: of random draws in the model.
         teacher: of distillation; None: there is none.
-        hash_ids: maps hashes of keys to sample ids; None: batches hold ids.
+        hash_ids: numbers samples by hashes of their keys; None: batches hold ids.
         keys: an average of the model, which follows each step taken; None: there is none.
         average: of the weights, likewise, for evaluation.
         adapters: of LoRA, in the model.
@@ -130,12 +130,18 @@ class Trainer:
             if error is not None:
                 raise UserError(error) if number < workers else RankError(error)
             if self.hash_ids is not None:
-                batch["sample_ids"] = self.hash_ids(batch["sample_ids"])
+                batch["sample_ids"] = self._numbered(batch["sample_ids"])
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             for key in ("image", "image_aug"):
                 if self.input_dtype is not None and key in batch:
                     batch[key] = batch[key].to(self.input_dtype)
             yield batch
+
+    def _numbered(self, hashes: Tensor) -> Tensor:
+        """Ids of this rank's samples. Every rank numbers those of all, so that all agree."""
+        of_all = self.accelerator.gather(hashes.to(self.accelerator.device)).cpu()
+        start = self.accelerator.process_index * len(hashes)
+        return self.hash_ids(of_all)[start : start + len(hashes)]
 
     def _backward(self, batches: list[dict]) -> dict[str, Tensor]:
         """Gradients of one optimizer step; the loss's outputs, detached."""

@@ -170,8 +170,10 @@ class _Run:
             log.close()
         self._report_skips(skipped, f"epoch {epoch + 1}")
         if self.trainer.hash_ids and self.trainer.hash_ids.collisions:
-            logger.warning("%d visits so far to sample ids that another sample holds; raise --sample-id-table",
-                           self.trainer.hash_ids.collisions)  # fmt: skip
+            logger.warning(
+                "%d visits so far of samples beyond the %d that there is room for, which share ids; raise "
+                "--sample-id-table", self.trainer.hash_ids.collisions, self.trainer.hash_ids.num_ids,
+            )  # fmt: skip
 
     def _write_row(self, row: dict) -> None:
         append_json(os.path.join(self.folder, "metrics.jsonl"), row)
@@ -277,6 +279,7 @@ def _save(args, trainer: Trainer, folder: str, epoch: int, last: bool) -> None:
             keys=trainer.keys,
             average=trainer.average,
             adapters=trainer.adapters,
+            hash_ids=trainer.hash_ids,
             distributed=trainer.accelerator.num_processes > 1,
         )
     previous = os.path.join(checkpoints, f"epoch_{epoch - 1}.pt")

@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import os
+import pathlib
 import random
 import shutil
 import tarfile
@@ -17,6 +18,7 @@ from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pipeline import eval_loader, train_loader
 from openclip_ext.data.streams import StreamConfig
+from openclip_ext.data.table import Table
 from openclip_ext.data.tar import Skips, decode_caption, decode_image, read_shard
 
 
@@ -151,6 +153,49 @@ def test_faulty_samples_are_skipped_and_counted_by_kind_and_shard(tmp_path, shar
     assert not {70, 71} & set(ids_of(batches))
 
 
+@pytest.fixture
+def faulty(tmp_path, shards):
+    """One shard of 64 samples, of which two have a broken image and one no caption, and a shard that breaks off."""
+    with tarfile.open(f"{shards}/00000.tar") as source, tarfile.open(tmp_path / "a.tar", "w") as target:
+        for member in source.getmembers():
+            content = source.extractfile(member)
+            if member.name in ("000000003.png", "000000004.png"):
+                member.size = 20
+            if member.name != "000000005.txt":
+                target.addfile(member, content)
+    whole = pathlib.Path(shards, "00001.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "sizes.json").write_text('{"a.tar": 63, "b.tar": 64}')
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_counts_once_in_an_epoch_that_reads_the_shard_again(faulty, workers, resampled):
+    loader = train_loader(config(faulty, resampled=resampled), num_samples=600, workers=workers)
+    for number in range(2):
+        loader.set_epoch(number)
+        skipped = collections.Counter()
+        for batch in loader.batches:
+            skipped.update({(kind, os.path.basename(url)): count for kind, url, count in batch["skipped"]})
+        assert skipped == {
+            ("corrupt image", "a.tar"): 2, ("missing caption", "a.tar"): 1,
+            ("more samples than sizes.json says", "a.tar"): 1,
+            ("truncated shard", "b.tar"): 1, ("fewer samples than sizes.json says", "b.tar"): 1,
+        }  # fmt: skip
+
+
+def test_a_broken_row_of_a_table_counts_once_though_its_neighbour_needs_another_too(tmp_path, pairs):
+    (tmp_path / "good.png").write_bytes(pairs[0][0])
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    rows = [(str(tmp_path / f"{name}.png"), "a") for name in ("good", "bad", "bad", "good")]
+    stream = StreamConfig(source=Table("t.csv", rows), batch_size=2, image_transform=to_tensor, tokenizer=as_codes)
+    loader = train_loader(stream, num_samples=4, workers=0)
+    for number in range(2):
+        loader.set_epoch(number)
+        assert sum(count for batch in loader.batches for _, _, count in batch["skipped"]) == 2
+
+
 def test_ids_of_a_shard_with_more_samples_than_recorded_stay_in_its_range(tmp_path, shards):
     shutil.copytree(shards, tmp_path / "s")
     (tmp_path / "s" / "sizes.json").write_text('{"00000.tar": 64, "00001.tar": 60, "00002.tar": 64, "00003.tar": 64}')
@@ -181,12 +226,46 @@ def test_hashed_ids_depend_on_the_key_alone(shards):
     hashes = ids_of(batches)
     digest = hashlib.blake2b(b"000000000", digest_size=8).digest()
     assert len(set(hashes)) == 256 and int.from_bytes(digest, "big") >> 1 in hashes
-    ids = HashIds(1000)
-    table = torch.cat([ids(batch["sample_ids"]) for batch in batches])
-    assert table.min() >= 0 and table.max() < 1000
-    assert ids.collisions == 256 - len(table.unique())
-    before = ids.collisions
-    assert torch.equal(ids(batches[0]["sample_ids"]), table[:16]) and ids.collisions - before <= before
+    again = epoch(shards, sample_id="hash", number=1, rank=1, world_size=2, num_samples=128)
+    assert set(ids_of(again)) <= set(hashes)
+
+
+def key_hashes(count):
+    """Hashes of the keys of shards, as the stream makes them."""
+    digests = (hashlib.blake2b(b"%09d" % key, digest_size=8).digest() for key in range(count))
+    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
+
+
+def test_hashes_are_numbered_without_a_collision_where_folding_them_has_many():
+    hashes, count = key_hashes(20_000), 20_000
+    ids = HashIds(count)
+    expected = {}
+    for _ in range(2):
+        for batch in hashes[torch.randperm(count)].split(300):
+            for value, number in zip(batch.tolist(), ids(batch).tolist(), strict=True):
+                assert expected.setdefault(value, number) == number
+    assert sorted(expected.values()) == list(range(count)) and ids.collisions == 0
+    folded = (hashes % (4 * count)).unique(return_counts=True)[1]
+    assert (folded - 1).sum() / count > 0.1
+
+
+def test_numbers_follow_the_order_in_which_hashes_come_and_go_on_from_a_checkpoint():
+    hashes = key_hashes(100)
+    ids = HashIds(100)
+    assert ids(hashes[[5, 3, 5, 9]]).tolist() == [0, 1, 0, 2]
+    # Hashes that want the same place of the table.
+    assert ids(hashes[0] + 151 * torch.arange(3)).tolist() == [3, 4, 5]
+    resumed = HashIds(100)
+    resumed(ids.hashes)
+    rest = hashes[torch.randperm(80)]
+    assert torch.equal(resumed(rest), ids(rest)) and torch.equal(resumed.hashes, ids.hashes)
+
+
+def test_samples_beyond_the_room_share_ids_and_are_counted():
+    hashes = key_hashes(30)
+    ids = HashIds(20)
+    assert ids(hashes[:25]).tolist() == [*range(20), *(hashes[20:25] % 20).tolist()] and ids.collisions == 5
+    assert ids(hashes[:20]).tolist() == list(range(20)) and ids.collisions == 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -119,6 +119,20 @@ def test_all_captions_of_an_image_count_wherever_they_are(evaluate, photos, weig
         assert result["ranks"] == pytest.approx(results[0]["ranks"]) and result["ranks"]["image_to_text_mean_rank"] > 1
 
 
+def test_packed_shards_score_as_the_csv_they_were_packed_from(evaluate, photos, tmp_path):
+    code, tasks = evaluate("--retrieval", photos / "photos.csv")
+    from_csv = tasks["retrieval-photos"]
+    for name, extra in (("packed", ()), ("rows", ("--one-row-per-sample",))):
+        assert main(["shards", "pack", str(photos / "photos.csv"), str(tmp_path / name), *extra]) == 0
+    code_of_shards, tasks = evaluate("--retrieval", tmp_path / "packed")
+    packed = tasks["retrieval-packed"]
+    assert code == code_of_shards == 0
+    for key in ("num_samples", "num_texts", "scores", "ranks"):
+        assert packed[key] == pytest.approx(from_csv[key])
+    _, tasks = evaluate("--retrieval", tmp_path / "rows")
+    assert tasks["retrieval-rows"]["num_samples"] == tasks["retrieval-rows"]["num_texts"] == from_csv["num_texts"]
+
+
 def test_several_sets_in_one_call_and_captions_as_they_are(evaluate, photos, capsys):
     code, tasks = evaluate("--retrieval", photos / "joined.tar", "--retrieval", photos / "photos.csv")
     assert code == 0 and [task["num_texts"] for task in tasks.values()] == [8, sum(map(len, CAPTIONS.values()))]
@@ -171,6 +185,8 @@ def test_a_wrong_input_is_one_line(evaluate, photos, tmp_path, capsys, weights):
     refused("--caption-key captions: is for shards", "--retrieval", photos / "photos.csv", "--caption-key", "captions")
     refused("--caption-separator: must not be empty", "--retrieval", photos / "joined.tar", "--caption-separator", "")
     refused("sample astronaut: missing caption", "--retrieval", photos / "listed.tar")
+    refused("--caption-key caption: none of the first 8 samples, from ", "--retrieval", photos / "listed.tar",
+            "--caption-key", "caption")  # fmt: skip
     refused("both would be called", *2 * ("--retrieval", photos / "joined.tar"))
     (tmp_path / "file").touch()
     refused("cannot be made a folder", "--retrieval", photos / "joined.tar", "--feature-cache", tmp_path / "file")

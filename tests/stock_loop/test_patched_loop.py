@@ -128,12 +128,18 @@ def test_state_of_another_loss_is_left_behind_or_refused_in_one_line(
     clip = ("--resume", tmp_path / "logs/clip/checkpoints/epoch_1.pt", "--epochs", 2)
     assert len(run_patched("--loss", "gamma_decomp", "--name", "anew", *clip)) == 8
     assert "epoch_1.pt: it holds no loss state: the loss starts anew" in (tmp_path / "logs/anew/out.log").read_text()
+    hashed = checkpoint(tmp_path, "first", 1) | {"sample_hashes": torch.arange(256)}
+    torch.save(hashed, tmp_path / "hashed.pt")
     capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        run_patched("--loss", "sogclr", "--name", "another", *resume)
-    assert exit.value.code == 2
-    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
-    assert "epoch_1.pt: its loss state does not fit --loss and the data" in error
+    for loss, path, message in (
+        ("sogclr", resume[1], "epoch_1.pt: its loss state does not fit --loss and the data"),
+        ("gamma_decomp", tmp_path / "hashed.pt", "its loss does not know samples by --sample-id index"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            run_patched("--loss", loss, "--name", f"another-{loss}", "--resume", path, "--epochs", 2)
+        assert exit.value.code == 2
+        (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+        assert message in error
 
 
 def test_a_loss_that_cannot_be_built_is_one_line(run_patched, tmp_path, capsys):

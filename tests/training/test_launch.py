@@ -84,6 +84,21 @@ def test_two_processes_equal_one_with_twice_the_batch(train_flags, tmp_path, two
     )
 
 
+def test_two_processes_agree_on_ids_that_are_given_on_the_way(train_flags, tmp_path, two_shards):
+    flags = ("--train-data", two_shards, "--loss", "gamma_decomp", "--loss-arg", "gamma_decay=0", "--sample-id", "hash",
+             "--epochs", 4, "--opt", "timm/sgd", "--lr", 0.5)  # fmt: skip
+    assert main(train_flags(*flags, "--batch-size", 32, "--name", "one")) == 0
+    result = launch("torchrun", train_flags(*flags, "--batch-size", 16, "--name", "two"))
+    assert result.returncode == 0, result.stderr
+    by_sample = []
+    for name in ("one", "two"):
+        content = torch.load(tmp_path / "logs" / name / "checkpoints" / "epoch_4.pt")
+        hashes, order = content["sample_hashes"].sort()
+        by_sample.append((hashes, content["loss"]["base.rates.values"][:, order]))
+    assert torch.equal(by_sample[0][0], by_sample[1][0]) and len(by_sample[0][0].unique()) == 32
+    torch.testing.assert_close(by_sample[1][1], by_sample[0][1], rtol=1e-4, atol=1e-5)
+
+
 def test_a_rank_without_enough_data_ends_all_with_one_line(train_flags, tmp_path, pairs):
     pack(pairs[:30], str(tmp_path / "uneven"), samples_per_shard=20, progress=False)
     flags = ("--train-data", tmp_path / "uneven", "--batch-size", 16)

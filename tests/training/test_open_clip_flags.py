@@ -83,6 +83,18 @@ def test_a_csv_trains_with_row_numbers_as_ids(train_flags, tmp_path, csv, worker
     assert curve(tmp_path, "again") == curve(tmp_path)
 
 
+def test_a_csv_trains_whatever_separates_its_columns(train_flags, tmp_path, csv, capsys):
+    rows = csv.read_text()
+    for name, separator in (("tabs", "\t"), ("commas", ","), ("semicolons", ";")):
+        csv.with_suffix(".csv").write_text(rows.replace("\t", separator))
+        assert main(train_flags("--train-data", csv.with_suffix(".csv"), "--name", name)) == 0
+        assert curve(tmp_path, name) == curve(tmp_path, "tabs")
+    flags = ("--train-data", csv.with_suffix(".csv"), "--name", "wrong", "--csv-separator", "\t")
+    assert main(train_flags(*flags)) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("openclip-ext:")]
+    assert "splits at ';'; drop the flag" in error
+
+
 def test_synthetic_data_needs_only_a_number(train_flags, tmp_path, capsys):
     flags = train_flags("--dataset-type", "synthetic", "--train-num-samples", 64)
     del flags[flags.index("--train-data") : flags.index("--train-data") + 2]

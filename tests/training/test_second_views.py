@@ -76,7 +76,8 @@ def test_captions_come_from_the_text_or_the_json(format, sample, expected):
 )
 def test_json_without_a_usable_caption_is_recorded(sample, kind):
     skips = Skips()
-    assert CaptionFormat(key="captions").of_sample(sample | {"__url__": "s.tar"}, skips.record) is None
+    sample = sample | {"__url__": "s.tar", "__ordinal__": 0}
+    assert CaptionFormat(key="captions").of_sample(sample, skips.record) is None
     assert dict(skips) == {(kind, "s.tar"): 1}
 
 

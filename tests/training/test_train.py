@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from openclip_ext.cli import main
+from openclip_ext.data.pack import pack
 
 
 def lines(path):
@@ -176,6 +177,39 @@ def test_hashed_ids_leave_the_objective_as_it_is(train_flags, tmp_path):
     assert losses(tmp_path, "hash") == pytest.approx(losses(tmp_path, "index"), abs=0.2)
 
 
+def test_validation_data_without_the_captions_key_is_named_before_training(
+    train_flags, tmp_path, pairs, val_shards, capsys
+):
+    pack([(image, [caption, "again"]) for image, caption in pairs[:64]], str(tmp_path / "listed"), progress=False)
+    flags = ("--train-data", tmp_path / "listed", "--val-data", val_shards)
+    assert main(train_flags(*flags, "--caption-key", "captions", "--name", "wrong")) == 2
+    assert f"--caption-key captions: none of the first 50 samples, from {val_shards}" in capsys.readouterr().err
+    # Where no key is given, each set has its own.
+    assert main(train_flags(*flags)) == 0
+
+
+def test_a_run_with_hashed_ids_resumes_with_the_ids_it_had(train_flags, tmp_path, capsys):
+    flags = ("--loss", "gamma_decomp", "--lr-scheduler", "const", "--sample-id")
+    assert main(train_flags(*flags, "hash", "--epochs", 2, "--name", "whole")) == 0
+    assert main(train_flags(*flags, "hash", "--epochs", 1, "--name", "half")) == 0
+    assert main(train_flags(*flags, "hash", "--epochs", 2, "--name", "half", "--resume", "latest")) == 0
+    assert losses(tmp_path, "half") == losses(tmp_path, "whole")
+    path = tmp_path / "logs" / "whole" / "checkpoints" / "epoch_2.pt"
+    content = torch.load(path)
+    assert content["loss"]["base.rates.values"].shape == (2, 256) and len(content["sample_hashes"].unique()) == 256
+    assert main(train_flags(*flags, "index", "--epochs", 3, "--name", "other", "--resume", path)) == 2
+    assert "its loss does not know samples by --sample-id index" in capsys.readouterr().err
+    del content["sample_hashes"]
+    torch.save(content, tmp_path / "indexed.pt")
+    assert main(train_flags(*flags, "hash", "--epochs", 3, "--name", "other", "--resume", tmp_path / "indexed.pt")) == 2
+    assert "its loss does not know samples by --sample-id hash" in capsys.readouterr().err
+
+
+def test_samples_beyond_the_room_for_ids_are_told(train_flags, capsys):
+    assert main(train_flags("--loss", "gamma_decomp", "--sample-id", "hash", "--sample-id-table", 200)) == 0
+    assert "56 visits so far of samples beyond the 200 that there is room for" in capsys.readouterr().err
+
+
 def test_resuming_repeats_no_random_draws_of_the_model(train_flags, tmp_path, model_config):
     config = json.loads(pathlib.Path(model_config).read_text())
     config["vision_cfg"] |= {"patch_dropout": 0.5}
@@ -260,6 +294,8 @@ BAD = [
         "--lock-text: OpenCLIP cannot leave the LayerNorms of --model tiny-test unlocked; add --lock-text-",
     ),
     (["--siglip", "--loss", "dcl"], "--siglip --loss dcl: these exclude each other"),
+    (["--loss", "sogclr", "--sample-id", "hash", "--sample-id-table", "0"], "--sample-id-table 0: must be at least 1"),
+    (["--caption-key", "captionz"], "--caption-key captionz: none of the first 256 samples"),
     (["--imagenet-val", "/nowhere"], "--imagenet-val /nowhere: no such folder"),
     (["--val-data", "/nowhere.tar"], "--val-data /nowhere.tar: no shard matches"),
     (["--train-data-upsampling-factors", "2"], "--train-data-upsampling-factors: needs --dataset-resampled"),

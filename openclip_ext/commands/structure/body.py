@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openclip_ext import upstream
-from openclip_ext.data.captions import CaptionFormat
+from openclip_ext.data.captions import CaptionFormat, require_caption_key
 from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
@@ -87,7 +87,9 @@ def _source(args: argparse.Namespace) -> ShardListing | Table:
     """What `--data` names. Raises UserError: there is none."""
     if columns := csv_columns(args, args.data):
         return csv_table(args.data, *columns)
-    return list_shards(args.data, flag="--data")
+    listing = list_shards(args.data, flag="--data")
+    require_caption_key(listing.urls, args.caption_key)
+    return listing
 
 
 def _write(report: dict, structures: list[Structure], out: str) -> None:

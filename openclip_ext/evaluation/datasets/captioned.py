@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from openclip_ext.data import tar
-from openclip_ext.data.captions import CaptionFormat
+from openclip_ext.data.captions import CaptionFormat, require_caption_key
 from openclip_ext.data.check import EMPTY_CAPTION
-from openclip_ext.data.listing import list_shards
-from openclip_ext.data.pack import pairs_from_csv
+from openclip_ext.data.listing import ShardListing, list_shards
+from openclip_ext.data.pairs import captions_by_image, pairs_from_csv
 from openclip_ext.errors import RankError, UserError
 from openclip_ext.evaluation.datasets.content import content_id
 from openclip_ext.evaluation.datasets.rows import ShardRows, first_error, opened
@@ -50,14 +50,19 @@ class CaptionedFiles(Dataset):
 
 
 class CaptionedShards(ShardRows):
-    """A `Captioned` of samples, or the error of one; `files` is all that is read."""
+    """A `Captioned` of samples, or the error of one.
 
-    def __init__(self, urls: Sequence[str], captions: CaptionFormat) -> None:
-        super().__init__(urls)
-        self.files, self.captions = urls, captions
+    Attributes:
+        files: all that is read.
+        noted: caption keys that `sizes.json` has, used where the format names none.
+    """
+
+    def __init__(self, listing: ShardListing, captions: CaptionFormat) -> None:
+        super().__init__(listing.urls)
+        self.files, self.noted, self.captions = listing.urls, listing.caption_keys, captions
 
     def row(self, sample: dict, record: tar.Record) -> Captioned | None:
-        captions = self.captions.of_sample(sample, record)
+        captions = self.captions.of_sample(sample, record, self.noted)
         if captions is None:
             return None
         captions = [caption for caption in captions if caption.strip()]
@@ -80,15 +85,16 @@ def captioned_csv(
     """
     if not os.path.isfile(path):
         raise UserError(f"{flag} {path}: no such file; give a CSV with a header row, or shards")
-    captions_of: dict[str, list[str]] = {}
-    for image, text in pairs_from_csv(path, image_key, caption_key, separator):
-        captions_of.setdefault(image, []).extend(captions.split(text))
-    return CaptionedFiles(path, list(captions_of.items()))
+    texts_of = captions_by_image(pairs_from_csv(path, image_key, caption_key, separator))
+    rows = [(image, [part for text in texts for part in captions.split(text)]) for image, texts in texts_of.items()]
+    return CaptionedFiles(path, rows)
 
 
 def captioned_shards(path: str, flag: str, captions: CaptionFormat) -> CaptionedShards:
-    """The samples of a folder or pattern of shards. Raises UserError: no shard matches."""
-    return CaptionedShards(list_shards(path, flag=flag).urls, captions)
+    """The samples of a folder or pattern of shards. Raises UserError: no shard matches, or none has `captions.key`."""
+    listing = list_shards(path, flag=flag)
+    require_caption_key(listing.urls, captions.key)
+    return CaptionedShards(listing, captions)
 
 
 @torch.no_grad()

@@ -100,6 +100,7 @@ def _task(path: str, args: argparse.Namespace) -> RetrievalTask:
         reading["csv"] = columns
     else:
         pairs = captioned_shards(path, FLAG, captions)
+        reading["noted"] = pairs.noted
     return RetrievalTask(
         name=f"retrieval-{Path(path).stem}",
         dataset=path,
