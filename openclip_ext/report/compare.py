@@ -15,6 +15,7 @@ import numpy as np
 
 from openclip_ext.errors import UserError
 from openclip_ext.files import make_out_folder
+from openclip_ext.report import measured
 from openclip_ext.report.intervals import half_width, half_width_of_difference
 from openclip_ext.report.run_files import Row, RunFiles, is_run, read_run, shown
 from openclip_ext.report.tables import tables
@@ -163,7 +164,8 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
         patterns: of names of metrics to show, as the shell's; None: `HEADLINES`.
 
     Returns:
-        `created`, `versions`; `metrics`: names of those shown in tables and picture; and `groups`, each with
+        `created`, `versions`; `metrics`: names of those shown in tables and picture; `chance`: by metric the score of
+        random guesses, where it is known; `remarks`: lines about what is not compared; and `groups`, each with
 
         * `label`, `settings` (parameters in which the groups differ, with this group's values),
         * `runs`: `name, folder, seed, epochs` (completed ones at the last evaluation, None without any), `scores`
@@ -178,11 +180,18 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
     Raises:
         UserError: a pattern fits no metric of any run.
     """
-    names = {name: None for group in groups for run in group.runs for name in run.scores}  # a set that keeps order
+    apart = measured.columns([run for group in groups for run in group.runs])
+    groups = [
+        dataclasses.replace(group, runs=[measured.told_apart(run, apart) for run in group.runs]) for group in groups
+    ]
+    runs = [run for group in groups for run in group.runs]
+    names = {name: None for run in runs for name in run.scores}  # a set that keeps order
     return {
         "created": datetime.datetime.now().isoformat(timespec="seconds"),
         "versions": {"openclip-ext": version("openclip-ext")},
         "metrics": shown_metrics(list(names), patterns),
+        "chance": measured.chances(runs),
+        "remarks": measured.remarks(apart),
         "groups": [
             {
                 "label": group.label,
@@ -199,12 +208,14 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
 def shown_metrics(names: list[str], patterns: Sequence[str] | None) -> list[str]:
     """The names that the patterns fit, in their order; of `HEADLINES` where there are none, or else the first four.
 
+    A name that says which of several data it is of is also found by the name without.
+
     Raises:
         UserError: a pattern fits nothing.
     """
     shown: list[str] = []
     for pattern in patterns or HEADLINES:
-        found = fnmatch.filter(names, pattern)
+        found = [name for name in names if fnmatch.filter([name, measured.unqualified(name)], pattern)]
         if patterns and not found:
             raise UserError(f"--metric {pattern}: there is no such metric; there are: {', '.join(names) or 'none'}")
         shown += [name for name in found if name not in shown]

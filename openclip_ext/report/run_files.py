@@ -51,12 +51,16 @@ class RunFiles:
 
     @property
     def scores(self) -> Row:
-        """The metrics of the last evaluation during training, and as `task/score` those of `evaluations` of its end."""
+        """The metrics of the last evaluation during training, and as `task/score` those of `evaluations_of_the_end`."""
         scores = metrics(self.validation[-1]) if self.validation else {}
-        for report in self.evaluations:
-            if self._is_of_the_end(report):
-                scores |= task_scores(report)
+        for report in self.evaluations_of_the_end:
+            scores |= task_scores(report)
         return scores
+
+    @property
+    def evaluations_of_the_end(self) -> list[dict]:
+        """Those of the last checkpoint."""
+        return [report for report in self.evaluations if self._is_of_the_end(report)]
 
     @property
     def earlier(self) -> list[str]:

@@ -17,6 +17,8 @@ def tables(report: dict) -> str:
     )
     if metrics and len(groups) > 1:
         parts.append(_differences(groups, metrics))
+    if report["remarks"]:
+        parts.append("\n".join(f"* {remark}" for remark in report["remarks"]) + "\n")
     if any(group["settings"] for group in groups):
         parts.append(_settings(groups))
     return "\n".join(parts)
