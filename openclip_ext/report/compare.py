@@ -17,7 +17,8 @@ from openclip_ext.errors import UserError
 from openclip_ext.files import make_out_folder
 from openclip_ext.report import measured
 from openclip_ext.report.intervals import half_width, half_width_of_difference
-from openclip_ext.report.run_files import Row, RunFiles, is_run, read_run, shown
+from openclip_ext.report.params import shown
+from openclip_ext.report.run_files import Row, RunFiles, is_run, read_run
 from openclip_ext.report.tables import tables
 
 #: What is shown where `--metric` says nothing else: patterns of names, in this order.
@@ -52,12 +53,12 @@ class Group:
         """The metric at the end of each run that has it."""
         return [run.scores[metric] for run in self.runs if metric in run.scores]
 
-    def by_seed(self, metric: str) -> dict[str, float] | None:
+    def by_seed(self, metric: str) -> dict[int, float] | None:
         """The metric by seed; None where a seed is unknown or occurs twice."""
-        seeds = [run.params.get("seed") for run in self.runs]
+        seeds = [run.params.flags.get("seed") for run in self.runs]
         if None in seeds or len(set(seeds)) < len(seeds):
             return None
-        return {run.params["seed"]: run.scores[metric] for run in self.runs if metric in run.scores}
+        return {run.params.flags["seed"]: run.scores[metric] for run in self.runs if metric in run.scores}
 
 
 def run_report(args: argparse.Namespace) -> dict:
@@ -116,7 +117,7 @@ def _natural(name: str) -> list:
 def group(runs: Sequence[RunFiles]) -> list[Group]:
     """Runs in groups that differ in more than the seed, in the order of their first runs.
 
-    A run without `params.txt` is a group of its own.
+    A run without known flags is a group of its own.
 
     Raises:
         UserError: a run has neither training rows nor scores.
@@ -126,7 +127,7 @@ def group(runs: Sequence[RunFiles]) -> list[Group]:
             raise UserError(f"{run.folder}: has reported neither a step nor an evaluation yet; leave it out")
     members: dict[object, list[RunFiles]] = {}
     for run in runs:
-        key = frozenset(_settings(run).items()) if run.params else run.folder
+        key = frozenset(_settings(run).items()) if run.params.flags else run.folder
         members.setdefault(key, []).append(run)
     settings = [_settings(runs[0]) for runs in members.values()]
     names = sorted({name for row in settings for name in row})
@@ -139,7 +140,19 @@ def group(runs: Sequence[RunFiles]) -> list[Group]:
 
 
 def _settings(run: RunFiles) -> dict[str, str]:
-    return {name: shown(value) for name, value in run.params.items() if name not in _BOOKKEEPING}
+    """Values in words; of a setting that was changed on the way all of them, and when."""
+    versions, flags = run.params.versions, run.params.flags
+    settings = {**versions, **{name: shown(value) for name, value in flags.items()}, **run.params.changes()}
+    return {name: value for name, value in settings.items() if name not in _BOOKKEEPING}
+
+
+def _changes(runs: Sequence[RunFiles]) -> list[str]:
+    """A line per run that was resumed with other settings."""
+    stories = [
+        (run.name, [f"{name} {story}" for name, story in run.params.changes().items() if name not in _BOOKKEEPING])
+        for run in runs
+    ]
+    return [f"{name}: was resumed with other settings: {'; '.join(parts)}" for name, parts in stories if parts]
 
 
 def _labels(groups: list[list[RunFiles]]) -> list[str]:
@@ -165,7 +178,8 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
 
     Returns:
         `created`, `versions`; `metrics`: names of those shown in tables and picture; `chance`: by metric the score of
-        random guesses, where it is known; `remarks`: lines about what is not compared; and `groups`, each with
+        random guesses, where it is known; `remarks`: lines about what was changed on the way and
+        what is not compared; and `groups`, each with
 
         * `label`, `settings` (parameters in which the groups differ, with this group's values),
         * `runs`: `name, folder, seed, epochs` (completed ones at the last evaluation, None without any), `scores`
@@ -191,7 +205,7 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
         "versions": {"openclip-ext": version("openclip-ext")},
         "metrics": shown_metrics(list(names), patterns),
         "chance": measured.chances(runs),
-        "remarks": measured.remarks(apart),
+        "remarks": _changes(runs) + measured.remarks(apart),
         "groups": [
             {
                 "label": group.label,
@@ -226,7 +240,7 @@ def _run(run: RunFiles) -> dict:
     return {
         "name": run.name,
         "folder": str(run.folder),
-        "seed": run.params.get("seed"),
+        "seed": run.params.flags.get("seed"),
         "epochs": run.validation[-1]["epoch"] if run.validation else None,
         "scores": run.scores,
         "training": _columns(run.training, CURVE_POINTS),

@@ -65,7 +65,8 @@ def of_result(result: dict[str, Any]) -> Data:
 def of_validation(run: RunFiles, row: Row, metric: str) -> Data:
     """Of a metric in a row of validation: the values of its flags, and the number of pairs where it is of pairs."""
     task, flags = _validation(metric)
-    values = [str(run.params[flag]) for flag in flags if run.params.get(flag) not in (None, "None")]
+    given = run.params.flags_at(row.get("epoch", 0))
+    values = [str(given[flag]) for flag in flags if given.get(flag) is not None]
     number = int(row["num_samples"]) if task == "val-data" and "num_samples" in row else None
     return Data(path=", ".join(map(os.path.normpath, values)) or None, images=number, texts=number)
 

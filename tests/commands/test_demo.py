@@ -13,7 +13,7 @@ def test_the_demo_writes_a_report_and_a_picture(tmp_path, capsys):
     report = json.loads((out / "report.json").read_text())
     siglip, clip = report["groups"]
     assert [siglip["label"], clip["label"]] == ["siglip", "clip+brownian_bridge=0.25"]
-    assert [run["seed"] for run in clip["runs"]] == ["0", "1"]
+    assert [run["seed"] for run in clip["runs"]] == [0, 1]
     assert report["data"] == {"train": 1257, "val": 180, "test": 360}
     assert report["metrics"][:1] == ["test/top1"] and "text_to_image_R@10" in report["metrics"]
     values = [run["scores"]["test/top1"] for run in siglip["runs"]]

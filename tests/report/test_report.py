@@ -49,7 +49,7 @@ def test_runs_that_differ_only_in_their_seed_are_one_row(make_run):
     clip, dcl = groups_of(*folders)
     assert [clip["label"], dcl["label"]] == ["clip", "dcl"]
     assert dcl["settings"] == {"loss": "dcl"}
-    assert [run["seed"] for run in dcl["runs"]] == ["0", "1", "2"]
+    assert [run["seed"] for run in dcl["runs"]] == [0, 1, 2]
     cell = clip["scores"]["text_to_image_R@1"]
     assert cell["mean"] == pytest.approx(0.2) and cell["std"] == pytest.approx(0.1) and cell["n"] == 3
     assert cell["interval"] == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
@@ -97,8 +97,8 @@ def test_what_eval_found_of_an_earlier_epoch_is_no_score_of_the_end(make_run, sh
 
 def test_a_value_of_params_may_break_lines(make_run):
     folder = make_run("run", recall=(0.1,), caption_separator="\n", lr=3)
-    assert read_run(str(folder)).params["caption_separator"] == "\n"
-    assert read_run(str(folder)).params["lr"] == "3"
+    assert read_run(str(folder)).params.flags["caption_separator"] == "\n"
+    assert read_run(str(folder)).params.flags["lr"] == 3
 
 
 def test_a_long_training_curve_is_averaged_within_windows(make_run):
