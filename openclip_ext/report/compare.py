@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import fnmatch
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -89,7 +90,7 @@ def write_report(report: dict, out: Path) -> None:
     (out / "report.md").write_text(f"# Runs compared\n\n{tables(report)}\n![curves and scores](report.png)\n")
     (out / "report.json").write_text(json.dumps(_without_nan(report), indent=1))
     print(tables(report))
-    print(", ".join(str(out / f"report.{kind}") for kind in ("md", "json", "png")))
+    print(f"{out}: report.md, report.json, report.png")
 
 
 def _folders(paths: Sequence[str]) -> list[str]:
@@ -187,9 +188,10 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
           windows where the run has more) and `validation` (columns `epoch` and metrics),
         * `scores`: by metric `mean, std, interval, n` over the group's runs: sample standard deviation, and half the
           width of the mean's 95 % confidence interval; both None from a single run,
-        * `differences`: by metric `mean, interval, paired, n`: what the group has more than the first one; `paired`
-          means over the `n` seeds that both have, else it is the difference of the means with Welch's interval.
-          Empty for the first group.
+        * `differences`: by metric `mean, interval, paired, n, values`: what the group has more than the first one;
+          `paired` means over the `n` seeds that both have, whose differences are `values`, else it is the difference
+          of the means with Welch's interval. Empty for the first group.
+        * `targets`: by column of `training`, the objective whose value it is: only what has the same can be compared.
 
     Raises:
         UserError: a pattern fits no metric of any run.
@@ -210,6 +212,7 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
             {
                 "label": group.label,
                 "settings": group.settings,
+                "targets": _targets(group.runs[0]),
                 "runs": [_run(run) for run in group.runs],
                 "scores": {name: _summary(values) for name in names if (values := group.values(name))},
                 "differences": {} if group is groups[0] else _differences(group, groups[0], list(names)),
@@ -234,6 +237,19 @@ def shown_metrics(names: list[str], patterns: Sequence[str] | None) -> list[str]
             raise UserError(f"--metric {pattern}: there is no such metric; there are: {', '.join(names) or 'none'}")
         shown += [name for name in found if name not in shown]
     return shown or names[:4]
+
+
+def _targets(run: RunFiles) -> dict[str, str]:
+    """By loss in `training`, what is minimised; empty where that is not known."""
+    flags, changes = run.params.flags, run.params.changes()
+    if not flags:
+        return {}
+    size = math.prod(int(flags.get(name) or 1) for name in ("batch_size", "accum_freq", "world_size"))
+    loss = changes.get("loss") or flags.get("loss") or ("siglip" if flags.get("siglip") else "clip")
+    words = [loss, *(changes.get(name) or shown(flags[name]) for name in ("loss_arg",) if flags.get(name))]
+    targets = {f"{term.partition('=')[0]}_loss": f"{term}, batch {size}" for term in flags.get("loss_term") or ()}
+    targets["contrastive_loss"] = f"{' '.join(words)}, batch {size}"
+    return targets | {"loss": " + ".join([*words, *(flags.get("loss_term") or ()), f"batch {size}"])}
 
 
 def _run(run: RunFiles) -> dict:
@@ -272,12 +288,14 @@ def _difference(group: Group, first: Group, metric: str) -> dict | None:
     shared = sorted(own.keys() & base.keys()) if own and base else []
     if shared and (len(shared) > 1 or len(own) == len(base) == 1):
         values = [own[seed] - base[seed] for seed in shared]
-        return {"mean": float(np.mean(values)), "interval": half_width(values), "paired": True, "n": len(values)}
+        mean = float(np.mean(values))
+        return {"mean": mean, "interval": half_width(values), "paired": True, "n": len(values), "values": values}
     values, others = group.values(metric), first.values(metric)
     if not values or not others:
         return None
     mean = float(np.mean(values) - np.mean(others))
-    return {"mean": mean, "interval": half_width_of_difference(values, others), "paired": False, "n": len(values)}
+    interval = half_width_of_difference(values, others)
+    return {"mean": mean, "interval": interval, "paired": False, "n": len(values), "values": []}
 
 
 def _without_nan(value):

@@ -38,7 +38,7 @@ def test_one_task_name_with_two_data_is_two_columns_without_a_difference(make_ev
     assert after["differences"] == {}
     (remark,) = report["remarks"]
     assert "(wds) wds/val, 180 images, 900 texts; (shards) shards/val, 180 images, 180 texts" in remark
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert remark in printed and "+10.0" not in printed
 
 

@@ -30,13 +30,16 @@ def groups_of(*folders):
 # Numbers.
 
 
-def test_the_interval_of_a_difference_is_welchs():
+def test_intervals_are_students_and_welchs():
     values, others = [0.31, 0.35, 0.32, 0.37], [0.22, 0.29, 0.18]
-    expected = stats.ttest_ind(values, others, equal_var=False).confidence_interval(0.95)
-    half = (expected.high - expected.low) / 2
-    assert half_width_of_difference(values, others) == pytest.approx(half)
-    assert half_width_of_difference([1.0], others) is None
-    assert half_width_of_difference([1.0, 1.0], [2.0, 2.0]) == 0
+    assert half_width(others) == pytest.approx(4.302653 * np.std(others, ddof=1) / math.sqrt(3))
+    shares = [np.var(values, ddof=1) / 4, np.var(others, ddof=1) / 3]
+    degrees = sum(shares) ** 2 / (shares[0] ** 2 / 3 + shares[1] ** 2 / 2)
+    expected = stats.t.ppf(0.975, degrees) * math.sqrt(sum(shares))
+    assert half_width_of_difference(values, others) == pytest.approx(expected)
+    assert half_width([1.0]) is None and half_width_of_difference([1.0], others) is None
+    assert half_width([0.1, 0.1]) == 0 and half_width_of_difference([1.0, 1.0], [2.0, 2.0]) == 0
+    assert math.isnan(half_width([1.0, math.nan]))
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_row(make_run):
@@ -57,7 +60,7 @@ def test_runs_that_differ_only_in_their_seed_are_one_row(make_run):
     assert clip["differences"] == {}
     assert dcl["differences"]["text_to_image_R@1"] == {
         "mean": pytest.approx(differences.mean()), "interval": pytest.approx(half_width(differences)), "paired": True,
-        "n": 3,
+        "n": 3, "values": pytest.approx(list(differences)),
     }  # fmt: skip
 
 
