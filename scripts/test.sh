@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Set up a virtual environment if there is none, and run the tests, two at a time. Arguments go to pytest.
 set -euo pipefail
-source "$(dirname "$0")/setup.sh" "[test]"
+source "$(dirname "$0")/setup.sh"
+setup test
 exec "$PYTHON" -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -1,6 +1,5 @@
 """Any OpenCLIP checkpoint, by tag, name, file or run, as a model ready to encode."""
 
-import ast
 import contextlib
 import dataclasses
 import hashlib
@@ -17,7 +16,7 @@ from openclip_ext import upstream
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.files import last_checkpoint, load_tensors
-from openclip_ext.report.run_files import PARAMS, read_params
+from openclip_ext.report.params import read_params
 
 #: What a name that ends so must be.
 FILE_EXTENSIONS = (".pt", ".pth", ".bin", ".safetensors")
@@ -167,7 +166,7 @@ def _origin(source: str | None, name: str | None, model_config: str | None, run:
         return _Origin(name, None, local_file(name, flag), {})
     path = local_file(source, flag)
     run = run or (os.path.dirname(os.path.dirname(os.path.abspath(path))) if path else None)
-    flags = _run_flags(run) if run else {}
+    flags = read_params(Path(run)).flags if run else {}
     if name not in (None, flags.get("model")):
         flags = {}  # its other flags were for another model
     name = name or flags.get("model") or (model_config and Path(model_config).stem)
@@ -176,18 +175,6 @@ def _origin(source: str | None, name: str | None, model_config: str | None, run:
     if config := model_config or flags.get("model_config"):
         upstream.register_model_config(config)
     return _Origin(name, path or source, path, {key: flags[key] for key in RUN_FLAGS if key in flags})
-
-
-def _run_flags(folder: str) -> dict[str, Any]:
-    """What `params.txt` says of the run whose folder it is; nothing where it is no run's."""
-    return {name: _literal(value) for name, value in read_params(Path(folder) / PARAMS).items()}
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def local_file(source: str, flag: str) -> str | None:

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import fnmatch
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -15,8 +16,10 @@ import numpy as np
 
 from openclip_ext.errors import UserError
 from openclip_ext.files import make_out_folder
+from openclip_ext.report import measured
 from openclip_ext.report.intervals import half_width, half_width_of_difference
-from openclip_ext.report.run_files import Row, RunFiles, is_run, read_run, shown
+from openclip_ext.report.params import shown
+from openclip_ext.report.run_files import Row, RunFiles, is_run, read_run
 from openclip_ext.report.tables import tables
 
 #: What is shown where `--metric` says nothing else: patterns of names, in this order.
@@ -51,12 +54,12 @@ class Group:
         """The metric at the end of each run that has it."""
         return [run.scores[metric] for run in self.runs if metric in run.scores]
 
-    def by_seed(self, metric: str) -> dict[str, float] | None:
+    def by_seed(self, metric: str) -> dict[int, float] | None:
         """The metric by seed; None where a seed is unknown or occurs twice."""
-        seeds = [run.params.get("seed") for run in self.runs]
+        seeds = [run.params.flags.get("seed") for run in self.runs]
         if None in seeds or len(set(seeds)) < len(seeds):
             return None
-        return {run.params["seed"]: run.scores[metric] for run in self.runs if metric in run.scores}
+        return {run.params.flags["seed"]: run.scores[metric] for run in self.runs if metric in run.scores}
 
 
 def run_report(args: argparse.Namespace) -> dict:
@@ -87,7 +90,7 @@ def write_report(report: dict, out: Path) -> None:
     (out / "report.md").write_text(f"# Runs compared\n\n{tables(report)}\n![curves and scores](report.png)\n")
     (out / "report.json").write_text(json.dumps(_without_nan(report), indent=1))
     print(tables(report))
-    print(", ".join(str(out / f"report.{kind}") for kind in ("md", "json", "png")))
+    print(f"{out}: report.md, report.json, report.png")
 
 
 def _folders(paths: Sequence[str]) -> list[str]:
@@ -115,7 +118,7 @@ def _natural(name: str) -> list:
 def group(runs: Sequence[RunFiles]) -> list[Group]:
     """Runs in groups that differ in more than the seed, in the order of their first runs.
 
-    A run without `params.txt` is a group of its own.
+    A run without known flags is a group of its own.
 
     Raises:
         UserError: a run has neither training rows nor scores.
@@ -125,7 +128,7 @@ def group(runs: Sequence[RunFiles]) -> list[Group]:
             raise UserError(f"{run.folder}: has reported neither a step nor an evaluation yet; leave it out")
     members: dict[object, list[RunFiles]] = {}
     for run in runs:
-        key = frozenset(_settings(run).items()) if run.params else run.folder
+        key = frozenset(_settings(run).items()) if run.params.flags else run.folder
         members.setdefault(key, []).append(run)
     settings = [_settings(runs[0]) for runs in members.values()]
     names = sorted({name for row in settings for name in row})
@@ -138,7 +141,19 @@ def group(runs: Sequence[RunFiles]) -> list[Group]:
 
 
 def _settings(run: RunFiles) -> dict[str, str]:
-    return {name: shown(value) for name, value in run.params.items() if name not in _BOOKKEEPING}
+    """Values in words; of a setting that was changed on the way all of them, and when."""
+    versions, flags = run.params.versions, run.params.flags
+    settings = {**versions, **{name: shown(value) for name, value in flags.items()}, **run.params.changes()}
+    return {name: value for name, value in settings.items() if name not in _BOOKKEEPING}
+
+
+def _changes(runs: Sequence[RunFiles]) -> list[str]:
+    """A line per run that was resumed with other settings."""
+    stories = [
+        (run.name, [f"{name} {story}" for name, story in run.params.changes().items() if name not in _BOOKKEEPING])
+        for run in runs
+    ]
+    return [f"{name}: was resumed with other settings: {'; '.join(parts)}" for name, parts in stories if parts]
 
 
 def _labels(groups: list[list[RunFiles]]) -> list[str]:
@@ -163,7 +178,9 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
         patterns: of names of metrics to show, as the shell's; None: `HEADLINES`.
 
     Returns:
-        `created`, `versions`; `metrics`: names of those shown in tables and picture; and `groups`, each with
+        `created`, `versions`; `metrics`: names of those shown in tables and picture; `chance`: by metric the score of
+        random guesses, where it is known; `remarks`: lines about what was changed on the way and
+        what is not compared; and `groups`, each with
 
         * `label`, `settings` (parameters in which the groups differ, with this group's values),
         * `runs`: `name, folder, seed, epochs` (completed ones at the last evaluation, None without any), `scores`
@@ -171,22 +188,31 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
           windows where the run has more) and `validation` (columns `epoch` and metrics),
         * `scores`: by metric `mean, std, interval, n` over the group's runs: sample standard deviation, and half the
           width of the mean's 95 % confidence interval; both None from a single run,
-        * `differences`: by metric `mean, interval, paired, n`: what the group has more than the first one; `paired`
-          means over the `n` seeds that both have, else it is the difference of the means with Welch's interval.
-          Empty for the first group.
+        * `differences`: by metric `mean, interval, paired, n, values`: what the group has more than the first one;
+          `paired` means over the `n` seeds that both have, whose differences are `values`, else it is the difference
+          of the means with Welch's interval. Empty for the first group.
+        * `targets`: by column of `training`, the objective whose value it is: only what has the same can be compared.
 
     Raises:
         UserError: a pattern fits no metric of any run.
     """
-    names = {name: None for group in groups for run in group.runs for name in run.scores}  # a set that keeps order
+    apart = measured.columns([run for group in groups for run in group.runs])
+    groups = [
+        dataclasses.replace(group, runs=[measured.told_apart(run, apart) for run in group.runs]) for group in groups
+    ]
+    runs = [run for group in groups for run in group.runs]
+    names = {name: None for run in runs for name in run.scores}  # a set that keeps order
     return {
         "created": datetime.datetime.now().isoformat(timespec="seconds"),
         "versions": {"openclip-ext": version("openclip-ext")},
         "metrics": shown_metrics(list(names), patterns),
+        "chance": measured.chances(runs),
+        "remarks": _changes(runs) + measured.remarks(apart),
         "groups": [
             {
                 "label": group.label,
                 "settings": group.settings,
+                "targets": _targets(group.runs[0]),
                 "runs": [_run(run) for run in group.runs],
                 "scores": {name: _summary(values) for name in names if (values := group.values(name))},
                 "differences": {} if group is groups[0] else _differences(group, groups[0], list(names)),
@@ -199,23 +225,38 @@ def compare(groups: Sequence[Group], patterns: Sequence[str] | None = None) -> d
 def shown_metrics(names: list[str], patterns: Sequence[str] | None) -> list[str]:
     """The names that the patterns fit, in their order; of `HEADLINES` where there are none, or else the first four.
 
+    A name that says which of several data it is of is also found by the name without.
+
     Raises:
         UserError: a pattern fits nothing.
     """
     shown: list[str] = []
     for pattern in patterns or HEADLINES:
-        found = fnmatch.filter(names, pattern)
+        found = [name for name in names if fnmatch.filter([name, measured.unqualified(name)], pattern)]
         if patterns and not found:
             raise UserError(f"--metric {pattern}: there is no such metric; there are: {', '.join(names) or 'none'}")
         shown += [name for name in found if name not in shown]
     return shown or names[:4]
 
 
+def _targets(run: RunFiles) -> dict[str, str]:
+    """By loss in `training`, what is minimised; empty where that is not known."""
+    flags, changes = run.params.flags, run.params.changes()
+    if not flags:
+        return {}
+    size = math.prod(int(flags.get(name) or 1) for name in ("batch_size", "accum_freq", "world_size"))
+    loss = changes.get("loss") or flags.get("loss") or ("siglip" if flags.get("siglip") else "clip")
+    words = [loss, *(changes.get(name) or shown(flags[name]) for name in ("loss_arg",) if flags.get(name))]
+    targets = {f"{term.partition('=')[0]}_loss": f"{term}, batch {size}" for term in flags.get("loss_term") or ()}
+    targets["contrastive_loss"] = f"{' '.join(words)}, batch {size}"
+    return targets | {"loss": " + ".join([*words, *(flags.get("loss_term") or ()), f"batch {size}"])}
+
+
 def _run(run: RunFiles) -> dict:
     return {
         "name": run.name,
         "folder": str(run.folder),
-        "seed": run.params.get("seed"),
+        "seed": run.params.flags.get("seed"),
         "epochs": run.validation[-1]["epoch"] if run.validation else None,
         "scores": run.scores,
         "training": _columns(run.training, CURVE_POINTS),
@@ -247,12 +288,14 @@ def _difference(group: Group, first: Group, metric: str) -> dict | None:
     shared = sorted(own.keys() & base.keys()) if own and base else []
     if shared and (len(shared) > 1 or len(own) == len(base) == 1):
         values = [own[seed] - base[seed] for seed in shared]
-        return {"mean": float(np.mean(values)), "interval": half_width(values), "paired": True, "n": len(values)}
+        mean = float(np.mean(values))
+        return {"mean": mean, "interval": half_width(values), "paired": True, "n": len(values), "values": values}
     values, others = group.values(metric), first.values(metric)
     if not values or not others:
         return None
     mean = float(np.mean(values) - np.mean(others))
-    return {"mean": mean, "interval": half_width_of_difference(values, others), "paired": False, "n": len(values)}
+    interval = half_width_of_difference(values, others)
+    return {"mean": mean, "interval": interval, "paired": False, "n": len(values), "values": []}
 
 
 def _without_nan(value):

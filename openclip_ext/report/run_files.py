@@ -9,12 +9,13 @@ from pathlib import Path
 
 from openclip_ext.errors import UserError
 from openclip_ext.files import last_checkpoint
+from openclip_ext.report.params import PARAMS, TYPED, Params, read_params, text_of
 
 Row = dict[str, float]
 
-PARAMS = "params.txt"
 TRAINING = "metrics.jsonl"
 VALIDATION = "checkpoints/results.jsonl"
+FILES = (TYPED, PARAMS, TRAINING, VALIDATION)
 STOCK_LOG = "out.log"
 
 #: Where stock OpenCLIP reports training: in the lines of its log.
@@ -31,7 +32,7 @@ class RunFiles:
 
     Attributes:
         folder: where it is; or the file, of a report of `openclip-ext eval` that stands for a run without a folder.
-        params: flags and versions as `params.txt` has them, values as Python prints them; empty without that file.
+        params: flags, versions and history; empty where the run has kept none.
         training: rows with `step` (from 0), losses, `lr` and whatever else was reported, by step.
         validation: rows with `epoch` (completed ones) and metrics, by epoch.
         evaluations: reports of `openclip-ext eval` that were written into the folder, by the time of their creation.
@@ -39,7 +40,7 @@ class RunFiles:
     """
 
     folder: Path
-    params: dict[str, str]
+    params: Params
     training: list[Row]
     validation: list[Row]
     evaluations: list[dict]
@@ -51,12 +52,16 @@ class RunFiles:
 
     @property
     def scores(self) -> Row:
-        """The metrics of the last evaluation during training, and as `task/score` those of `evaluations` of its end."""
+        """The metrics of the last evaluation during training, and as `task/score` those of `evaluations_of_the_end`."""
         scores = metrics(self.validation[-1]) if self.validation else {}
-        for report in self.evaluations:
-            if self._is_of_the_end(report):
-                scores |= task_scores(report)
+        for report in self.evaluations_of_the_end:
+            scores |= task_scores(report)
         return scores
+
+    @property
+    def evaluations_of_the_end(self) -> list[dict]:
+        """Those of the last checkpoint."""
+        return [report for report in self.evaluations if self._is_of_the_end(report)]
 
     @property
     def earlier(self) -> list[str]:
@@ -89,7 +94,7 @@ def task_scores(report: dict) -> Row:
 
 def is_run(folder: Path) -> bool:
     """Whether any of a run's files lies in the folder."""
-    return any((folder / name).is_file() for name in (PARAMS, TRAINING, VALIDATION))
+    return any((folder / name).is_file() for name in FILES)
 
 
 def read_run(path: str) -> RunFiles:
@@ -105,14 +110,15 @@ def read_run(path: str) -> RunFiles:
         report = _evaluation(folder)
         if report is None:
             raise UserError(f"{path}: not a report of openclip-ext eval; give one, or the folder of a run, logs/NAME")
-        return RunFiles(folder.resolve(), {}, [], [], [report])
+        return RunFiles(folder.resolve(), Params(), [], [], [report])
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder; give the folder of a run, logs/NAME")
     if not is_run(folder):
-        raise UserError(f"{path}: not the folder of a run (none of {PARAMS}, {TRAINING}, {VALIDATION} is in it)")
+        raise UserError(f"{path}: not the folder of a run (none of {', '.join(FILES)} is in it)")
     folder = folder.resolve()
-    params = read_params(folder / PARAMS)
-    training = _read_rows(folder / TRAINING, "step") or _stock_training(folder / STOCK_LOG, params)
+    params = read_params(folder)
+    # The file may hold rows of validation too, at the steps of others: what has no loss is no step of training.
+    training = _read_rows(folder / TRAINING, "step", "loss") or _stock_training(folder / STOCK_LOG, params)
     last = last_checkpoint(str(folder))
     return RunFiles(
         folder, params, training, _read_rows(folder / VALIDATION, "epoch"), _evaluations(folder),
@@ -120,34 +126,20 @@ def read_run(path: str) -> RunFiles:
     )  # fmt: skip
 
 
-def read_params(path: Path) -> dict[str, str]:
-    """`name: value` lines; a line that is none continues the value before it, as in a separator that breaks lines."""
-    params: dict[str, str] = {}
-    last = None
-    for line in _text(path).splitlines():
-        match = re.match(r"([A-Za-z][\w-]*): (.*)", line)
-        if match:
-            last = match[1]
-            params[last] = match[2]
-        elif last is not None:
-            params[last] += "\n" + line
-    return params
+def _read_rows(path: Path, key: str, required: str = "") -> list[Row]:
+    """Rows of a JSONL file by `key`; numbers only, null is NaN. A last line that was never finished does not count.
 
-
-def shown(value: str) -> str:
-    """A value of `params` for people: of a list of words its words."""
-    return ", ".join(re.findall(r"'([^']*)'", value)) if re.fullmatch(r"\['.*'\]", value) else value
-
-
-def _read_rows(path: Path, key: str) -> list[Row]:
-    """Rows of a JSONL file by `key`; numbers only, null is NaN. A last line that was never finished does not count."""
-    lines = _text(path).split("\n")[:-1]
+    With `required`, rows that do not have it are left out.
+    """
+    lines = text_of(path).split("\n")[:-1]
     rows: dict[float, Row] = {}
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
+            if required and row.get(required, ...) is ...:
+                continue
             position = row[key]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: line {number} is no JSON object with {key!r}; repair or remove it") from error
         rows[position] = {
             name: math.nan if value is None else value
@@ -170,21 +162,21 @@ def _evaluations(folder: Path) -> list[dict]:
 def _evaluation(path: Path) -> dict | None:
     """A report of `openclip-ext eval`; None: the file is something else."""
     try:
-        report = json.loads(_text(path))
+        report = json.loads(text_of(path))
     except ValueError as error:
         raise UserError(f"{path}: is no JSON ({error}); repair or remove it") from error
     found = isinstance(report, dict) and {"created", "checkpoint", "tasks"} <= report.keys()
     return report if found else None
 
 
-def _stock_training(path: Path, params: dict[str, str]) -> list[Row]:
+def _stock_training(path: Path, params: Params) -> list[Row]:
     """Training rows from the log of stock OpenCLIP; empty where it has none, or where the batch size is not known."""
     try:
-        per_step = math.prod(int(params[name]) for name in ("batch_size", "accum_freq", "world_size"))
-    except (KeyError, ValueError):
+        per_step = math.prod(int(params.flags[name]) for name in ("batch_size", "accum_freq", "world_size"))
+    except (KeyError, ValueError, TypeError):
         return []
     rows: dict[float, Row] = {}
-    for line in _text(path).splitlines():
+    for line in text_of(path).splitlines():
         match = _STOCK_LINE.search(line)
         if not match:
             continue
@@ -195,13 +187,3 @@ def _stock_training(path: Path, params: dict[str, str]) -> list[Row]:
             "step": step, "epoch": epoch, "lr": float(match["lr"]), "logit_scale": float(match["logit_scale"]), **losses
         }  # fmt: skip
     return [rows[step] for step in sorted(rows)]
-
-
-def _text(path: Path) -> str:
-    """A file's text; empty where there is no such file."""
-    if not path.is_file():
-        return ""
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from error

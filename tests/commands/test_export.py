@@ -13,6 +13,7 @@ from skimage import data
 
 from openclip_ext.cli import main
 from openclip_ext.commands.export.model_card import training_command
+from openclip_ext.report.params import read_params
 from openclip_ext.training.flags import parse_args
 
 FORCED = ("--force-quick-gelu", "--force-custom-text", "--force-image-size", 48, "--force-context-length", 9,
@@ -153,16 +154,33 @@ def test_the_card_says_what_the_hub_and_people_want_to_know(trained, val_shards,
         assert part in text, part
 
 
-def test_the_training_command_gives_the_same_parameters(train_flags, val_shards):
+@pytest.mark.parametrize("name", ["params.txt", "params.json"])
+def test_the_training_command_gives_the_same_parameters(train_flags, val_shards, tmp_path, name):
     extra = ["--loss-arg", "gamma=0.2", "--loss-arg", "beta=0.9", "--lock-image", "--image-mean", 0.5, 0.5, 0.5,
              "--aug-cfg", "scale=(0.5, 1.0)", "--caption-separator", "; ", "--val-data", val_shards]  # fmt: skip
     args = vars(parse_args(train_flags("--loss", "gamma_decomp", *extra)[1:]))
-    params = {name: str(value) for name, value in args.items()} | {"openclip-ext": "0"}
-    program, command, *flags = shlex.split(training_command(params))
+    versions = {"openclip-ext": "0"}
+    if name == "params.json":
+        text = json.dumps({"versions": versions, "flags": args})
+    else:
+        text = "".join(f"{name}: {value}\n" for name, value in (versions | args).items())
+    (tmp_path / name).write_text(text)
+    program, command, *flags = shlex.split(training_command(read_params(tmp_path)))
     assert (program, command) == ("openclip-ext", "train")
-    assert {name: str(value) for name, value in vars(parse_args(flags)).items()} == {
-        name: str(value) for name, value in args.items()
-    }
+    assert json.dumps(vars(parse_args(flags))) == json.dumps(args)
+
+
+def test_the_card_tells_what_a_resumed_run_changed(by_hand):
+    (change,) = [{"epoch": 2, "step": 1080, "changed": {"loss": ["gamma_decomp", "dcl"], "lr": [0.001, 0.0001]}}]
+    flags = dict(line.split(": ") for line in (by_hand / "params.txt").read_text().splitlines())
+    flags |= {"loss": "dcl", "lr": 0.0001, "batch_size": 32}
+    params = {"versions": {"openclip-ext": flags.pop("openclip-ext")}, "flags": flags, "history": [change]}
+    (by_hand / "params.json").write_text(json.dumps(params))
+    assert main(["export", str(by_hand), "--to", "hf"]) == 0
+    card = (by_hand / "export" / "README.md").read_text()
+    assert "* `loss`: gamma_decomp until epoch 2 (step 1,080), then dcl\n" in card
+    assert "* `lr`: 0.001 until epoch 2 (step 1,080), then 0.0001\n" in card
+    assert card.count("gamma_decomp until") == 2  # in the details too
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import oracles
 from openclip_ext.cli import main
-from openclip_ext.commands.structure.picture import draw_structure
+from openclip_ext.commands.structure.picture import _project, draw_structure
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
 from openclip_ext.data.tar import Skips, decode_image, read_shard
@@ -107,6 +107,16 @@ def test_features_that_are_all_the_same_can_be_measured_and_drawn(tmp_path):
     metrics = structure_metrics(same, same, same, same)
     assert metrics["uniformity_image"] == 0 and metrics["private_share_text"] == 0
     draw_structure([Structure("same", {"image": same, "text": same}, metrics)], "", str(tmp_path / "same.png"))
+
+
+def test_checkpoints_share_one_projection():
+    image, text = (x.float() for x in oracles.unit(2, 40, 6))
+    there = [Structure("a", {"image": image, "text": text}, {}), Structure("b", {"image": text, "text": image}, {})]
+    (first, shares), (second, _) = _project(there)
+    np.testing.assert_allclose(first["image"], second["text"])  # the same features are the same points
+    assert not np.allclose(first["image"], second["image"]) and 0 < shares[1] <= shares[0] < 1
+    narrow = Structure("c", {"image": image[:, :3], "text": text[:, :3]}, {})
+    assert [plane["image"].shape for plane, _ in _project([*there, narrow])] == [(40, 2)] * 3
 
 
 # The command.

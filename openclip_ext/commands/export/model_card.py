@@ -1,12 +1,12 @@
 """The model card of an exported run: what it is, what it was trained on and how, its scores, and its command."""
 
-import ast
 import shlex
 from typing import Any
 
 from openclip_ext import upstream
 from openclip_ext.evaluation.loading import LoadedModel
-from openclip_ext.report.run_files import Row, RunFiles, shown
+from openclip_ext.report.params import Params, shown
+from openclip_ext.report.run_files import Row, RunFiles
 from openclip_ext.report.tables import markdown_table
 from openclip_ext.training.flags import build_parser
 
@@ -14,7 +14,7 @@ from openclip_ext.training.flags import build_parser
 TRAINING = ("loss", "loss_arg", "loss_term", "epochs", "batch_size", "accum_freq", "lr", "wd", "warmup", "opt",
             "lr_scheduler", "layer_decay", "image_lr", "text_lr", "lora", "ema", "warm_start_pass", "precision",
             "seed")  # fmt: skip
-_NOT_GIVEN = (None, "None", "[]", "False")
+_NOT_GIVEN = (None, [], (), False)
 PACKAGES = ("openclip-ext", "open_clip_torch", "torch")
 
 
@@ -29,29 +29,35 @@ def model_card(model: LoadedModel, run: RunFiles | None, *, name: str, repo: str
         scores: by metric.
         weights: which of the checkpoint's.
     """
-    params = run.params if run else {}
+    params = run.params if run else Params()
     text = upstream.model_card(name, _description(model, params), _details(model, params, weights), _usage(repo))
     text += "\n## Scores\n\n"
     rows = [[metric, f"{value:.4g}"] for metric, value in scores.items()]
     text += markdown_table(["metric", "value"], rows) if rows else "Not evaluated yet.\n"
-    if params:
+    if params.history:
+        text += "\n## Settings changed on the way\n\n"
+        text += "".join(f"* `{name}`: {story}\n" for name, story in params.changes().items())
+    if params.flags:
         text += f"\n## Training command\n\n```sh\n{training_command(params)}\n```\n"
     return text
 
 
-def _description(model: LoadedModel, params: dict[str, str]) -> str:
-    start = params.get("pretrained")
-    how = f"fine-tuned from {start}" if start else "trained from random weights" if params else "exported"
-    return f"A {model.name} model, {how} with OpenCLIP" + (" and openclip-ext." if "openclip-ext" in params else ".")
+def _description(model: LoadedModel, params: Params) -> str:
+    start = params.flags.get("pretrained")
+    how = f"fine-tuned from {start}" if start else "trained from random weights" if params.flags else "exported"
+    ours = "openclip-ext" in params.versions
+    return f"A {model.name} model, {how} with OpenCLIP" + (" and openclip-ext." if ours else ".")
 
 
-def _details(model: LoadedModel, params: dict[str, str], weights: str) -> dict[str, Any]:
+def _details(model: LoadedModel, params: Params, weights: str) -> dict[str, Any]:
+    flags, changes = params.flags, params.changes()
+    training = [key for key in TRAINING if key in changes or flags.get(key) not in _NOT_GIVEN]
     details = {
         "Architecture": model.name,
-        "Training data": params.get("train_data"),
-        "Training": {key: shown(params[key]) for key in TRAINING if params.get(key) not in _NOT_GIVEN},
+        "Training data": changes.get("train_data", flags.get("train_data")),
+        "Training": {key: changes.get(key) or shown(flags[key]) for key in training},
         "Weights": f"{weights}; sha256 of the checkpoint: {model.sha256}",
-        "Versions": {key: params[key] for key in PACKAGES if key in params},
+        "Versions": {key: params.versions[key] for key in PACKAGES if key in params.versions},
     }
     return {key: value for key, value in details.items() if value}
 
@@ -64,19 +70,15 @@ def _usage(repo: str) -> str:
     )
 
 
-def training_command(params: dict[str, str]) -> str:
-    """The command line that gives these parameters: all flags that differ from their defaults.
-
-    Args:
-        params: as a run's `params.txt` has them.
-    """
-    words = ["openclip-ext" if "openclip-ext" in params else "python -m open_clip_train.main"]
-    words += ["train"] if "openclip-ext" in params else []
+def training_command(params: Params) -> str:
+    """The command line that gives the last of these flags: all that differ from their defaults."""
+    ours = "openclip-ext" in params.versions
+    words = ["openclip-ext", "train"] if ours else ["python", "-m", "open_clip_train.main"]
     for action in build_parser()._actions:
-        text = params.get(action.dest)
-        if text is None or not action.option_strings or text in (str(action.default), str(action.default or [])):
+        value = params.flags.get(action.dest)
+        if not action.option_strings or _listed(value) in (None, _listed(action.default), action.default or []):
             continue
-        flag, value = action.option_strings[-1], _literal(text)
+        flag = action.option_strings[-1]
         if action.nargs == 0:
             words.append(flag)
         elif isinstance(value, dict):
@@ -85,13 +87,11 @@ def training_command(params: dict[str, str]) -> str:
             words += [word for item in value for word in (flag, shlex.quote(str(item)))]
         elif isinstance(value, list | tuple):
             words += [flag, *(shlex.quote(str(item)) for item in value)]
-        elif value is not None:
-            words += [flag, shlex.quote(text)]
+        else:
+            words += [flag, shlex.quote(str(value))]
     return " ".join(words)
 
 
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def _listed(value: Any) -> Any:
+    """A tuple as the list that JSON makes of it."""
+    return list(value) if isinstance(value, tuple) else value

@@ -18,7 +18,7 @@ from openclip_ext.evaluation.tasks import tasks_from
 from openclip_ext.evaluation.tasks.base import run_tasks
 from openclip_ext.files import atomic, make_out_folder, write_json
 from openclip_ext.report.compare import shown_metrics
-from openclip_ext.report.run_files import PARAMS, task_scores
+from openclip_ext.report.run_files import is_run, task_scores
 from openclip_ext.report.tables import cell, markdown_table, percent, title
 
 Weights = dict[str, Tensor]
@@ -97,7 +97,7 @@ def _run_of(source: str) -> str | None:
     """The folder of the run whose checkpoint, or folder, `source` is."""
     path = Path(source).absolute()
     for folder in (path, path.parent.parent):
-        if path.exists() and (folder / PARAMS).is_file():
+        if path.exists() and is_run(folder):
             return str(folder)
     return None
 

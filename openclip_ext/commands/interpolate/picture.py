@@ -1,9 +1,9 @@
 """The picture of `openclip-ext interpolate`: scores over alpha, and two tasks against each other."""
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from openclip_ext.report.palette import row_style
 from openclip_ext.report.tables import percent, title
 
 
@@ -41,8 +41,7 @@ def _values(rows: list[dict], name: str) -> list[float]:
 def _draw_lines(axes: Axes, rows: list[dict], metrics: list[str]) -> None:
     alphas = [row["alpha"] for row in rows]
     for index, name in enumerate(metrics):
-        style = {"color": matplotlib.colormaps["tab10"](index % 10), "linestyle": ("-", "--", ":")[index // 10 % 3]}
-        axes.plot(alphas, _values(rows, name), marker=".", label=title(name), **style)
+        axes.plot(alphas, _values(rows, name), marker=".", label=title(name), **row_style(index))
     axes.set(title="on the line from A to B", xlabel="alpha (0: A, 1: B)", ylabel="score")
     axes.legend(fontsize="small", frameon=False)
     axes.grid(alpha=0.25)

@@ -1,6 +1,5 @@
 """The picture of `openclip-ext structure`: a column per checkpoint, and bars that compare them."""
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -9,8 +8,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 
 from openclip_ext.evaluation.metrics.structure import TITLES, Structure
+from openclip_ext.report.palette import row_style
 
-COLORS = {"image": "#2a6fb0", "text": "#e07b28"}
+COLORS = {"image": "#0b7a75", "text": "#b5179e"}  # none of the first checkpoints'
 MARKERS = {"image": "o", "text": "^"}
 DRAWN = 300  # pairs in a projection: more lines would hide each other
 COMPARED = 2000  # pairs in a histogram, each against all others
@@ -22,7 +22,7 @@ METRICS_PER_ROW = 4  # divides their number, with and without private features
 def draw_structure(structures: list[Structure], title: str, path: str) -> None:
     """Write a PNG: above, each checkpoint's features in the plane; below, its similarities; last, the numbers compared.
 
-    Projections share their limits and histograms their axes, so that checkpoints can be compared by eye.
+    Projections share their plane and limits and histograms their axes, so that checkpoints can be compared by eye.
     """
     several = len(structures) > 1
     rows = len(_compared(structures)) // METRICS_PER_ROW if several else 0
@@ -40,13 +40,15 @@ def draw_structure(structures: list[Structure], title: str, path: str) -> None:
 def _draw_columns(figure: SubFigure, structures: list[Structure]) -> None:
     """A projection above a histogram for each checkpoint."""
     axes = figure.subplots(2, len(structures), sharex="row", sharey="row", height_ratios=[3, 2], squeeze=False)
-    planes = [_project(structure) for structure in structures]
+    planes = _project(structures)
     limit = 1.05 * max(0.01, *(abs(points).max() for plane, _ in planes for points in plane.values()))
     scores = [_similarities(structure) for structure in structures]
     everything = np.concatenate([values for pair in scores for values in pair])
     bins = np.linspace(everything.min() - 0.01, everything.max() + 0.01, BINS + 1)
-    for structure, plane, score, (above, below) in zip(structures, planes, scores, axes.T, strict=True):
-        above.set_title(_short(structure.label), fontweight="bold")
+    for index, (structure, plane, score) in enumerate(zip(structures, planes, scores, strict=True)):
+        above, below = axes[:, index]
+        color = row_style(index)["color"] if len(structures) > 1 else "black"
+        above.set_title(_short(structure.label), fontweight="bold", color=color)
         _draw_plane(above, *plane, limit)
         _draw_histogram(below, *score, bins)
     axes[1, 0].set_ylabel("density")
@@ -56,15 +58,26 @@ def _draw_columns(figure: SubFigure, structures: list[Structure]) -> None:
                   frameon=False, columnspacing=1)  # fmt: skip
 
 
-def _project(structure: Structure) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Both modalities, (M, 2) each, on the leading two principal components of both together; their variance shares."""
+def _project(structures: list[Structure]) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """For each checkpoint both modalities, (M, 2) each, in the plane, and the shares of its variance along that.
+
+    The plane is the same for all: the leading two principal components of the features of all checkpoints and both
+    modalities together. Checkpoints of different widths have no plane in common, and each gets its own.
+    """
     from sklearn.decomposition import PCA
 
-    features = {modality: structure.features[modality].double().numpy() for modality in COLORS}
-    with np.errstate(invalid="ignore"):  # features that are all the same have no variance to share
-        pca = PCA(2, random_state=0).fit(np.concatenate(list(features.values())))
-    shares = np.nan_to_num(pca.explained_variance_ratio_)
-    return {modality: pca.transform(x) for modality, x in features.items()}, shares
+    features = [{name: structure.features[name].double().numpy() for name in COLORS} for structure in structures]
+    stacked = [np.concatenate(list(of_one.values())) for of_one in features]
+    common = len({x.shape[1] for x in stacked}) == 1
+    planes = []
+    for of_one, own in zip(features, stacked, strict=True):
+        if not planes or not common:
+            with np.errstate(invalid="ignore"):  # features that are all the same have no variance to share
+                pca = PCA(2, random_state=0).fit(np.concatenate(stacked) if common else own)
+        projected = {name: pca.transform(x) for name, x in of_one.items()}
+        along = np.concatenate(list(projected.values())).var(0)
+        planes.append((projected, along / max(own.var(0).sum(), np.finfo(float).tiny)))
+    return planes
 
 
 def _draw_plane(axes: Axes, plane: dict[str, np.ndarray], shares: np.ndarray, limit: float) -> None:
@@ -90,7 +103,7 @@ def _similarities(structure: Structure) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_histogram(axes: Axes, matching: np.ndarray, other: np.ndarray, bins: np.ndarray) -> None:
-    for values, color, label in ((other, "0.6", "other pairs"), (matching, "#2f8f5b", "matching pairs")):
+    for values, color, label in ((other, "0.65", "other pairs"), (matching, "0.2", "matching pairs")):
         axes.hist(values, bins, density=True, color=color, alpha=0.6, label=label)
         axes.axvline(values.mean(), ymax=1 / HEADROOM, color=color, linestyle="--", linewidth=1.2)
     axes.set_xlabel("cosine similarity of image and text (dashed: mean)")
@@ -98,7 +111,7 @@ def _draw_histogram(axes: Axes, matching: np.ndarray, other: np.ndarray, bins: n
 
 def _draw_bars(figure: SubFigure, structures: list[Structure], rows: int) -> None:
     """One small chart per number, each on its own scale, with a bar per checkpoint that has it."""
-    colors = matplotlib.colormaps["BuPu"](np.linspace(0.4, 0.9, len(structures)))
+    colors = [row_style(index)["color"] for index in range(len(structures))]
     charts = figure.subplots(rows, METRICS_PER_ROW, squeeze=False).flat
     for axes, name in zip(charts, _compared(structures), strict=True):
         values = [structure.metrics.get(name) for structure in structures]
