@@ -12,7 +12,6 @@ from sklearn.linear_model import LogisticRegression
 
 from openclip_ext import UserError
 from openclip_ext.cli import main
-from openclip_ext.data import digits
 from openclip_ext.evaluation.datasets.probe_sets import encoded, probe_data
 from openclip_ext.evaluation.metrics.probes import (
     class_scores,
@@ -23,6 +22,7 @@ from openclip_ext.evaluation.metrics.probes import (
     linear_probe_accuracy,
     place_in_class,
 )
+from pictures import class_folders
 
 
 def clouds(count, classes=3, spread=0.1, seed=0):
@@ -157,15 +157,6 @@ def test_scores_count_images_and_classes():
 
 
 # On images.
-
-
-def class_folders(root, split, count, skip=0):
-    """The first images of a split of the digits, after `skip`, as one folder per class."""
-    for number, (image, _, label) in enumerate(digits.digit_splits()[split][skip : skip + count]):
-        folder = root / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number:04d}.png").write_bytes(image)
-    return root
 
 
 @pytest.fixture

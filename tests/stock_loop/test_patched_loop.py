@@ -11,7 +11,6 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from test_open_clip_flags import coca_flags
 
 import stock
 from openclip_ext.cli import main
@@ -19,6 +18,7 @@ from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
 from openclip_ext.data.pipeline import train_loader
 from openclip_ext.data.streams import StreamConfig
+from towers import coca_flags
 
 LOSSES = {
     "gamma_decomp": ["--loss", "gamma_decomp", "--loss-arg", "gamma=0.3"],

@@ -9,12 +9,10 @@ import tarfile
 import open_clip
 import pytest
 import torch
-from test_launch import launch
-from test_probes import class_folders
-from test_second_views import tower_model
 from torch.nn.functional import cross_entropy, normalize
 
 import oracles
+from launching import launch
 from openclip_ext.cli import main
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.losses.objective import total_loss
@@ -22,6 +20,8 @@ from openclip_ext.training.flags import parse_args
 from openclip_ext.training.image_only import MomentumEncoder, SymmetricObjective, ViewsModel
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.run import train
+from pictures import class_folders
+from towers import tower_model
 
 VIEWS = ("--pairs", "views")
 MOMENTUM = (*VIEWS, "--momentum-encoder", "0.9")
