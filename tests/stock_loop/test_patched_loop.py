@@ -319,7 +319,7 @@ def test_ids_are_positions_in_the_shards_and_views_are_ours(patched, train_flags
 
 
 WRONG = {
-    "--loss nope": "--loss nope: 0 packages register it; registered are: batch_corrected, clip,",
+    "--loss nope": "--loss nope: 0 packages register it; registered are: ",
     "--loss-term brownian_bridge=1": "--loss-arg and --loss-term need --loss",
     "--loss gamma_decomp --loss-arg gamma=2": "--loss-arg gamma=2",
     "--loss gamma_decomp --loss-term nope=1": "--loss-term nope: no such loss term",

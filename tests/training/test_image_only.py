@@ -20,12 +20,12 @@ from openclip_ext.training.flags import parse_args
 from openclip_ext.training.image_only import MomentumEncoder, SymmetricObjective, ViewsModel
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.run import train
+from ours import LOSSES
 from pictures import class_folders
 from towers import tower_model
 
 VIEWS = ("--pairs", "views")
 MOMENTUM = (*VIEWS, "--momentum-encoder", "0.9")
-LOSSES = ["clip", "siglip", "dcl", "batch_corrected", "sogclr", "gamma_decomp", "emc2"]
 
 
 def rows(tmp_path, name="run"):
