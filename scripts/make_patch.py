@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from openclip_ext.stock_loop.patch_files import NONE, digest
+from openclip_ext.stock_loop.patching import BACKUP
 
 HEADER = """\
 OpenCLIP's training loop with losses of other packages: --loss, --loss-arg and --loss-term.
@@ -32,6 +33,8 @@ def main() -> None:
     digests, diffs = [], []
     for path in sorted(args.changed.rglob("*.py")):
         name = path.relative_to(args.changed).as_posix()
+        if path.is_relative_to(args.changed / BACKUP):  # the tree was made by `openclip-ext patch apply`
+            continue
         original = args.original / name
         old, new = original.read_bytes() if original.exists() else b"", path.read_bytes()
         if old == new:
