@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 
 import psutil
 import torch
@@ -79,12 +80,12 @@ def losses(args) -> dict:
         value = loss(*leaves, **extra)
         (value["contrastive_loss"] if isinstance(value, dict) else value).backward()
 
-    functions["clip"] = lambda: run(clip)
+    functions["clip"] = partial(run, clip)
     for kernel in ("isir", "mh"):
         loss = create_loss("emc2", num_samples=10 * args.batch, kernel=kernel).to(args.device)
         run(loss, sample_ids=ids)
         loss.commit()
-        functions[kernel] = lambda loss=loss: run(loss, sample_ids=ids)
+        functions[kernel] = partial(run, loss, sample_ids=ids)
     times = medians(functions, args.repeats, args.device)
     ratios = {f"{kernel}_to_clip": times[kernel] / times["clip"] for kernel in ("isir", "mh")}
     return {"batch": args.batch, "width": args.width, **times, **ratios}

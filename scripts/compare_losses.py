@@ -87,7 +87,7 @@ def run(args, loss_text: str, batch_size: int, seed: int, data) -> dict[str, flo
 
 
 def cell(values: np.ndarray, sign: str = "") -> str:
-    width = half_width(values)
+    width = half_width(values.tolist())
     return f"{values.mean():{sign}.2f} ± {math.nan if width is None else width:.2f}"
 
 

@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("original", type=Path)
     parser.add_argument("changed", type=Path)
     args = parser.parse_args()
-    digests, diffs = [], []
+    digests: list[str] = []
+    diffs: list[str] = []
     for path in sorted(args.changed.rglob("*.py")):
         name = path.relative_to(args.changed).as_posix()
         if path.is_relative_to(args.changed / BACKUP):  # the tree was made by `openclip-ext patch apply`
@@ -40,8 +41,9 @@ def main() -> None:
         if old == new:
             continue
         digests.append(f"sha256: {digest(old) if original.exists() else NONE} -> {digest(new)} {name}\n")
-        lines = (content.decode().splitlines(keepends=True) for content in (old, new))
-        diffs += difflib.unified_diff(*lines, f"a/{name}" if original.exists() else "/dev/null", f"b/{name}")
+        before, after = (content.decode().splitlines(keepends=True) for content in (old, new))
+        from_name = f"a/{name}" if original.exists() else "/dev/null"
+        diffs += difflib.unified_diff(before, after, from_name, f"b/{name}")
     sys.stdout.write("".join([HEADER.format(version=args.version), *digests, "\n", *diffs]))
 
 

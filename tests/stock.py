@@ -13,7 +13,9 @@ from openclip_ext.data.pipeline import train_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.stock_loop import patching
 
-INSTALLED = Path(find_spec("open_clip_train").origin).parent
+_SPEC = find_spec("open_clip_train")
+assert _SPEC and _SPEC.origin
+INSTALLED = Path(_SPEC.origin).parent
 
 
 def copy_installed(folder):

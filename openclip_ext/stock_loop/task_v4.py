@@ -35,7 +35,14 @@ class Hosted(Protocol):
 
     def restore(self, loss: Objective, checkpoint: dict, path: str) -> list[str]: ...
 
-    def run(self, model: Callable[..., dict[str, Tensor]], image: Tensor, text: Tensor, **views: Tensor) -> dict: ...
+    def run(
+        self,
+        model: Callable[[Tensor, Tensor], dict[str, Tensor]],
+        image: Tensor,
+        text: Tensor,
+        image_aug: Tensor | None = None,
+        text_aug: Tensor | None = None,
+    ) -> dict[str, Tensor]: ...
 
 
 class LossTask(CLIPTask):

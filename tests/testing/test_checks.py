@@ -12,7 +12,7 @@ from openclip_ext.testing.checks import check_ranks, two_steps
 from ours import LOSSES, TERMS
 
 #: Options that bring out more than the defaults do, of a loss and of a term; any other is checked with its defaults.
-OPTIONS = {
+OPTIONS: dict[str, list[dict]] = {
     "sogclr": [{"gamma": 0.4}],
     "gamma_decomp": [
         {"gamma": 0.3, "gamma_decay": 0.0},
@@ -24,7 +24,7 @@ OPTIONS = {
         {"decoupled": False, "gamma": 0.4, "bank_dtype": "float32"},
     ],
 }
-TERM_OPTIONS = {
+TERM_OPTIONS: dict[str, list[dict]] = {
     "distill": [{"weight": 0.5}],
     "brownian_bridge": [{"weight": 0.25}, {"sample": True}],
     "geometric_consistency": [{"weight": 0.1}, {"weight": "0:0.3", "views": False}],
