@@ -17,8 +17,8 @@ import torch
 import webdataset as wds
 
 from openclip_ext.data.listing import list_shards
-from openclip_ext.data.pipeline import SAMPLE_BUFFER, train_loader
-from openclip_ext.data.streams import StreamConfig
+from openclip_ext.data.pipeline import train_loader
+from openclip_ext.data.streams import SAMPLE_BUFFER, StreamConfig
 
 
 def bare(listing, transform, tokenizer, batch_size: int, workers: int, num_batches: int):

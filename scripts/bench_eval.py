@@ -85,7 +85,8 @@ def bench_retrieval(args: argparse.Namespace) -> dict:
     image_of_text = torch.arange(args.images, device=args.device).repeat_interleave(args.captions)
     noise = torch.randn(len(image_of_text), args.width, device=args.device)
     text = normalize(image[image_of_text] + args.noise * normalize(noise, dim=1), dim=1)
-    retrieval_metrics(image[:64], text[:64])  # libraries allocate on first use
+    few = min(64, args.images)
+    retrieval_metrics(image[:few], text[:few])  # libraries allocate on first use
     metrics = retrieval_metrics(image, text, image_of_text)
     seconds = least_seconds(lambda: retrieval_metrics(image, text, image_of_text), args.repeats, args.device)
 

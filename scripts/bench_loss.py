@@ -9,6 +9,7 @@ own; its peak is what the process (or the GPU) holds beyond the features. Time i
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -93,7 +94,9 @@ def main() -> None:
         columns = [f"{batch:>7}"]
         for key, factor, unit in (("seconds", 1e3, "ms"), ("bytes", 1e-6, "MB")):
             mine, other = row["ours"][key], row["naive"][key]
-            columns.append(f"{factor * mine:>9.0f} {unit}{factor * other:>9.0f} {unit}{mine / other:>9.3f}")
+            columns.append(
+                f"{factor * mine:>9.0f} {unit}{factor * other:>9.0f} {unit}{mine / other if other else math.nan:>9.3f}"
+            )
         print("".join(columns), flush=True)
 
 

@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 
 import psutil
 import torch
@@ -79,12 +80,12 @@ def losses(args) -> dict:
         value = loss(*leaves, **extra)
         (value["contrastive_loss"] if isinstance(value, dict) else value).backward()
 
-    functions["clip"] = lambda: run(clip)
+    functions["clip"] = partial(run, clip)
     for kernel in ("isir", "mh"):
         loss = create_loss("emc2", num_samples=10 * args.batch, kernel=kernel).to(args.device)
         run(loss, sample_ids=ids)
         loss.commit()
-        functions[kernel] = lambda loss=loss: run(loss, sample_ids=ids)
+        functions[kernel] = partial(run, loss, sample_ids=ids)
     times = medians(functions, args.repeats, args.device)
     ratios = {f"{kernel}_to_clip": times[kernel] / times["clip"] for kernel in ("isir", "mh")}
     return {"batch": args.batch, "width": args.width, **times, **ratios}
@@ -95,10 +96,10 @@ def banks(args) -> dict:
 
     Samples come in rounds, as epochs do. A first visit also makes the file longer on disk, later ones do not.
     """
-    batch, rounds, steps, result = args.bank_batch, 4, 50, {}
+    batch, rounds, steps, result = args.bank_batch, 4, args.bank_steps, {}
     process = psutil.Process()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        for num_samples in (10_000, 2_000_000):
+        for num_samples in args.bank_samples:
             path = os.path.join(folder, str(num_samples))
             loss = create_loss("emc2", num_samples=num_samples, bank_device="mmap", bank_path=path).to(args.device)
             scale, seconds, resident = torch.tensor(20.0, device=args.device), [], 0
@@ -118,7 +119,7 @@ def banks(args) -> dict:
                 "disk_bytes": os.stat(path).st_blocks * 512,
                 "resident_bytes": resident,
             }
-    small, large = result["10000"], result["2000000"]
+    small, large = (result[str(num_samples)] for num_samples in args.bank_samples)
     ratios = {f"{when}_ratio": large[f"{when}_seconds"] / small[f"{when}_seconds"] for when in ("first", "later")}
     return {"batch": batch, "steps": rounds * steps, **result, **ratios}
 
@@ -128,6 +129,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--bank-batch", type=int, default=256)
+    parser.add_argument("--bank-samples", type=int, nargs=2, default=[10_000, 2_000_000], metavar=("SMALL", "LARGE"))
+    parser.add_argument("--bank-steps", type=int, default=50, help="of each of four rounds over the same samples")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", help="where to put the bank's file; default: the system's temporary folder")
@@ -140,11 +143,12 @@ def main() -> None:
     chain, loss, bank = report.values()
     print(f"chains: loop {1e3 * chain['loop']:.0f} ms, ours {1e3 * chain['ours']:.1f} ms: {chain['speedup']:.1f} times")
     print(f"loss, forward and backward, to ClipLoss: isir {loss['isir_to_clip']:.2f}, mh {loss['mh_to_clip']:.2f}")
-    large = bank["2000000"]
+    small, large = args.bank_samples
+    held = bank[str(large)]
     print(
-        f"2,000,000 in a file: a first visit takes {bank['first_ratio']:.2f} times that with 10,000, a later one "
-        f"{bank['later_ratio']:.2f} times; {large['file_bytes'] / 1e9:.1f} GB, of which on disk "
-        f"{large['disk_bytes'] / 1e9:.2f} GB and resident {large['resident_bytes'] / 1e9:.2f} GB"
+        f"{large:,} in a file: a first visit takes {bank['first_ratio']:.2f} times that with {small:,}, a later one "
+        f"{bank['later_ratio']:.2f} times; {held['file_bytes'] / 1e9:.1f} GB, of which on disk "
+        f"{held['disk_bytes'] / 1e9:.2f} GB and resident {held['resident_bytes'] / 1e9:.2f} GB"
     )
 
 

@@ -11,6 +11,7 @@ Both files hold `x` (n, D) float features and `tokens` (n, captions, length) int
 
 import argparse
 import json
+import math
 
 import numpy as np
 import torch
@@ -86,7 +87,8 @@ def run(args, loss_text: str, batch_size: int, seed: int, data) -> dict[str, flo
 
 
 def cell(values: np.ndarray, sign: str = "") -> str:
-    return f"{values.mean():{sign}.2f} ± {half_width(values) or float('nan'):.2f}"
+    width = half_width(values.tolist())
+    return f"{values.mean():{sign}.2f} ± {math.nan if width is None else width:.2f}"
 
 
 def compare(args, batch_size: int, data) -> list[dict]:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from openclip_ext.stock_loop.patch_files import NONE, digest
+from openclip_ext.stock_loop.patching import BACKUP
 
 HEADER = """\
 OpenCLIP's training loop with losses of other packages: --loss, --loss-arg and --loss-term.
@@ -29,16 +30,20 @@ def main() -> None:
     parser.add_argument("original", type=Path)
     parser.add_argument("changed", type=Path)
     args = parser.parse_args()
-    digests, diffs = [], []
+    digests: list[str] = []
+    diffs: list[str] = []
     for path in sorted(args.changed.rglob("*.py")):
         name = path.relative_to(args.changed).as_posix()
+        if path.is_relative_to(args.changed / BACKUP):  # the tree was made by `openclip-ext patch apply`
+            continue
         original = args.original / name
         old, new = original.read_bytes() if original.exists() else b"", path.read_bytes()
         if old == new:
             continue
         digests.append(f"sha256: {digest(old) if original.exists() else NONE} -> {digest(new)} {name}\n")
-        lines = (content.decode().splitlines(keepends=True) for content in (old, new))
-        diffs += difflib.unified_diff(*lines, f"a/{name}" if original.exists() else "/dev/null", f"b/{name}")
+        before, after = (content.decode().splitlines(keepends=True) for content in (old, new))
+        from_name = f"a/{name}" if original.exists() else "/dev/null"
+        diffs += difflib.unified_diff(before, after, from_name, f"b/{name}")
     sys.stdout.write("".join([HEADER.format(version=args.version), *digests, "\n", *diffs]))
 
 

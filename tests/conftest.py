@@ -9,18 +9,7 @@ from openclip_ext.cli import main
 from openclip_ext.data import digits
 from openclip_ext.data.pack import pack
 from openclip_ext.testing import RankPool
-
-TINY_MODEL = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-
-DEEP_MODEL = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3},
-}
+from towers import DEEP_MODEL, TINY_MODEL
 
 
 @pytest.fixture(scope="session", autouse=True)

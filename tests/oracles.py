@@ -1,6 +1,7 @@
 """Slow reference implementations: plain loops over anchors and negatives, in float64, differentiated by autograd."""
 
 import math
+import statistics
 
 import torch
 
@@ -10,6 +11,12 @@ def unit(*shape, seed=0, dtype=torch.float64):
     return torch.nn.functional.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(
         dtype
     )
+
+
+def near_pairs(count, width):
+    """Float32 images, and texts that lie near them, as after some training."""
+    image = unit(count, width, seed=1, dtype=torch.float32)
+    return image, torch.nn.functional.normalize(image + 0.6 * unit(count, width, seed=2, dtype=torch.float32), dim=-1)
 
 
 def ratios(image, text, scale):
@@ -175,3 +182,12 @@ def with_recent_pairs(form, fresh, stored, scale, negatives):
             offset = recent_weight(form, log_sum, int(counts[a]) + len(others), positive, negatives).detach()
             total = total + ((scores - offset).exp().detach() * scores).sum()
     return total / (2 * len(ids))
+
+
+def slow_recall(image, text, owner, k):
+    """Both ways' recall at k from sorted lists in float64: whether any of the query's own is among the first k."""
+    scores = image.double() @ text.double().T
+    of_images = [i for i in range(len(image)) if (owner == i).any()]
+    found_texts = [any(owner[j] == i for j in scores[i].argsort(descending=True)[:k]) for i in of_images]
+    found_images = [owner[j] in scores[:, j].argsort(descending=True)[:k] for j in range(len(text))]
+    return statistics.fmean(found_texts), statistics.fmean(found_images)

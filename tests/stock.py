@@ -13,7 +13,9 @@ from openclip_ext.data.pipeline import train_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.stock_loop import patching
 
-INSTALLED = Path(find_spec("open_clip_train").origin).parent
+_SPEC = find_spec("open_clip_train")
+assert _SPEC and _SPEC.origin
+INSTALLED = Path(_SPEC.origin).parent
 
 
 def copy_installed(folder):
@@ -122,3 +124,31 @@ def without_ours(flags):
     position = flags.index("--model-config")
     del flags[position : position + 2]
     return flags
+
+
+def stock_losses(monkeypatch, flags):
+    """Losses of each step of stock's loop over our batches."""
+    stock = importlib.import_module("open_clip_train.main")
+    seen = []
+    create_loss = stock.create_loss
+
+    def recording(args):
+        loss = create_loss(args)
+
+        def forward(**inputs):
+            outputs = loss(**inputs)
+            seen.append(outputs["contrastive_loss"].item())
+            return outputs
+
+        return forward
+
+    monkeypatch.setattr(stock, "create_loss", recording)
+    feed_our_batches(monkeypatch, stock)
+    with logging_kept():
+        stock.main(flags)
+    return seen
+
+
+def moving(checkpoint, part="state_dict"):
+    """Weights whose gradient is not zero up to rounding, as that of the keys' bias is: there Adam amplifies noise."""
+    return {key: value for key, value in checkpoint[part].items() if "in_proj_bias" not in key}

@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
 
 def describe_all() -> tuple[str, dict[str, Any]]:
     """Every loss and term: a table, and the same as data."""
-    lines, data = [], {}
+    lines: list[str] = []
+    data: dict[str, Any] = {}
     for title, key, group in (("losses", "losses", LOSSES), ("loss terms", "terms", TERMS)):
         specs, broken = all_specs(group)
         data[key] = [_as_data(spec) for spec in specs.values()]

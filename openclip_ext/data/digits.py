@@ -55,7 +55,9 @@ def _caption(name: str, attributes: list[str], rng: random.Random) -> str:
 
 
 def _png(image: np.ndarray) -> bytes:
-    picture = Image.fromarray((image * (255 / 16)).astype(np.uint8)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.BILINEAR)
+    picture = Image.fromarray((image * (255 / 16)).astype(np.uint8)).resize(
+        (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR
+    )
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()

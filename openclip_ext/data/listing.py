@@ -37,6 +37,7 @@ class ShardListing:
     @functools.cached_property
     def offsets(self) -> dict[str, int]:
         """The sample id of each shard's first sample. Needs `sizes`."""
+        assert self.sizes is not None
         starts, start = {}, 0
         for url, size in zip(self.urls, self.sizes, strict=True):
             starts[url] = start

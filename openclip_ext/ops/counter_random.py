@@ -46,5 +46,5 @@ def log_gamma_mean(step: Tensor, ids: Tensor, stream: int, draws: int) -> Tensor
     Returns:
         float32, shape of `ids`.
     """
-    total = sum(-uniform(step, ids, stream * draws + index).log() for index in range(draws))
-    return (total / draws).log()
+    draw = (-uniform(step, ids, stream * draws + index).log() for index in range(draws))
+    return (sum(draw, start=torch.zeros_like(ids, dtype=torch.float32)) / draws).log()

@@ -91,8 +91,10 @@ def parse_patch(name: str, text: bytes) -> Patch:
         FilePatch(path.decode(), before.decode(), after.decode(), tuple(hunks[path.decode()]))
         for before, after, path in _DIGESTS.findall(header)
     )
-    version, commit = _VERSION.search(header).groups()
-    return Patch(name, version.decode(), commit and commit.decode(), files, text)
+    found = _VERSION.search(header)
+    assert found, f"{name} does not say for which version it is"
+    version, commit = found.groups()
+    return Patch(name, version.decode(), commit.decode() if commit else None, files, text)
 
 
 def _hunks(lines: list[bytes]) -> list[tuple[int, tuple[bytes, ...]]]:

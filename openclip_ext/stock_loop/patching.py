@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from openclip_ext.errors import UserError
@@ -98,24 +99,24 @@ def apply(target: Target) -> Patch:
     Raises:
         UserError: it is not as the patch expects it, or cannot be written to.
     """
-    _require(target, "clean")
-    contents = {file.path: file.applied_to(_original(target.root, file)) for file in target.patch.files}
+    patch = _require(target, "clean")
+    contents = {file.path: file.applied_to(_original(target.root, file)) for file in patch.files}
     try:
-        _back_up(target)
+        _back_up(target, patch)
         try:
             _replace(target.root, contents)
         except BaseException:
-            if _state(target.root, target.patch) == "clean":
+            if _state(target.root, patch) == "clean":
                 shutil.rmtree(target.backup)
             raise
     except OSError as error:
-        raise _unwritable(target, error) from error
-    return target.patch
+        raise _unwritable(target, patch, error) from error
+    return patch
 
 
-def _unwritable(target: Target, error: OSError) -> UserError:
+def _unwritable(target: Target, patch: Patch, error: OSError) -> UserError:
     """What became of the files, which may have failed to be put back too."""
-    if _state(target.root, target.patch) == target.state != "half applied":
+    if _state(target.root, patch) == target.state != "half applied":
         return UserError(f"{target}: cannot be written to, nothing was changed ({error})")
     return UserError(
         f"{target}: could be written to only in part ({error}); the originals are in {target.backup}: put them back "
@@ -133,31 +134,32 @@ def revert(target: Target) -> Patch:
     Raises:
         UserError: it is not patched, was changed since, there is no backup, or it cannot be written to.
     """
-    _require(target, "applied", "half applied")
-    kept = {file.path: target.backup / file.path for file in target.patch.files if file.before != NONE}
+    patch = _require(target, "applied", "half applied")
+    kept = {file.path: target.backup / file.path for file in patch.files if file.before != NONE}
     if not all(path.is_file() for path in kept.values()):
         raise UserError(
             f"{target}: there is no backup in {target.backup}; take the patch back with: openclip-ext patch diff "
             f"--target {target.root} | patch -R -p1 -d {target.root}, or reinstall OpenCLIP"
         )
-    damaged = [file.path for file in target.patch.files if _digest_of(target.backup / file.path) != file.before]
+    damaged = [file.path for file in patch.files if _digest_of(target.backup / file.path) != file.before]
     if damaged:
         raise UserError(f"{target}: the backup of {', '.join(damaged)} is not the original; reinstall OpenCLIP")
-    contents = {file.path: None for file in target.patch.files} | {name: p.read_bytes() for name, p in kept.items()}
+    contents: dict[str, bytes | None] = {file.path: None for file in patch.files}
+    contents |= {name: path.read_bytes() for name, path in kept.items()}
     try:
         _replace(target.root, contents)
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise _unwritable(target, patch, error) from error
     shutil.rmtree(target.backup, ignore_errors=True)
-    return target.patch
+    return patch
 
 
-def _require(target: Target, *states: str) -> None:
-    """Raises UserError: it is in another state."""
-    if target.state in states:
-        return
+def _require(target: Target, *states: str) -> Patch:
+    """Its patch. Raises UserError: there is none, or it is in another state."""
     if target.patch is None:
         raise UserError(unsupported(target))
+    if target.state in states:
+        return target.patch
     remedy = {
         "applied": "it is patched already; nothing to do",
         "clean": "it is not patched; nothing to revert",
@@ -182,13 +184,13 @@ def _supported() -> str:
     return ", ".join(patch.supported for patch in patches())
 
 
-def _back_up(target: Target) -> None:
+def _back_up(target: Target, patch: Patch) -> None:
     """Keep the originals: in place only once complete."""
     partial = target.backup.with_name(target.backup.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        for file in target.patch.files:
+        for file in patch.files:
             if file.before != NONE:
                 (partial / file.path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(target.root / file.path, partial / file.path)
@@ -199,7 +201,7 @@ def _back_up(target: Target) -> None:
         raise
 
 
-def _replace(root: Path, contents: dict[str, bytes | None]) -> None:
+def _replace(root: Path, contents: Mapping[str, bytes | None]) -> None:
     """Give files a new content, or with None remove them; after an exception all that can be written are as before."""
     before = {name: (root / name).read_bytes() if (root / name).exists() else None for name in contents}
     done = []
@@ -213,7 +215,8 @@ def _replace(root: Path, contents: dict[str, bytes | None]) -> None:
     except BaseException:
         for name in done:
             with contextlib.suppress(OSError):
-                _put(root / name, None if before[name] is None else _write_beside(root / name, before[name]))
+                content = before[name]
+                _put(root / name, None if content is None else _write_beside(root / name, content))
         raise
     finally:
         for name in contents:

@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,12 +18,32 @@ from torch import Tensor, nn
 from openclip_ext.errors import UserError
 from openclip_ext.losses import Objective
 from openclip_ext.losses.base import total_loss
-from openclip_ext.stock_loop.hosting import Hosting
 from openclip_ext.training.checkpoint import Checkpoint, split_optimizer
 
 logger = logging.getLogger(__name__)
 
 VIEWS = ("image", "text", "image_aug", "text_aug")
+
+
+class Hosted(Protocol):
+    """What a task asks of `openclip_ext.stock_loop.hosting.Hosting`, which makes tasks and so imports this module."""
+
+    needs: frozenset[str]
+
+    def build(
+        self, model: nn.Module, *, rank: int, world_size: int, device: torch.device, image_dtype: torch.dtype | None
+    ) -> Objective: ...
+
+    def restore(self, loss: Objective, checkpoint: dict, path: str) -> list[str]: ...
+
+    def run(
+        self,
+        model: Callable[[Tensor, Tensor], dict[str, Tensor]],
+        image: Tensor,
+        text: Tensor,
+        image_aug: Tensor | None = None,
+        text_aug: Tensor | None = None,
+    ) -> dict[str, Tensor]: ...
 
 
 class LossTask(CLIPTask):
@@ -42,7 +63,7 @@ class LossTask(CLIPTask):
     """
 
     def __init__(
-        self, model: nn.Module, hosted: Hosting, loss: Objective, *, teacher: nn.Module | None, world_size: int
+        self, model: nn.Module, hosted: Hosted, loss: Objective, *, teacher: nn.Module | None, world_size: int
     ) -> None:
         super().__init__(model, loss=loss)
         self.hosted = hosted
@@ -216,7 +237,7 @@ def _average(parameter: nn.Parameter) -> None:
     parameter.grad /= dist.get_world_size()
 
 
-def create_task(hosted: Hosting, args, model: nn.Module, *, teacher: nn.Module | None = None) -> LossTask:
+def create_task(hosted: Hosted, args, model: nn.Module, *, teacher: nn.Module | None = None) -> LossTask:
     """What `Hosting.create_task` returns."""
     from open_clip import get_input_dtype
 

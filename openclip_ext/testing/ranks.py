@@ -50,9 +50,11 @@ class RankPool:
 
     def _answers(self, num_ranks: int) -> list[Any]:
         """Results in rank order. After a failure the other ranks, which may wait for that one forever, get a moment."""
-        waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers[:num_ranks])}
-        results, failures = {}, {}
+        waiting: dict[Any, int] = {connection: rank for rank, (_, connection) in enumerate(self._workers[:num_ranks])}
+        results: dict[int, Any] = {}
+        failures: dict[int, Any] = {}
         while ready := multiprocessing.connection.wait(list(waiting), timeout=2.0 if failures else None):
+            connection: Any
             for connection in ready:
                 rank = waiting.pop(connection)
                 try:

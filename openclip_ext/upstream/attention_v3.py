@@ -1,5 +1,7 @@
 """OpenCLIP 3.3: its attention with projections that can be wrapped. Imported only where that is wanted."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,17 +30,18 @@ class LinearAttention(nn.Module):
         x = query if self.batch_first else query.transpose(0, 1)
         batch, length, width = x.shape
         parts = self.in_proj(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
         mask = ~attn_mask if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
         if mask is not None and mask.ndim == 3:
             mask = mask.view(batch, self.num_heads, length, length)
         dropout = self.dropout if self.training else 0.0
-        out = scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4), attn_mask=mask, dropout_p=dropout)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         out = self.out_proj(out.transpose(1, 2).reshape(batch, length, width))
         return out if self.batch_first else out.transpose(0, 1), None
 
 
-def linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """A layer of these parameters."""
+def linear(weight: Any, bias: Any) -> nn.Linear:
+    """A layer of these parameters, which torch declares as `Tensor` in some of its modules; `bias` may be None."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight, layer.bias = weight, bias
     return layer

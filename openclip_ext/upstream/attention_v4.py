@@ -1,12 +1,14 @@
 """OpenCLIP 4: its attention with an input projection that can be wrapped. Imported only where that is wanted."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from openclip_ext.upstream.attention_v3 import linear
 
 
-def is_replaceable(attention: nn.Module | None) -> bool:
+def is_replaceable(attention: Any) -> bool:
     """Whether this is OpenCLIP 4's `Attention` as its models have it: neither cosine nor scaled heads."""
     return (
         getattr(attention, "use_sdpa", False)
@@ -22,7 +24,7 @@ class LinearSelfAttention(nn.Module):
     All parts are shared with the module that this replaces, under their names.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.in_proj = linear(attention.in_proj_weight, attention.in_proj_bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openclip_ext.errors import UserError
 
@@ -18,7 +18,7 @@ def tower_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
     The logit scale, its bias and CoCa's text decoder belong to neither.
     """
-    return {"image": _parameters([model.visual]), "text": _parameters(_text_parts(model))}
+    return {"image": _parameters([model.get_submodule("visual")]), "text": _parameters(_text_parts(model))}
 
 
 def tower_layers(model: nn.Module, tower: str) -> list[list[nn.Parameter]]:
@@ -63,7 +63,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     layers = [layer for tower in ("image", "text") for layer in tower_layers(model, tower)[:-1]]
     trained = {id(parameter) for layer in layers for parameter in layer if parameter.requires_grad}
     for module in list(model.modules()):
-        attention = getattr(module, "attn", None)
+        attention: Any = getattr(module, "attn", None)
         if id(getattr(attention, "in_proj_weight", None)) not in trained:
             continue
         if isinstance(attention, MultiheadAttention):
@@ -84,7 +84,7 @@ def plain_name(name: str) -> str:
     return name.replace(".attn.in_proj.", ".attn.in_proj_")
 
 
-def _image_layers(tower: nn.Module) -> tuple[list[Part], list[Part], list[Part]]:
+def _image_layers(tower: Any) -> tuple[list[Part], list[Part], list[Part]]:
     """(blocks, what follows the last, head)."""
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.timm_model import TimmModel
@@ -100,16 +100,16 @@ def _image_layers(tower: nn.Module) -> tuple[list[Part], list[Part], list[Part]]
     raise _unknown(tower)
 
 
-def _timm_layers(tower: nn.Module) -> tuple[list[Part], list[Part], list[Part]]:
+def _timm_layers(tower: Any) -> tuple[list[Part], list[Part], list[Part]]:
     from timm.models import group_parameters
 
     names = group_parameters(tower.trunk, tower.trunk.group_matcher())
-    layers = [[tower.trunk.get_parameter(name) for name in names[depth]] for depth in sorted(names)]
+    layers: list[Part] = [[tower.trunk.get_parameter(name) for name in names[depth]] for depth in sorted(names)]
     head = [list(tower.head.parameters()) or layers.pop()]  # without a head of OpenCLIP's, the trunk's own is it
     return layers, [], head
 
 
-def _text_layers(tower: nn.Module) -> tuple[list[Part], list[Part], list[Part]]:
+def _text_layers(tower: Any) -> tuple[list[Part], list[Part], list[Part]]:
     from open_clip.hf_model import HFTextEncoder
     from torch.nn import ModuleList
 
@@ -126,7 +126,7 @@ def _text_layers(tower: nn.Module) -> tuple[list[Part], list[Part], list[Part]]:
 
 def _text_parts(model: nn.Module) -> list[Part]:
     if hasattr(model, "text"):
-        return [model.text]
+        return [model.get_submodule("text")]
     names = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
     return [getattr(model, name) for name in names]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,7 +61,7 @@ def _image_trunk(model: nn.Module) -> Trunk | None:
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
-    tower = model.visual
+    tower: Any = model.visual
     if isinstance(tower, VisionTransformer) and tower.proj is not None:
         return Trunk(tower.transformer, False, lambda tokens, image: tower._pool(tokens)[0])
     if isinstance(tower, ModifiedResNet):
@@ -72,7 +72,7 @@ def _image_trunk(model: nn.Module) -> Trunk | None:
     return None
 
 
-def _timm_trunk(tower: nn.Module) -> Trunk | None:
+def _timm_trunk(tower: Any) -> Trunk | None:
     if len(tower.head):
         channels_last = getattr(tower.trunk, "output_fmt", "NCHW") == "NHWC"
 
@@ -90,7 +90,7 @@ def _text_trunk(model: nn.Module) -> Trunk | None:
     from open_clip.hf_model import HFTextEncoder
     from open_clip.transformer import text_global_pool
 
-    tower = getattr(model, "text", model)
+    tower: Any = getattr(model, "text", model)
     if isinstance(tower, HFTextEncoder):
         return _before(tower.proj) if list(tower.proj.parameters()) else None
     projection = getattr(tower, "text_projection", None)

@@ -76,6 +76,6 @@ def weights_error(args: argparse.Namespace, error: Exception) -> str | None:
 
 def _innermost(error: BaseException) -> str:
     """The kind of error that began it."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while cause := error.__cause__ or error.__context__:
+        error = cause
     return type(error).__name__

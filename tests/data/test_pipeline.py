@@ -11,8 +11,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms.functional import pil_to_tensor
 
+from batches import as_codes, config, epoch, noisy, to_tensor
 from openclip_ext import UserError
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.listing import list_shards
@@ -20,30 +20,6 @@ from openclip_ext.data.pipeline import eval_loader, train_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.data.table import Table
 from openclip_ext.data.tar import Skips, decode_caption, decode_image, read_shard
-
-
-def to_tensor(image):
-    return pil_to_tensor(image).float()
-
-
-def noisy(image):
-    return to_tensor(image) + torch.rand(1) + random.random() + np.random.rand()
-
-
-def as_codes(texts):
-    """Captions as fixed-length character codes, so that a batch can be compared with the shard's text."""
-    return torch.tensor([[ord(c) for c in text[:60].ljust(60)] for text in texts])
-
-
-def config(folder, **changes):
-    fixed = {"batch_size": 16, "image_transform": to_tensor, "tokenizer": as_codes, "sample_id": "index"}
-    return StreamConfig(source=list_shards(folder), **(fixed | changes))
-
-
-def epoch(folder, *, workers=0, number=0, num_samples=256, **changes):
-    loader = train_loader(config(folder, **changes), num_samples=num_samples, workers=workers)
-    loader.set_epoch(number)
-    return list(loader.batches)
 
 
 def ids_of(batches):

@@ -8,11 +8,11 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from test_probes import class_folders
 
 from openclip_ext.cli import main
 from openclip_ext.evaluation.metrics.probes import class_scores, few_shot_accuracies, knn_hits, linear_probe
 from openclip_ext.report.intervals import half_width
+from pictures import class_folders
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from sklearn.linear_model import LogisticRegression
 import oracles
 from openclip_ext import UserError
 from openclip_ext.cli import main
-from openclip_ext.data import digits
 from openclip_ext.evaluation.datasets.probe_sets import probe_data, probe_features
 from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.metrics.probes import (
@@ -27,6 +26,7 @@ from openclip_ext.evaluation.metrics.probes import (
     linear_probe_accuracy,
     place_in_class,
 )
+from pictures import class_folders
 
 
 def clouds(count, classes=3, spread=0.1, seed=0):
@@ -199,15 +199,6 @@ def test_scores_count_images_and_classes():
 
 
 # On images.
-
-
-def class_folders(root, split, count, skip=0):
-    """The first images of a split of the digits, after `skip`, as one folder per class."""
-    for number, (image, _, label) in enumerate(digits.digit_splits()[split][skip : skip + count]):
-        folder = root / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number:04d}.png").write_bytes(image)
-    return root
 
 
 @pytest.fixture

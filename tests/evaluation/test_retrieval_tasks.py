@@ -11,9 +11,9 @@ import skimage.data
 import torch
 import webdataset as wds
 from PIL import Image
-from test_retrieval import slow_recall
 
 from openclip_ext.cli import main
+from oracles import slow_recall
 
 #: Photographs that come with scikit-image, and what they show.
 CAPTIONS = {

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.nn.functional import normalize
 
 import oracles
 from openclip_ext import create_loss
@@ -13,10 +12,7 @@ SCALE = torch.tensor(10.0)
 
 @pytest.fixture(scope="module")
 def features():
-    # Texts that lie near their images, as after some training: ratios are heavy-tailed but positives stand out.
-    image = oracles.unit(N, D, seed=1, dtype=torch.float32)
-    text = normalize(image + 0.6 * oracles.unit(N, D, seed=2, dtype=torch.float32), dim=-1)
-    return image, text
+    return oracles.near_pairs(N, D)  # ratios are heavy-tailed but positives stand out
 
 
 def gradient(loss, image, text, **extra):

@@ -5,22 +5,20 @@ import os
 
 import pytest
 import torch
-from test_bias import B, D, N
-from torch.nn.functional import normalize
 
 import oracles
 from openclip_ext import UserError, create_loss
 from openclip_ext.cli import main
 from openclip_ext.state.table import Placement, Table
 
+N, D, B = 128, 8, 8
 SCALE = 10.0
 BOTH_KERNELS = pytest.mark.parametrize("options", [{"kernel": "isir"}, {"kernel": "mh"}], ids=["isir", "mh"])
 
 
 @pytest.fixture(scope="module")
 def features():
-    image = oracles.unit(N, D, seed=1, dtype=torch.float32)
-    return image, normalize(image + 0.6 * oracles.unit(N, D, seed=2, dtype=torch.float32), dim=-1)
+    return oracles.near_pairs(N, D)
 
 
 def batches(epochs, size=B, seed=0):

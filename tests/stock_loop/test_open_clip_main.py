@@ -42,7 +42,7 @@ ONE_STEP = (
 PLAIN = "--accum-freq 2 --precision amp"
 COUNTERS = {"global_step", "samples_seen"}  # which OpenCLIP 4 adds to checkpoints
 WRONG = {
-    "--loss nope": "error: --loss nope: no such loss; registered: batch_corrected, clip,",
+    "--loss nope": "error: --loss nope: no such loss; registered: ",
     "--loss-arg gamma=1": "error: --loss-arg and --loss-term need --loss",
     "--loss gamma_decomp --loss-arg gamma=2": "error: --loss-arg gamma=2: ",
     "--loss emc2 --use-naflex": "error: --loss emc2: not available for audio or with --use-naflex",

@@ -1,5 +1,7 @@
 """What `openclip_ext.testing` offers, and every loss of ours in it."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,25 +9,30 @@ import rank_jobs
 from openclip_ext import Loss, LossSpec, promoted
 from openclip_ext.testing import check_loss
 from openclip_ext.testing.checks import check_ranks, two_steps
+from ours import LOSSES, TERMS
 
-CASES = [
-    ("clip", {}),
-    ("siglip", {}),
-    ("dcl", {}),
-    ("batch_corrected", {}),
-    ("sogclr", {"gamma": 0.4}),
-    ("gamma_decomp", {"gamma": 0.3, "gamma_decay": 0.0}),
-    ("gamma_decomp", {"gamma": 0.3, "gamma_decay": 0.0, "decoupled": True, "draws": 2}),
-    ("emc2", {}),
-    ("emc2", {"kernel": "mh", "burn_in": 0.25, "steps": 9}),
-    ("emc2", {"decoupled": False, "gamma": 0.4, "bank_dtype": "float32"}),
-    ("clip", {"terms": {"distill": {"weight": 0.5}}}),
-    ("gamma_decomp", {"terms": {"caption": {}}}),
-    ("clip", {"terms": {"brownian_bridge": {"weight": 0.25}}}),
-    ("dcl", {"terms": {"brownian_bridge": {"sample": True}}}),
-    ("clip", {"terms": {"geometric_consistency": {"weight": 0.1}}}),
-    ("clip", {"terms": {"geometric_consistency": {"weight": "0:0.3", "views": False}}}),
-    ("gamma_decomp", {"terms": {"feature_separation": {}}}),
+#: Options that bring out more than the defaults do, of a loss and of a term; any other is checked with its defaults.
+OPTIONS: dict[str, list[dict]] = {
+    "sogclr": [{"gamma": 0.4}],
+    "gamma_decomp": [
+        {"gamma": 0.3, "gamma_decay": 0.0},
+        {"gamma": 0.3, "gamma_decay": 0.0, "decoupled": True, "draws": 2},
+    ],
+    "emc2": [
+        {},
+        {"kernel": "mh", "burn_in": 0.25, "steps": 9},
+        {"decoupled": False, "gamma": 0.4, "bank_dtype": "float32"},
+    ],
+}
+TERM_OPTIONS: dict[str, list[dict]] = {
+    "distill": [{"weight": 0.5}],
+    "brownian_bridge": [{"weight": 0.25}, {"sample": True}],
+    "geometric_consistency": [{"weight": 0.1}, {"weight": "0:0.3", "views": False}],
+}
+CASES = [(loss, options) for loss in LOSSES for options in OPTIONS.get(loss, [{}])] + [
+    (loss, {"terms": {term: options}})
+    for term in TERMS
+    for options, loss in zip(TERM_OPTIONS.get(term, [{}]), itertools.cycle(["gamma_decomp", "clip"]), strict=False)
 ]
 
 

@@ -9,12 +9,10 @@ import tarfile
 import open_clip
 import pytest
 import torch
-from test_launch import launch
-from test_probes import class_folders
-from test_second_views import tower_model
 from torch.nn.functional import cross_entropy, normalize
 
 import oracles
+from launching import launch
 from openclip_ext.cli import main
 from openclip_ext.losses import LossContext, ObjectivePlan, Widths
 from openclip_ext.losses.base import total_loss
@@ -22,10 +20,12 @@ from openclip_ext.training.flags import parse_args
 from openclip_ext.training.image_only import MomentumEncoder, SymmetricObjective, ViewsModel
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.run import train
+from ours import LOSSES
+from pictures import class_folders
+from towers import tower_model
 
 VIEWS = ("--pairs", "views")
 MOMENTUM = (*VIEWS, "--momentum-encoder", "0.9")
-LOSSES = ["clip", "siglip", "dcl", "batch_corrected", "sogclr", "gamma_decomp", "emc2"]
 
 
 def rows(tmp_path, name="run"):

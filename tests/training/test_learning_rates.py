@@ -5,12 +5,12 @@ import json
 import open_clip
 import pytest
 import torch
-from test_second_views import TOWERS, tower_model
 
 from openclip_ext import UserError, upstream
 from openclip_ext.cli import main
 from openclip_ext.training.flags import parse_args
 from openclip_ext.training.learning_rates import scale_learning_rates, scaled
+from towers import TOWERS, tower_model
 
 
 def depths(model, tower):

@@ -6,12 +6,12 @@ import math
 import open_clip
 import pytest
 import torch
-from test_second_views import TOWERS, inputs, tower_model
 
 from openclip_ext import UserError, upstream
 from openclip_ext.cli import main
 from openclip_ext.training.lora import Adapters, parse_lora
 from openclip_ext.upstream.attention_v3 import LinearAttention
+from towers import TOWERS, inputs, tower_model
 
 pytest.importorskip("peft")
 

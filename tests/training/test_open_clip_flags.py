@@ -3,23 +3,12 @@
 import json
 import pathlib
 
-import open_clip
 import pytest
 import torch
-from test_stock_parity import stock_losses
 
 from openclip_ext.cli import main
-from stock import without_ours
-
-COCA = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16,
-                   "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, "embed_cls": True,
-                 "output_tokens": True},
-    "multimodal_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    "custom_text": True,
-}  # fmt: skip
+from stock import stock_losses, without_ours
+from towers import coca_flags
 
 
 def curve(tmp_path, name="run", key="loss"):
@@ -138,20 +127,6 @@ def test_distillation_in_parts_equals_one_batch(train_flags, tmp_path):
     assert main(train_flags(*flags, "--batch-size", 256, "--name", "large")) == 0
     assert main(train_flags(*flags, "--batch-size", 128, "--accum-freq", 2, "--name", "parts")) == 0
     assert curve(tmp_path, "parts") == pytest.approx(curve(tmp_path, "large"), rel=1e-5)
-
-
-def coca_flags(tmp_path):
-    """Flags of a small CoCa model."""
-    config = tmp_path / "coca-test.json"
-    config.write_text(json.dumps(COCA))
-    open_clip.add_model_config(config)
-    weights = open_clip.create_model("coca-test").state_dict()
-    # OpenCLIP leaves this one as it finds the memory, so two models of one seed differ.
-    torch.nn.init.normal_(weights["text_decoder.text_projection"], std=0.1)
-    torch.save(weights, tmp_path / "coca.pt")
-    # A large epsilon, else Adam's first steps amplify the rounding of gradients that are nearly zero.
-    return ["--model", "coca-test", "--model-config", config, "--pretrained", tmp_path / "coca.pt",
-            "--coca-caption-loss-weight", 1.5, "--coca-contrastive-loss-weight", 0.5, "--eps", 1e-3]  # fmt: skip
 
 
 def test_a_coca_model_trains_as_in_stock(monkeypatch, train_flags, tmp_path):

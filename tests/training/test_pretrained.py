@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import TINY_MODEL
 from openclip_ext.cli import main
 from openclip_ext.training.flags import parse_args
+from towers import TINY_MODEL
 
 
 class Evil:

@@ -8,14 +8,15 @@ import tarfile
 import open_clip
 import pytest
 import torch
-from test_pipeline import as_codes, config, epoch, noisy
 from torch.nn.functional import normalize
 
+from batches import as_codes, config, epoch, noisy
 from openclip_ext.cli import main
 from openclip_ext.data.captions import CaptionFormat, changed_words, two_views
 from openclip_ext.data.tar import Skips
 from openclip_ext.losses import Widths
 from openclip_ext.training.pair_model import PairModel, feature_widths, pair_model
+from towers import TEXT, TOWERS, VIT, inputs, tower_model
 
 ALL_TERMS = (
     "--loss-term", "brownian_bridge=0.25", "--loss-term", "geometric_consistency=0.1",
@@ -135,38 +136,6 @@ def torch_picture():
 
 
 # Towers.
-
-TEXT = {"context_length": 12, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
-VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
-ATTENTION = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
-TIMM = {"timm_model_name": "resnet10t", "timm_pool": "avg", "image_size": 64}
-TOWERS = {
-    "vit": (VIT, TEXT, {}),
-    "vit-average-pool": (VIT | {"pool_type": "avg", "final_ln_after_pool": True}, TEXT, {}),
-    "vit-attention-pool": (VIT | ATTENTION, TEXT, {}),
-    "resnet": ({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}, TEXT, {}),
-    "timm-linear": (TIMM | {"timm_proj": "linear"}, TEXT, {}),
-    "timm-mlp": (TIMM | {"timm_proj": "mlp"}, TEXT, {}),
-    "timm-own-classifier": (TIMM | {"timm_proj": None}, TEXT, {}),
-    "timm-vit": ({"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": None, "image_size": 160}, TEXT, {}),
-    "text-linear": (VIT, TEXT | {"proj_bias": True}, {}),
-    "text-last-token": (VIT, TEXT | {"pool_type": "last"}, {"custom_text": True}),
-    "text-class-token": (VIT, TEXT | {"embed_cls": True, "pad_id": 0}, {"custom_text": True}),
-}  # fmt: skip
-
-
-def tower_model(name):
-    vision, text, extra = TOWERS[name]
-    kind = open_clip.model.CustomTextCLIP if extra else open_clip.model.CLIP
-    return kind(8, vision, text, output_dict=True).eval()
-
-
-def inputs(model):
-    size = model.visual.image_size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    text = torch.randint(1, 60, (3, 12))
-    text[:, 7] = 63  # the largest id ends a caption
-    return torch.randn(3, 3, height, width), text
 
 
 @pytest.mark.parametrize("name", TOWERS)

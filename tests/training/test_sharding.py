@@ -7,15 +7,14 @@ import types
 import open_clip
 import pytest
 import torch
-from test_launch import TERMS, launch
-from test_stock_parity import moving, stock_losses
 
 import rank_jobs
+from launching import TERMS, launch
 from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data.pack import pack
 from openclip_ext.training import sharding
-from stock import without_ours
+from stock import moving, stock_losses, without_ours
 
 LEARNED = """
 import dataclasses, torch, openclip_ext

@@ -7,36 +7,9 @@ import pytest
 import torch
 
 from openclip_ext.cli import main
-from stock import feed_our_batches, logging_kept, without_ours
+from stock import moving, stock_losses, without_ours
 
 stock = pytest.importorskip("open_clip_train.main")
-
-
-def stock_losses(monkeypatch, flags):
-    """Losses of each step of stock's loop over our batches."""
-    seen = []
-    create_loss = stock.create_loss
-
-    def recording(args):
-        loss = create_loss(args)
-
-        def forward(**inputs):
-            outputs = loss(**inputs)
-            seen.append(outputs["contrastive_loss"].item())
-            return outputs
-
-        return forward
-
-    monkeypatch.setattr(stock, "create_loss", recording)
-    feed_our_batches(monkeypatch, stock)
-    with logging_kept():
-        stock.main(flags)
-    return seen
-
-
-def moving(checkpoint, part="state_dict"):
-    """Weights whose gradient is not zero up to rounding, as that of the keys' bias is: there Adam amplifies noise."""
-    return {key: value for key, value in checkpoint[part].items() if "in_proj_bias" not in key}
 
 
 @pytest.mark.parametrize("extra", [[], ["--grad-clip-norm", "0.5", "--wd", "0.5"], ["--siglip"],

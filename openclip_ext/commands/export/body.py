@@ -54,7 +54,7 @@ def run_export(args: argparse.Namespace) -> Path:
 
 def _card(args: argparse.Namespace, model: LoadedModel, run: RunFiles | None, name: str, repo: str) -> str:
     kind = "average over the steps" if args.weights == "ema" else "as trained"
-    weights = f"{Path(model.path).name}, {kind}"
+    weights = f"{Path(model.path or model.name).name}, {kind}"
     scores = _scores(run, model, args.weights == "ema") if run else {}
     return model_card(model, run, name=name, repo=repo, scores=scores, weights=weights)
 
@@ -101,14 +101,14 @@ def _new_folder(out: Path) -> Iterator[Path]:
 def _load_average(model: LoadedModel, flag: str) -> None:
     """Put the average of the weights in their place. Raises UserError: the checkpoint has none."""
     average = load_tensors(model.path, flag).get(AVERAGE) if model.path else None
-    if not isinstance(average, dict):
+    if model.path is None or not isinstance(average, dict):
         raise UserError(f"--weights ema: {model.path} has no average of weights; use --weights model")
     upstream.load_model_weights(model.model, average, model.path, model.name)
 
 
 def _scores(run: RunFiles, model: LoadedModel, average: bool) -> Row:
     """What was measured of this checkpoint, or of its average of weights: in training and by `openclip-ext eval`."""
-    own = Path(model.path).resolve().parent.parent == run.folder
+    own = model.path is not None and Path(model.path).resolve().parent.parent == run.folder
     rows = [row for row in run.validation if own and row["epoch"] == model.epoch]
     measured = {name: value for row in rows for name, value in metrics(row).items()}
     if average:

@@ -51,7 +51,7 @@ def _draw_pair(axes: Axes, rows: list[dict], first: str, second: str) -> None:
     x, y = _values(rows, first), _values(rows, second)
     axes.plot(x, y, color="0.6", linewidth=1, zorder=1)
     points = axes.scatter(x, y, c=[row["alpha"] for row in rows], cmap="viridis", vmin=0, vmax=1, s=36, zorder=2)
-    for row, *place in zip(rows, x, y, strict=True):
+    for row, place in zip(rows, zip(x, y, strict=True), strict=True):
         if row["alpha"] in (0, 1):
             axes.annotate("AB"[int(row["alpha"])], place, xytext=(6, 6), textcoords="offset points", fontweight="bold")
     axes.set(title="two tasks against each other", xlabel=title(first), ylabel=title(second))

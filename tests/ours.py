@@ -1,0 +1,15 @@
+"""Names of the losses and terms that this package registers, so that a new one is in every test of all of them."""
+
+from importlib.metadata import entry_points
+
+from openclip_ext.registry import LOSSES as LOSS_GROUP
+from openclip_ext.registry import TERMS as TERM_GROUP
+
+
+def _names(group):
+    points = entry_points(group=group)
+    return sorted({point.name for point in points if point.module.split(".")[0] == "openclip_ext"})
+
+
+LOSSES = _names(LOSS_GROUP)
+TERMS = _names(TERM_GROUP)

@@ -1,0 +1,96 @@
+"""Every script of `scripts/` runs, on tiny input: scripts/README.md quotes what they print."""
+
+import difflib
+import gc
+import pathlib
+import runpy
+import sys
+
+import numpy as np
+import pytest
+
+import stock
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts"
+
+# webdataset 0.2 leaves it to the garbage collector to close shards.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collected():
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function that runs a script with arguments, and returns the lines it prints."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *(str(argument) for argument in arguments)])
+        with stock.logging_kept():
+            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def bench_data(run, shards, tmp_path):
+    flags = ("--image-size", 8, "--batch-size", 16, "--repeats", 1, "--workers", 0)
+    (line,) = run("bench_data.py", "--shards", shards, *flags)
+    assert line.startswith("workers 0: ours / bare ")
+
+
+def bench_eval(run, shards, tmp_path):
+    lines = run("bench_eval.py", "retrieval", "--images", 40, "--captions", 2, "--width", 8, "--repeats", 1)
+    assert [line.split()[0] for line in lines][:2] == ["images", "texts"]
+    flags = ("--model", "ViT-S-32-alt", "--batch-size", 1, "--batches", 2, "--repeats", 1)
+    assert "pictures               2" in run("bench_eval.py", "zero-shot", *flags)
+
+
+def bench_loss(run, shards, tmp_path):
+    header, row = run("bench_loss.py", "--batches", 256, "--width", 8, "--repeats", 1)
+    assert row.split()[0] == "256"
+
+
+def bench_mh(run, shards, tmp_path):
+    flags = ("--batch", 32, "--width", 8, "--bank-batch", 4, "--bank-samples", 50, 5000, "--bank-steps", 3)
+    lines = run("bench_mh.py", *flags, "--repeats", 1, "--folder", tmp_path)
+    assert lines[2].startswith("5,000 in a file: a first visit takes ")
+
+
+def bench_train(run, shards, tmp_path):
+    flags = ("--batch-size", 32, "--epochs", 2, "--repeats", 1, "--workers", 0, "--device", "cpu")
+    (line,) = run("bench_train.py", "--shards", f"{shards}/00000.tar", *flags)
+    assert line.startswith("workers 0: ours / stock ")
+
+
+def compare_losses(run, shards, tmp_path):
+    generator = np.random.default_rng(0)
+    for name in ("train", "test"):
+        x, tokens = generator.normal(size=(64, 8)), generator.integers(10, size=(64, 2, 5))
+        np.savez(tmp_path / f"{name}.npz", x=x, tokens=tokens)
+    data = ("--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz", "--split", "test")
+    flags = ("--losses", "dcl", "gamma_decomp:gamma=0.5", "--batch-size", 16, "--epochs", 1, "--seeds", 2)
+    _, first, second = run("compare_losses.py", *data, *flags, "--json", tmp_path / "rows.json")
+    assert first.startswith("batch 16    dcl ") and "against dcl: +0.00 ± 0.00" in first
+    assert second.startswith("batch 16    gamma_decomp:gamma=0.5 ")
+
+
+def make_patch(run, shards, tmp_path):
+    """Of the installed OpenCLIP, patched and not, it writes the patch that was applied."""
+    original, changed = stock.copy_installed(tmp_path / "original"), stock.patched_copy(tmp_path / "changed")
+    patch = (ROOT / "patches" / "open_clip_torch-3.3.0.patch").read_text()
+    written = run("make_patch.py", "3.3.0", original, changed)
+    assert list(difflib.unified_diff(patch.splitlines(), written)) == []
+
+
+JOBS = {job.__name__: job for job in
+        (bench_data, bench_eval, bench_loss, bench_mh, bench_train, compare_losses, make_patch)}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+def test_the_script_runs(run, shards, tmp_path, script):
+    JOBS[script](run, shards, tmp_path)
