@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from openclip_ext import upstream
 from openclip_ext.errors import UserError
 from openclip_ext.files import make_out_folder
 from openclip_ext.report.intervals import half_width, half_width_of_difference
@@ -23,14 +24,8 @@ from openclip_ext.report.tables import tables
 HEADLINES = ("*top1", "*R@1", "*acc1", "clip_val_loss")
 CURVE_POINTS = 500  # of a training curve in the report; a longer one is averaged within windows
 
-#: Parameters that do not change what a run learns or how it is scored: runs that differ only in these are one row.
-_BOOKKEEPING = frozenset(
-    {"seed", "name", "name_given", "precision_given", "logs", "log_local", "log_level", "log_path", "tensorboard_path",
-     "checkpoint_path", "resume", "report_to", "wandb", "wandb_notes", "wandb_project_name", "tensorboard", "debug",
-     "save_logs", "save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase",
-     "log_every_n_steps", "remote_sync", "remote_sync_frequency", "remote_sync_protocol", "cache_dir", "rank",
-     "local_rank", "loss_options", "loss_terms", "lora_options"}
-)  # fmt: skip
+#: Runs that differ only in these are one row.
+_NOT_A_SETTING = frozenset({"seed", *upstream.flags_with(upstream.Role.BOOKKEEPING)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +133,7 @@ def group(runs: Sequence[RunFiles]) -> list[Group]:
 
 
 def _settings(run: RunFiles) -> dict[str, str]:
-    return {name: shown(value) for name, value in run.params.items() if name not in _BOOKKEEPING}
+    return {name: shown(value) for name, value in run.params.items() if name not in _NOT_A_SETTING}
 
 
 def _labels(groups: list[list[RunFiles]]) -> list[str]:

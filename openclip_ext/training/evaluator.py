@@ -1,7 +1,5 @@
 """What to measure between epochs, as flags name it."""
 
-import argparse
-
 from accelerate import Accelerator
 
 from openclip_ext import upstream
@@ -14,54 +12,55 @@ from openclip_ext.evaluation.datasets.labelled import LabelledBatches
 from openclip_ext.evaluation.datasets.probe_sets import probe_data
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.evaluation.ranks import Ranks
+from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import _dataset_type, caption_format
 
 
-def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer, transform) -> Evaluator:
+def make_evaluator(config: RunConfig, accelerator: Accelerator, tokenizer, transform) -> Evaluator:
     """What `--val-data`, `--imagenet-val`, `--imagenet-v2` and `--probe-val` ask for.
 
     Raises:
         UserError: a path that does not fit.
     """
     ranks = Ranks(accelerator.process_index, accelerator.num_processes)
-    loading = {"batch_size": args.batch_size, "workers": args.workers, "ranks": ranks}
+    loading = {"batch_size": config.batch_size, "workers": config.workers, "ranks": ranks}
     pairs = None
-    if args.val_data:
-        if _dataset_type(args.val_data, args.dataset_type, "--val-data") == "csv":
-            source = csv_table(args.val_data, args.csv_img_key, args.csv_caption_key, args.csv_separator)
+    if config.val_data:
+        if _dataset_type(config.val_data, config.dataset_type, "--val-data") == "csv":
+            source = csv_table(config.val_data, config.csv_img_key, config.csv_caption_key, config.csv_separator)
         else:
-            source = list_shards(args.val_data, flag="--val-data")
-        config = StreamConfig(
+            source = list_shards(config.val_data, flag="--val-data")
+        stream = StreamConfig(
             source=source,
-            batch_size=args.batch_size,
+            batch_size=config.batch_size,
             image_transform=transform,
             tokenizer=tokenizer,
-            captions=caption_format(args),
+            captions=caption_format(config),
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        pairs = eval_loader(config, workers=args.workers)
+        pairs = eval_loader(stream, workers=config.workers)
     imagenet = {}
     for flag, path, prefix in (
-        ("--imagenet-val", args.imagenet_val, "imagenet-zeroshot-val"),
-        ("--imagenet-v2", args.imagenet_v2, "imagenetv2-zeroshot-val"),
+        ("--imagenet-val", config.imagenet_val, "imagenet-zeroshot-val"),
+        ("--imagenet-v2", config.imagenet_v2, "imagenetv2-zeroshot-val"),
     ):
         if path:
             pictures = imagenet_folder(path, flag).pictures
             imagenet[prefix] = LabelledBatches(pictures, transform, **loading)
     probe = None
-    if args.probe_train:
-        probe = probe_data(args.probe_train, args.probe_val, transform, **loading)
+    if config.probe_train:
+        probe = probe_data(config.probe_train, config.probe_val, transform, **loading)
     return Evaluator(
         tokenizer=tokenizer,
         device=accelerator.device,
         autocast=accelerator.autocast,
-        dtype=upstream.input_dtype(args.precision),
+        dtype=upstream.input_dtype(config.precision),
         pairs=pairs,
         imagenet=imagenet,
         probe=probe,
         ranks=ranks,
-        val_frequency=args.val_frequency,
-        zeroshot_frequency=args.zeroshot_frequency,
+        val_frequency=config.val_frequency,
+        zeroshot_frequency=config.zeroshot_frequency,
         progress=accelerator.is_main_process,
     )

@@ -156,11 +156,11 @@ def test_the_card_says_what_the_hub_and_people_want_to_know(trained, val_shards,
 def test_the_training_command_gives_the_same_parameters(train_flags, val_shards):
     extra = ["--loss-arg", "gamma=0.2", "--loss-arg", "beta=0.9", "--lock-image", "--image-mean", 0.5, 0.5, 0.5,
              "--aug-cfg", "scale=(0.5, 1.0)", "--caption-separator", "; ", "--val-data", val_shards]  # fmt: skip
-    args = vars(parse_args(train_flags("--loss", "gamma_decomp", *extra)[1:]))
+    args = vars(parse_args(train_flags("--loss", "gamma_decomp", *extra)[1:]).flags)
     params = {name: str(value) for name, value in args.items()} | {"openclip-ext": "0"}
     program, command, *flags = shlex.split(training_command(params))
     assert (program, command) == ("openclip-ext", "train")
-    assert {name: str(value) for name, value in vars(parse_args(flags)).items()} == {
+    assert {name: str(value) for name, value in vars(parse_args(flags).flags).items()} == {
         name: str(value) for name, value in args.items()
     }
 

@@ -72,7 +72,7 @@ def test_a_checkpoint_loads_in_openclip(train_flags, tmp_path, model_config):
     assert main(train_flags("--loss", "gamma_decomp")) == 0
     path = tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt"
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint.keys() == {"epoch", "name", "state_dict", "optimizer", "loss"}
+    assert checkpoint.keys() == {"epoch", "name", "state_dict", "optimizer", "loss", "loss_name"}
     assert len(checkpoint["optimizer"]["param_groups"]) == 2
     model = open_clip.create_model("tiny-test", pretrained=str(path))
     torch.testing.assert_close(model.state_dict(), checkpoint["state_dict"])
@@ -288,9 +288,11 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(train_flags, tmp_path
     assert main(train_flags("--loss", "gamma_decomp")) == 0
     checkpoint = tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt"
     flags = ("--resume", checkpoint, "--epochs", 2, "--name", "second")
-    assert main(train_flags(*flags, "--model", "ViT-B-32")) == 2
+    assert main(train_flags(*flags, "--loss", "gamma_decomp", "--model", "ViT-B-32")) == 2
     assert "not a checkpoint of --model ViT-B-32" in capsys.readouterr().err
-    assert main(train_flags(*flags, "--loss", "sogclr")) == 2
+    content = torch.load(checkpoint)
+    torch.save({key: value for key, value in content.items() if key != "loss_name"}, tmp_path / "nameless.pt")
+    assert main(train_flags("--resume", tmp_path / "nameless.pt", "--name", "second", "--loss", "sogclr")) == 2
     assert "its loss state does not fit --loss and the data" in capsys.readouterr().err
     assert main(train_flags(*flags, "--loss", "gamma_decomp", "--train-data", f"{shards}::{val_shards}")) == 2
     assert "(2, 256) in the checkpoint, (2, 306) now" in capsys.readouterr().err
@@ -300,7 +302,7 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(train_flags, tmp_path
     assert main(train_flags("--resume", tmp_path / "text.pt", "--name", "second")) == 2
     assert "not a checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "logs" / "second").exists()
-    assert main(train_flags(*flags, "--loss", "clip")) == 0
+    assert main(train_flags(*flags, "--loss", "clip", "--resume-other-loss")) == 0
 
 
 def test_a_name_in_use_is_refused(train_flags, capsys):

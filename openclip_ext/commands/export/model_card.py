@@ -10,10 +10,6 @@ from openclip_ext.report.run_files import Row, RunFiles, shown
 from openclip_ext.report.tables import markdown_table
 from openclip_ext.training.flags import build_parser
 
-#: Parameters that say how the run was trained, in the order of the card.
-TRAINING = ("loss", "loss_arg", "loss_term", "epochs", "batch_size", "accum_freq", "lr", "wd", "warmup", "opt",
-            "lr_scheduler", "layer_decay", "image_lr", "text_lr", "lora", "ema", "warm_start_pass", "precision",
-            "seed")  # fmt: skip
 _NOT_GIVEN = (None, "None", "[]", "False")
 PACKAGES = ("openclip-ext", "open_clip_torch", "torch")
 
@@ -46,10 +42,11 @@ def _description(model: LoadedModel, params: dict[str, str]) -> str:
 
 
 def _details(model: LoadedModel, params: dict[str, str], weights: str) -> dict[str, Any]:
+    training = upstream.flags_with(upstream.Role.TRAINING)
     details = {
         "Architecture": model.name,
         "Training data": params.get("train_data"),
-        "Training": {key: shown(params[key]) for key in TRAINING if params.get(key) not in _NOT_GIVEN},
+        "Training": {key: shown(params[key]) for key in training if params.get(key) not in _NOT_GIVEN},
         "Weights": f"{weights}; sha256 of the checkpoint: {model.sha256}",
         "Versions": {key: params[key] for key in PACKAGES if key in params},
     }
