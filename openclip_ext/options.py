@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     def _meant(self, unknown: list[str]) -> str:
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         given = [word.partition("=")[0] for word in unknown if word.startswith("--")]
-        meant = [near[0] for word in given if (near := difflib.get_close_matches(word, flags, n=1))]
+        meant = [near[0] for word in given if (near := difflib.get_close_matches(word, flags, n=1, cutoff=0.7))]
         return f"; did you mean {' '.join(meant)}?" if meant else ""
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import shutil
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -53,3 +54,17 @@ def make_run_folder(folder: str, logs: str) -> None:
         os.makedirs(os.path.join(folder, "checkpoints"), exist_ok=True)
     except OSError as error:
         raise UserError(f"--logs {logs}: {folder} cannot be made ({error.strerror}); give another folder") from error
+
+
+def entries(folder: str) -> set[str] | None:
+    """What is in a folder; None: there is none."""
+    return set(os.listdir(folder)) if os.path.isdir(folder) else None
+
+
+def remove_new_entries(folder: str, before: set[str] | None) -> None:
+    """Leave in the folder what was there before; where there was none, leave none."""
+    for name in (entries(folder) or set()) - (before or set()):
+        path = os.path.join(folder, name)
+        shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else os.remove(path)
+    if before is None and os.path.isdir(folder):
+        os.rmdir(folder)

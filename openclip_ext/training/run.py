@@ -18,7 +18,7 @@ from openclip_ext.training.checkpoint import Checkpoint, save_checkpoint
 from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import TrainingData, require_sizes, training_data
 from openclip_ext.training.evaluator import make_evaluator
-from openclip_ext.training.folder import choose_name, make_run_folder, run_folder
+from openclip_ext.training.folder import choose_name, entries, make_run_folder, remove_new_entries, run_folder
 from openclip_ext.training.learning_rates import describe
 from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
@@ -82,10 +82,21 @@ class _Run:
         self.run_folder = folder
         self.folder = folder if self.main else None  # where this rank writes
         self._finish_sync = None
+        self._began = False
+        self._before: set[str] | None = None
 
     def __enter__(self) -> "_Run":
+        try:
+            self._open()
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        return self
+
+    def _open(self) -> None:
         config = self.config
         if self.folder:
+            self._before = entries(self.folder)
             _make_folder(config, self.folder, self.record)
         start_logging(self._log_path(), console=self.main, debug=config.debug)
         if self.folder and config.remote_sync:
@@ -95,12 +106,13 @@ class _Run:
             )
         if config.report_to and self.folder:
             _start_trackers(config, self.accelerator, self.folder)
-        return self
 
     def __exit__(self, kind, *exception) -> None:
         if self._finish_sync:
             self._finish_sync()
         stop_logging()
+        if kind is not None and self.folder and not self._began:  # else it would block the corrected command
+            remove_new_entries(self.folder, self._before)
         if kind is None:  # ends trackers and the process group; after an error other ranks may not come here
             self.accelerator.end_training()
 
@@ -185,6 +197,7 @@ class _Run:
                            self.trainer.hash_ids.collisions)  # fmt: skip
 
     def _write_row(self, row: dict) -> None:
+        self._began = True
         append_json(os.path.join(self.folder, "metrics.jsonl"), row)
         self._track("train", row, row["step"])
 

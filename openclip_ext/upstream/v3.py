@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from unittest import mock
 
 from openclip_ext.errors import UserError
+from openclip_ext.upstream.models import config_error
 from openclip_ext.upstream.weights import brings_weights, check_weights, weights_error
 
 #: Class names of the blocks that the towers of its models repeat, timm's and Hugging Face's included.
@@ -113,6 +114,10 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool, require_
         )
     except (RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError, UnpicklingError) as error:
         raise UserError(_model_error(args, error)) from error
+    except TypeError as error:
+        if message := config_error(args, error):
+            raise UserError(message) from error
+        raise
     if args.lock_image:
         model.lock_image_tower(
             unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats

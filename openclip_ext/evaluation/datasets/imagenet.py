@@ -26,7 +26,7 @@ def imagenet_folder(folder: str, flag: str, classes: str | None = None) -> Label
     if len(names) != NUM_CLASSES and classes is None:
         raise UserError(
             f"{flag} {folder}: holds {len(names)} class folders and ImageNet has {NUM_CLASSES}; give the folder that "
-            "holds the wnid folders"
+            "holds all wnid folders, or choose among those that are there with --classes present"
         )
     class_names, templates = upstream.imagenet_names()
     present = sorted(index_of.values())
