@@ -99,7 +99,7 @@ def evaluated(rank, num_ranks, model_config, source, batch_size, pictures):
     from openclip_ext.data.table import csv_table
     from openclip_ext.evaluation.datasets.labelled import LabelledBatches, LabelledFiles, class_folders
     from openclip_ext.evaluation.datasets.probe_sets import probe_data
-    from openclip_ext.evaluation.during_training import Evaluator
+    from openclip_ext.evaluation.during_training import Evaluator, ZeroShotSet
     from openclip_ext.evaluation.ranks import Ranks
 
     torch.manual_seed(0)
@@ -111,13 +111,14 @@ def evaluated(rank, num_ranks, model_config, source, batch_size, pictures):
                           rank=rank, world_size=num_ranks)  # fmt: skip
     loading = {"batch_size": batch_size, "workers": 0, "ranks": ranks}
     _, samples = class_folders(pictures, "--imagenet-val")
+    words = upstream.imagenet_names()
     evaluator = Evaluator(
         tokenizer=tokenizer,
         device=torch.device("cpu"),
         autocast=contextlib.nullcontext,
         dtype=None,
         pairs=eval_loader(config, workers=0),
-        imagenet={"imagenet": LabelledBatches(LabelledFiles(samples), transform, **loading)},
+        zero_shot=[ZeroShotSet("digits", LabelledBatches(LabelledFiles(samples), transform, **loading), *words)],
         val_frequency=1,
         zeroshot_frequency=1,
         ranks=ranks,

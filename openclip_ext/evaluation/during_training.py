@@ -1,22 +1,45 @@
-"""What `--val-data`, `--imagenet-val`, `--imagenet-v2` and `--probe-val` measure between epochs."""
+"""What `--val-data`, `--imagenet-val`, `--imagenet-v2`, `--zero-shot` and `--probe-val` measure between epochs."""
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from openclip_ext import upstream
 from openclip_ext.errors import RankError
 from openclip_ext.evaluation.datasets.probe_sets import ProbeData, encoded_batches, in_turn
 from openclip_ext.evaluation.encoder import Encoder
 from openclip_ext.evaluation.metrics.probes import knn_accuracy, linear_probe_accuracy
-from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
+from openclip_ext.evaluation.metrics.retrieval import RETRIEVAL_METRICS, retrieval_metrics
 from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
 from openclip_ext.evaluation.ranks import ALONE, Ranks
+
+#: What is measured, by what on.
+ZERO_SHOT_SCORES = ("top1", "top5")
+PROBE_METRICS = ("knn-top1", "linear-probe-top1")
+PAIR_METRICS = (*RETRIEVAL_METRICS, "clip_val_loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShotSet:
+    """Pictures to classify.
+
+    Attributes:
+        name: what its metrics' names begin with.
+        batches: of (images, class indices).
+        class_names: by class index.
+        templates: format strings, or functions of a class name.
+        shared: `batches` are this rank's part; else every rank has all.
+    """
+
+    name: str
+    batches: Iterable
+    class_names: Sequence[str]
+    templates: Sequence[str | Callable[[str], str]]
+    shared: bool = True
 
 
 @dataclasses.dataclass
@@ -29,10 +52,10 @@ class Evaluator:
         autocast: a function that returns the context to run the model in.
         dtype: of images; None: as loaded.
         pairs: batches with `image` and `text`, or None.
-        imagenet: metric prefix to batches of (images, class indices).
-        ranks: those that share the data: `pairs`, `imagenet` and `probe` are this one's part.
+        zero_shot: sets to classify.
+        ranks: those that share the data: `pairs`, `probe` and what is shared of `zero_shot` are this one's part.
         val_frequency: epochs between evaluations on `pairs` and on `probe`; 0: never.
-        zeroshot_frequency: epochs between evaluations on `imagenet`; 0: never.
+        zeroshot_frequency: epochs between evaluations on `zero_shot`; 0: never.
         probe: labelled images, or None.
         progress: show progress bars.
         skipped: (kind, shard, count) of what could not be used of `pairs` the last time.
@@ -43,7 +66,7 @@ class Evaluator:
     autocast: Any
     dtype: torch.dtype | None
     pairs: Iterable[dict] | None
-    imagenet: dict[str, Iterable]
+    zero_shot: Sequence[ZeroShotSet]
     val_frequency: int
     zeroshot_frequency: int
     ranks: Ranks = ALONE
@@ -55,7 +78,7 @@ class Evaluator:
         """Whether anything is measured after `epoch` completed epochs."""
         has_data = self.pairs is not None or self.probe is not None
         return self._due(has_data, self.val_frequency, epoch, last) or self._due(
-            bool(self.imagenet), self.zeroshot_frequency, epoch, last
+            bool(self.zero_shot), self.zeroshot_frequency, epoch, last
         )
 
     @staticmethod
@@ -70,26 +93,28 @@ class Evaluator:
         model.eval()
         self.ranks.share_buffers(model)
         metrics: dict[str, float] = {}
-        if self._due(bool(self.imagenet), self.zeroshot_frequency, epoch, last):
-            metrics |= self._imagenet_metrics(model)
+        if self._due(bool(self.zero_shot), self.zeroshot_frequency, epoch, last):
+            metrics |= self._zero_shot_metrics(model)
         if self._due(self.pairs is not None, self.val_frequency, epoch, last):
             metrics |= self._pair_metrics(model)
         if self._due(self.probe is not None, self.val_frequency, epoch, last):
             metrics |= self._probe_metrics(model)
         return metrics
 
-    def _imagenet_metrics(self, model) -> dict[str, float]:
-        """`…-top1` and `…-top5` of each set."""
+    def _zero_shot_metrics(self, model) -> dict[str, float]:
+        """`…-top1` and `…-top5` of each set. Sets with the same words share their classifier."""
         encoder = Encoder(model=model, tokenizer=self.tokenizer, transform=None, device=self.device,
                           autocast=self.autocast, dtype=self.dtype)  # fmt: skip
-        names, templates = upstream.imagenet_names()
-        classifier = zero_shot_classifier(encoder, names, templates, ranks=self.ranks, progress=self.progress)
-        metrics = {}
-        for prefix, batches in self.imagenet.items():
-            parts = self.ranks.on_first(zero_shot_counts(encoder, classifier, batches, progress=self.progress))
+        metrics, classifiers = {}, {}
+        for one in self.zero_shot:
+            words = tuple(one.class_names), tuple(one.templates)
+            if words not in classifiers:
+                classifiers[words] = zero_shot_classifier(encoder, *words, ranks=self.ranks, progress=self.progress)
+            counts = zero_shot_counts(encoder, classifiers[words], one.batches, desc=one.name, progress=self.progress)
+            parts = self.ranks.on_first(counts)
             if parts:
-                scores = zero_shot_scores(torch.stack(parts).sum(0))
-                metrics |= {f"{prefix}-top1": scores["top1"], f"{prefix}-top5": scores["top5"]}
+                scores = zero_shot_scores(torch.stack(parts).sum(0) if one.shared else parts[0])
+                metrics |= {f"{one.name}-{score}": scores[score] for score in ZERO_SHOT_SCORES}
         return metrics
 
     def _probe_metrics(self, model) -> dict[str, float]:
@@ -101,10 +126,8 @@ class Evaluator:
             data += in_turn(parts)
         if not data:
             return {}
-        return {
-            "knn-top1": knn_accuracy(*data),
-            "linear-probe-top1": linear_probe_accuracy(*(part.numpy() for part in data)),
-        }
+        scores = knn_accuracy(*data), linear_probe_accuracy(*(part.numpy() for part in data))
+        return dict(zip(PROBE_METRICS, scores, strict=True))
 
     @torch.no_grad()
     def _pair_metrics(self, model) -> dict[str, float]:

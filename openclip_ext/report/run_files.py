@@ -147,6 +147,8 @@ def _read_rows(path: Path, key: str) -> list[Row]:
         try:
             row = json.loads(line)
             position = row[key]
+            if path.name == TRAINING and row.get("kind") == "validation":
+                continue
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: line {number} is no JSON object with {key!r}; repair or remove it") from error
         rows[position] = {

@@ -11,7 +11,7 @@ from accelerate.utils import (
     is_wandb_available,
 )
 
-from openclip_ext.errors import UserError
+from openclip_ext.errors import UserError, counted
 from openclip_ext.training import sharding
 from openclip_ext.training.config import RunConfig
 
@@ -94,7 +94,8 @@ def _choose_gpu(device: str) -> None:
     if not index or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return
     if not index.isdigit() or int(index) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
+        there = counted(torch.cuda.device_count(), "GPU")
+        raise UserError(f"--device {device}: this machine has {there}, counted from cuda:0")
     torch.cuda.set_device(int(index))
 
 

@@ -85,6 +85,10 @@ class RunConfig:
     imagenet_v2: str | None
     val_frequency: int
     zeroshot_frequency: int
+    zero_shot: Sequence[str] = ()
+    class_names: str | None = None
+    templates: str | None = None
+    classes: str | None = None
     probe_train: str | None = None
     probe_val: str | None = None
 
@@ -107,6 +111,7 @@ class RunConfig:
     wandb_project_name: str
     save_frequency: int
     save_most_recent: bool
+    save_best: str | None = None
     delete_previous_checkpoint: bool
     copy_codebase: bool
     remote_sync: str | None

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
+from openclip_ext.evaluation.tasks.zero_shot import (
+    add_classes_argument,
+    add_labelled_arguments,
+    require_words_have_a_set,
+)
 from openclip_ext.options import Parser
 from openclip_ext.training.config import RunConfig, run_config
 
@@ -69,7 +74,18 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON; --model is its file's name."
     )
+    ours.add_argument(
+        "--save-best",
+        metavar="METRIC",
+        help="Keep the checkpoint at which this metric was best so far as checkpoints/best.pt, such as "
+        "imagenet-zeroshot-val-top1; names are those in results.jsonl. Losses and ranks are best where they are least.",
+    )
     _add_image_flags(ours)
+    zero_shot = parser.add_argument_group(
+        "added by openclip-ext: zero-shot evaluation every --zeroshot-frequency epochs, as openclip-ext eval does it"
+    )
+    add_labelled_arguments(zero_shot)
+    add_classes_argument(zero_shot, "it must have all")
     _add_tuning_flags(parser.add_argument_group("added by openclip-ext for fine-tuning"))
     return parser
 
@@ -160,6 +176,9 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
     _require_views_agree(config)
     if bool(config.probe_train) != bool(config.probe_val):
         raise UserError("--probe-train, --probe-val: give both or neither")
+    require_words_have_a_set(config.zero_shot, config.class_names, config.templates)
+    if config.save_best and not (config.logs_folder and (config.train_data or config.dataset_type == "synthetic")):
+        raise UserError(f"--save-best {config.save_best}: needs --train-data, and a folder in --logs to keep it in")
     known = {"", "all", "tensorboard", "wandb"}
     if not set(config.report_to.replace(" ", "").split(",")) <= known:
         raise UserError(f"--report-to {config.report_to}: use tensorboard, wandb, or both joined by a comma")
@@ -193,9 +212,8 @@ def _inferred_names(flags: upstream.Flags, given: set[str]) -> dict[str, str]:
 
 def _require_data(config: RunConfig) -> None:
     """Raises UserError: neither training nor evaluation data, or a flag about data that has no meaning."""
-    if config.dataset_type != "synthetic" and not any(
-        (config.train_data, config.val_data, config.imagenet_val, config.imagenet_v2, config.probe_train)
-    ):
+    to_measure = (config.val_data, config.imagenet_val, config.imagenet_v2, config.zero_shot, config.probe_train)
+    if config.dataset_type != "synthetic" and not config.train_data and not any(to_measure):
         raise UserError("--train-data: give the shards to train on, such as --train-data 'shards/{000..331}.tar'")
     if config.caption_separator == "":
         raise UserError("--caption-separator: must not be empty")

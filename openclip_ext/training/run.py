@@ -9,16 +9,17 @@ from accelerate.utils import gather_object
 
 from openclip_ext import upstream
 from openclip_ext.data.listing import ShardListing
+from openclip_ext.errors import counted
 from openclip_ext.evaluation.during_training import Evaluator
-from openclip_ext.files import LATEST
 from openclip_ext.training.accelerator import choose_precision, make_accelerator
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.build import build_trainer, seed_all
-from openclip_ext.training.checkpoint import Checkpoint, save_checkpoint
+from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import TrainingData, require_sizes, training_data
 from openclip_ext.training.evaluator import make_evaluator
 from openclip_ext.training.folder import choose_name, entries, make_run_folder, remove_new_entries, run_folder
+from openclip_ext.training.keep import Keeper, require_metric
 from openclip_ext.training.learning_rates import describe
 from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
@@ -34,6 +35,7 @@ def train(config: RunConfig) -> dict[str, float]:
     Raises:
         UserError: see each flag. Nothing has been written then, unless it came up during training.
     """
+    require_metric(config)
     plan = plan_objective(config)
     data = training_data(config, plan)
     if config.model_config:
@@ -61,6 +63,7 @@ def train(config: RunConfig) -> dict[str, float]:
     start = checkpoint.epoch if checkpoint else 0
     new_memory = not (resumed and resumed.has_loss_state)
     record = _record(config, resumed, start * trainer.steps_per_epoch, remarks)
+    keeper = Keeper(config, trainer, folder, checkpoint and checkpoint.content.get("best")) if folder else None
     if checkpoint:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
     elif config.resume:
@@ -69,7 +72,7 @@ def train(config: RunConfig) -> dict[str, float]:
         run.say_start(data, checkpoint, remarks)
         if config.warm_start_pass and new_memory and start < config.epochs:
             run.warm_start()
-        return run.epochs(start, evaluator)
+        return run.epochs(start, evaluator, keeper)
 
 
 class _Run:
@@ -126,19 +129,20 @@ class _Run:
         return os.path.join(self.run_folder, "out.log") if self.main else None
 
     def say_start(self, data: TrainingData, checkpoint: Checkpoint | None, remarks: list[str]) -> None:
-        config, trainer, processes = self.config, self.trainer, self.accelerator.num_processes
+        config, trainer = self.config, self.trainer
         millions = sum(p.numel() for p in trainer.module.parameters()) / 1e6
-        device = self.accelerator.device.type
-        logger.info("%s, %.1f M parameters; %d process(es) on %s, precision %s",
-                    config.model, millions, processes, device, config.precision)  # fmt: skip
+        processes = counted(self.accelerator.num_processes, "process")
+        logger.info("%s, %.1f M parameters; %s on %s, precision %s",
+                    config.model, millions, processes, self.accelerator.device.type, config.precision)  # fmt: skip
         if trainer.adapters is not None:
             logger.info(trainer.adapters.describe())
         if levels := describe(trainer.optimizer):
             logger.info(levels)
         if self.accelerator.is_fsdp2:
             logger.info("parameters, gradients and the optimizer's state are sharded (FSDP)")
-        logger.info("loss %s over %d samples; %d steps of %d pairs per epoch, %d epochs",
-                    config.loss, data.size, trainer.steps_per_epoch, self._pairs_per_step, config.epochs)  # fmt: skip
+        logger.info("loss %s over %s; %s of %s per epoch, %s",
+                    config.loss, counted(data.size, "sample"), counted(trainer.steps_per_epoch, "step"),
+                    counted(self._pairs_per_step, "pair"), counted(config.epochs, "epoch"))  # fmt: skip
         if checkpoint:
             logger.info("resumed from %s after epoch %d", checkpoint.path, checkpoint.epoch)
         for remark in remarks:
@@ -160,22 +164,30 @@ class _Run:
     def _report_skips(self, skipped: list[tuple[str, str, int]], when: str) -> None:
         report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, when)
 
-    def epochs(self, start: int, evaluator: Evaluator) -> dict[str, float]:
+    def epochs(self, start: int, evaluator: Evaluator, keeper: Keeper | None) -> dict[str, float]:
         """Train from epoch `start` to the last; the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
         if start >= self.config.epochs:
-            logger.warning(
-                "nothing to train: the checkpoint has %d epochs and --epochs is %d", start, self.config.epochs
-            )
+            done = counted(start, "epoch")
+            logger.warning("nothing to train: the checkpoint has %s and --epochs is %d", done, self.config.epochs)
         for epoch in range(start, self.config.epochs):
             self._epoch(epoch)
             done, last = epoch + 1, epoch + 1 == self.config.epochs
-            if evaluator.due(done, last):
-                metrics = _evaluate(evaluator, self.trainer.paired, done, last, self.folder, self.trainer.average)
-                self._track("val", metrics, done * self.trainer.steps_per_epoch)
-            if self.run_folder:
-                _save(self.config, self.trainer, self.run_folder, done, last)
+            measured = self._evaluate(evaluator, done, last) if evaluator.due(done, last) else {}
+            metrics = measured or metrics
+            if keeper:
+                keeper.keep(done, last, measured)
             self.accelerator.wait_for_everyone()
+        return metrics
+
+    def _evaluate(self, evaluator: Evaluator, epoch: int, last: bool) -> dict[str, float]:
+        """Metrics after `epoch` completed epochs; they go to the logs too."""
+        metrics = evaluate(evaluator, self.trainer.paired, epoch, last, self.trainer.average)
+        steps = epoch * self.trainer.steps_per_epoch
+        if self.folder:
+            append_json(os.path.join(self.folder, "checkpoints", "results.jsonl"), {"epoch": epoch, **metrics})
+            self._append({"kind": "validation", "step": steps, "epoch": epoch, **metrics})
+        self._track("val", metrics, steps)
         return metrics
 
     def _epoch(self, epoch: int) -> None:
@@ -183,6 +195,7 @@ class _Run:
             epoch=epoch,
             steps=self.trainer.steps_per_epoch,
             samples_per_step=self._pairs_per_step,
+            epochs=self.config.epochs,
             every=self.config.log_every_n_steps,
             write=self._write_row if self.folder else None,
             show=self.main,
@@ -193,13 +206,16 @@ class _Run:
             log.close()
         self._report_skips(skipped, f"epoch {epoch + 1}")
         if self.trainer.hash_ids and self.trainer.hash_ids.collisions:
-            logger.warning("%d visits so far to sample ids that another sample holds; raise --sample-id-table",
-                           self.trainer.hash_ids.collisions)  # fmt: skip
+            visits = counted(self.trainer.hash_ids.collisions, "visit")
+            logger.warning("%s so far to sample ids that another sample holds; raise --sample-id-table", visits)
 
     def _write_row(self, row: dict) -> None:
         self._began = True
-        append_json(os.path.join(self.folder, "metrics.jsonl"), row)
+        self._append(row)
         self._track("train", row, row["step"])
+
+    def _append(self, row: dict) -> None:
+        append_json(os.path.join(self.folder, "metrics.jsonl"), row)
 
     def _track(self, prefix: str, values: dict, step: int) -> None:
         if self.config.report_to:
@@ -249,13 +265,13 @@ def _evaluate_only(
     try:
         for remark in remarks:
             logger.warning("--resume %s: %s", config.resume, remark)
-        return _evaluate(evaluator, model, checkpoint.epoch if checkpoint else 0, True, None, average)
+        return evaluate(evaluator, model, checkpoint.epoch if checkpoint else 0, True, average)
     finally:
         stop_logging()
 
 
-def _evaluate(
-    evaluator: Evaluator, model, epoch: int, last: bool, folder: str | None, average: WeightAverage | None = None
+def evaluate(
+    evaluator: Evaluator, model, epoch: int, last: bool, average: WeightAverage | None = None
 ) -> dict[str, float]:
     """Metrics of the model, and with `ema-` before their names those of the average of its weights."""
     metrics = evaluator.evaluate(model, epoch, last)
@@ -265,38 +281,4 @@ def _evaluate(
             metrics |= {f"ema-{name}": value for name, value in evaluator.evaluate(model, epoch, last).items()}
     shown = {name: value for name, value in metrics.items() if name.endswith(("R@1", "-top1", "clip_val_loss"))}
     logger.info("after epoch %d: %s", epoch, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-    if folder:
-        append_json(os.path.join(folder, "checkpoints", "results.jsonl"), {"epoch": epoch, **metrics})
     return metrics
-
-
-def _save(config: RunConfig, trainer: Trainer, folder: str, epoch: int, last: bool) -> None:
-    """Write and remove what `--save-frequency`, `--save-most-recent` and `--delete-previous-checkpoint` ask for.
-
-    All ranks take part; the first one writes.
-    """
-    main = trainer.accelerator.is_main_process
-    checkpoints = os.path.join(folder, "checkpoints")
-    targets = []
-    if last or (config.save_frequency > 0 and epoch % config.save_frequency == 0):
-        targets.append(f"epoch_{epoch}.pt")
-    if config.save_most_recent:
-        targets.append(LATEST)
-    for target in targets:
-        save_checkpoint(
-            os.path.join(checkpoints, target) if main else None,
-            epoch=epoch,
-            name=config.name,
-            model=trainer.module,
-            optimizer=trainer.optimizer,
-            scaler=trainer.accelerator.scaler,
-            loss=trainer.loss,
-            keys=trainer.keys,
-            average=trainer.average,
-            adapters=trainer.adapters,
-            distributed=trainer.accelerator.num_processes > 1,
-            notes={"loss_name": config.loss},
-        )
-    previous = os.path.join(checkpoints, f"epoch_{epoch - 1}.pt")
-    if main and config.delete_previous_checkpoint and targets and os.path.exists(previous):
-        os.remove(previous)

@@ -255,7 +255,7 @@ def test_files_of_bare_weights_are_checkpoints(show, weights, tmp_path):
         (["--checkpoint", "weights.pt", "--model", "tiny-tset"], "--model tiny-tset: no such model"),
         (["--checkpoint", "diverged.pt"], "--checkpoint diverged.pt: its features are not finite"),
         (["--checkpoint", "weights.pt", "--data", "nowhere"], "--data nowhere: no shard matches"),
-        (["--checkpoint", "weights.pt", "--data", "one"], "--data one: 1 usable pair(s), and at least 2 are needed"),
+        (["--checkpoint", "weights.pt", "--data", "one"], "--data one: 1 usable pair, and at least 2 are needed"),
         (["--checkpoint", "weights.pt", "--num-samples", "1"], "--num-samples 1: must be at least 2"),
         (["--checkpoint", "weights.pt", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--checkpoint", "weights.pt", "--workers", "-1"], "--workers -1: must not be negative"),

@@ -14,8 +14,13 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def steps(tmp_path, name="run"):
+    """Rows of training, without those of validation."""
+    return [row for row in lines(tmp_path / "logs" / name / "metrics.jsonl") if "kind" not in row]
+
+
 def losses(tmp_path, name="run"):
-    return [row["contrastive_loss"] for row in lines(tmp_path / "logs" / name / "metrics.jsonl")]
+    return [row["contrastive_loss"] for row in steps(tmp_path, name)]
 
 
 @pytest.mark.parametrize("loss", ["clip", "siglip", "dcl", "batch_corrected", "sogclr", "gamma_decomp", "emc2"])
@@ -37,14 +42,16 @@ def test_a_run_writes_what_it_promises(train_flags, tmp_path, val_shards, capsys
     assert main(train_flags("--loss", "gamma_decomp", "--epochs", 2, "--val-data", val_shards)) == 0
     run = tmp_path / "logs" / "run"
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"epoch_1.pt", "epoch_2.pt", "results.jsonl"}
-    row = lines(run / "metrics.jsonl")[-1]
+    row = steps(tmp_path)[-1]
     assert {"step", "epoch", "loss", "contrastive_loss", "gamma", "first_visits", "lr", "logit_scale",
             "samples_per_second"} <= row.keys()  # fmt: skip
     assert row["step"] == 15 and row["first_visits"] == 0 and row["loss"] == row["contrastive_loss"]
     results = lines(run / "checkpoints" / "results.jsonl")
     assert [result["epoch"] for result in results] == [1, 2] and results[0]["num_samples"] == 50
     assert "loss: gamma_decomp" in (run / "params.txt").read_text()
-    assert "after epoch 2" in (run / "out.log").read_text() and "contrastive_loss" in capsys.readouterr().err
+    validation = [row for row in lines(run / "metrics.jsonl") if "kind" in row]
+    assert validation == [{"kind": "validation", "step": 8 * row["epoch"], **row} for row in results]
+    assert "after epoch 2" in (run / "out.log").read_text() and "after epoch 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loss", ["clip", "gamma_decomp", "emc2"])
@@ -237,7 +244,7 @@ BAD = [
     (["--caption-separator", ""], "--caption-separator: must not be empty"),
     (["--loss-term", "a=1", "--loss-term", "a=2"], "a is given twice"),
     (["--train-data", "/nowhere/{0..3}.tar"], "--train-data /nowhere/{0..3}.tar: no shard matches"),
-    (["--workers", "9"], "--workers 9: 1 process(es) need at least 9 shards and there are 4; use --workers 4"),
+    (["--workers", "9"], "--workers 9: takes at least 9 shards for 1 process, and there are 4; use --workers 4"),
     (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
     (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
     (["--batch-size", "500"], "--batch-size 500: a data worker of rank 0 finds only 256 usable samples"),

@@ -17,7 +17,7 @@ from openclip_ext.data.captions import CaptionFormat
 from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
-from openclip_ext.errors import UserError
+from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.loading import checkpoint_file, choose_device, load_model
 from openclip_ext.evaluation.metrics.structure import TITLES, Structure, structure_metrics
 from openclip_ext.files import load_tensors, make_out_folder
@@ -144,7 +144,7 @@ def _encode(path: str, label: str, args: argparse.Namespace, listing: ShardListi
     report_skips(skipped, label)
     if count < 2:
         raise UserError(
-            f"--data {args.data}: {count} usable pair(s), and at least 2 are needed; look at the shards with: "
+            f"--data {args.data}: {counted(count, 'usable pair')}, and at least 2 are needed; look at the shards with: "
             "openclip-ext shards check"
         )
     features = {name: torch.cat(rows)[:limit] for name, rows in parts.items()}

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
+RETRIEVAL_METRICS = tuple(
+    f"{way}_{score}"
+    for way in ("image_to_text", "text_to_image")
+    for score in (*(f"R@{k}" for k in RECALL_AT), "mean_rank", "median_rank")
+)
 OWN_BLOCK = 128  # texts at a time whose scores with their own images are read off a diagonal
 
 
