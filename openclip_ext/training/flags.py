@@ -33,12 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="An option of the loss, such as gamma=0.5; repeatable. See openclip-ext losses NAME.",
     )
     ours.add_argument(
-        "--resume-other-loss",
-        action="store_true",
-        help="Let --resume go on with another --loss than the checkpoint's: model and optimizer are restored, the "
-        "memory of the loss starts anew.",
-    )
-    ours.add_argument(
         "--loss-term",
         action="append",
         default=[],
@@ -46,6 +40,31 @@ def build_parser() -> argparse.ArgumentParser:
         help="A registered term to add to the loss; repeatable. WEIGHT is a number, or a line over training: 0:0.5, or "
         "0:0.5@0.2 over its first fifth.",
     )
+    ours.add_argument(
+        "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON; --model is its file's name."
+    )
+    ours.add_argument(
+        "--resume-other-loss",
+        action="store_true",
+        help="Let --resume go on with another --loss than the checkpoint's: model and optimizer are restored, the "
+        "memory of the loss starts anew.",
+    )
+    ours.add_argument(
+        "--save-best",
+        metavar="METRIC",
+        help="Keep the checkpoint at which this metric was best so far as checkpoints/best.pt, such as "
+        "imagenet-zeroshot-val-top1; names are those in results.jsonl. Losses and ranks are best where they are least.",
+    )
+    _add_data_flags(ours)
+    _add_image_flags(ours)
+    zero_shot = parser.add_argument_group("added by openclip-ext for evaluation every --zeroshot-frequency epochs")
+    add_labelled_arguments(zero_shot)
+    add_classes_argument(zero_shot, "--imagenet-val and --imagenet-v2 must have all")
+    _add_tuning_flags(parser.add_argument_group("added by openclip-ext for fine-tuning"))
+    return parser
+
+
+def _add_data_flags(ours) -> None:
     ours.add_argument(
         "--sample-id",
         choices=["index", "hash"],
@@ -71,23 +90,6 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "--caption-key", metavar="KEY", help="Where a sample's JSON holds its caption or captions, instead of its text."
     )
-    ours.add_argument(
-        "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON; --model is its file's name."
-    )
-    ours.add_argument(
-        "--save-best",
-        metavar="METRIC",
-        help="Keep the checkpoint at which this metric was best so far as checkpoints/best.pt, such as "
-        "imagenet-zeroshot-val-top1; names are those in results.jsonl. Losses and ranks are best where they are least.",
-    )
-    _add_image_flags(ours)
-    zero_shot = parser.add_argument_group(
-        "added by openclip-ext: zero-shot evaluation every --zeroshot-frequency epochs, as openclip-ext eval does it"
-    )
-    add_labelled_arguments(zero_shot)
-    add_classes_argument(zero_shot, "it must have all")
-    _add_tuning_flags(parser.add_argument_group("added by openclip-ext for fine-tuning"))
-    return parser
 
 
 def _add_image_flags(ours) -> None:

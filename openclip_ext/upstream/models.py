@@ -82,23 +82,20 @@ def register_model_config(path: str) -> str:
     return name
 
 
-def config_error(args: argparse.Namespace, error: TypeError) -> str | None:
-    """What to say of a model that its config cannot be made into; None: no file with a config was given."""
+def config_error(args: argparse.Namespace, error: TypeError) -> str:
+    """What to say of a config that no model can be made of."""
     import open_clip
 
     path = getattr(args, "model_config", None)
-    if path is None:
-        return None
+    source = f"--model-config {path}" if path else f"the config of --model {args.model}"
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if not found:
-        return f"--model-config {path}: no model can be made of it ({str(error).splitlines()[0]})"
-    parts = {"CLIPVisionCfg": "vision_cfg", "CLIPTextCfg": "text_cfg", "MultimodalCfg": "multimodal_cfg"}
-    where = f" in {parts[found[1]]}" if found[1] in parts else ""
+        return f"{source}: no model can be made of it ({str(error).splitlines()[0]})"
+    parts = {"CLIPVisionCfg": " in vision_cfg", "CLIPTextCfg": " in text_cfg", "MultimodalCfg": " in multimodal_cfg"}
     kind = getattr(open_clip, found[1], None)
-    names = inspect.signature(kind).parameters if kind else ()
-    near = difflib.get_close_matches(found[2], names, n=1)
+    near = difflib.get_close_matches(found[2], inspect.signature(kind).parameters if kind else (), n=1)
     meant = f"; did you mean {near[0]}?" if near else "; drop it"
-    return f"--model-config {path}: unknown key {found[2]}{where}{meant}"
+    return f"{source}: unknown key {found[2]}{parts.get(found[1], '')}{meant}"
 
 
 def local_weights(name: str) -> str | None:

@@ -115,9 +115,7 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool, require_
     except (RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError, UnpicklingError) as error:
         raise UserError(_model_error(args, error)) from error
     except TypeError as error:
-        if message := config_error(args, error):
-            raise UserError(message) from error
-        raise
+        raise UserError(config_error(args, error)) from error
     if args.lock_image:
         model.lock_image_tower(
             unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats

@@ -90,15 +90,13 @@ def test_the_best_survives_resuming(train_flags, tmp_path, val_shards, monkeypat
 
 
 def test_a_best_of_another_metric_or_run_does_not_count(train_flags, tmp_path, val_shards):
-    flags = ("--val-data", val_shards, "--lr", 0)
-    assert main(train_flags(*flags, "--save-best", "clip_val_loss")) == 0
+    flags, first = ("--val-data", val_shards, "--lr", 0), ("--save-best", "clip_val_loss")
+    assert main(train_flags(*flags, *first)) == 0
     path = tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt"
-    assert (
-        main(train_flags(*flags, "--save-best", "clip_val_loss", "--epochs", 2, "--resume", path, "--name", "b")) == 0
-    )
+    assert main(train_flags(*flags, *first, "--epochs", 2, "--resume", path, "--name", "b")) == 0
     assert best(tmp_path, "b")["best"]["epoch"] == 2
     other = ("--save-best", "text_to_image_R@1", "--epochs", 2, "--resume", "latest")
-    assert main(train_flags(*flags[:-2], *other)) == 0
+    assert main(train_flags(*flags, *other)) == 0
     assert best(tmp_path)["best"]["metric"] == "text_to_image_R@1"
 
 
