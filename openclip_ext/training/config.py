@@ -71,7 +71,7 @@ class RunConfig:
     # optimization
     epochs: int
     accum_freq: int
-    lr: float | None
+    lr: float
     grad_clip_norm: float | None
     skip_scheduler: bool
     layer_decay: float | None = None

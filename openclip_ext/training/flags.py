@@ -168,7 +168,10 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
     upstream.require_supported(flags)
     given = _given(parser, argv)
     flags = flags.replace(**_inferred_names(flags, given))
-    config = run_config(flags.replace(**upstream.optimizer_defaults(flags)), given)
+    flags = flags.replace(**upstream.optimizer_defaults(flags))
+    if flags.lr is None:
+        raise UserError("--lr: give a learning rate with a timm optimizer")
+    config = run_config(flags, given)
     _require_data(config)
     for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
         if getattr(config, name) < 1:
@@ -186,8 +189,6 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
         raise UserError(f"--report-to {config.report_to}: use tensorboard, wandb, or both joined by a comma")
     if config.resume == "latest" and not (config.name and config.logs_folder):
         raise UserError("--resume latest: name the run with --name, and its folder with --logs")
-    if config.lr is None:
-        raise UserError("--lr: give a learning rate with a timm optimizer")
     _require_tuning_makes_sense(config)
     return config
 

@@ -29,11 +29,12 @@ def run_folder(config: RunConfig, accelerator: Accelerator) -> str | None:
     """
     if config.logs_folder is None:
         return None
+    assert config.name is not None
     folder = os.path.join(config.logs_folder, config.name)
     if os.path.exists(os.path.join(folder, "params.txt")) and config.resume is None:
         raise UserError(f"--name {config.name}: {folder} holds a run already; use another --name, or --resume latest")
     if accelerator.is_main_process:
-        _require_writable(folder, config.logs)
+        _require_writable(folder, config.logs_folder)
     return folder
 
 
@@ -48,12 +49,12 @@ def _require_writable(folder: str, logs: str) -> None:
         raise UserError(f"--logs {logs}: {place} cannot be written to; give another folder, or none to keep nothing")
 
 
-def make_run_folder(folder: str, logs: str) -> None:
+def make_run_folder(folder: str) -> None:
     """Make it, with its folder for checkpoints. Raises UserError: that cannot be done."""
     try:
         os.makedirs(os.path.join(folder, "checkpoints"), exist_ok=True)
     except OSError as error:
-        raise UserError(f"--logs {logs}: {folder} cannot be made ({error.strerror}); give another folder") from error
+        raise UserError(f"--logs: {folder} cannot be made ({error.strerror}); give another folder") from error
 
 
 def entries(folder: str) -> set[str] | None:

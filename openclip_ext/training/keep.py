@@ -55,9 +55,8 @@ class Keeper:
             targets.append(LATEST)
         for target in targets:
             self._save(target, epoch)
-        if BEST in targets:
-            value = self.best["value"]
-            logger.info("best so far: %s %.4f after epoch %d, kept as %s", config.save_best, value, epoch, BEST)
+        if self.best and BEST in targets:
+            logger.info("best so far: %s %.4f after epoch %d, kept as %s", *self.best.values(), BEST)
         previous = os.path.join(self.folder, f"epoch_{epoch - 1}.pt")
         if self.main and config.delete_previous_checkpoint and targets != [BEST] and os.path.exists(previous):
             os.remove(previous)

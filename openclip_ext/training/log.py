@@ -32,11 +32,11 @@ def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
     stop_logging()
     logger.addHandler(logging.NullHandler())  # else Python prints warnings on every rank
     if console:
-        handler = _ConsoleHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        terminal = _ConsoleHandler()
+        terminal.setFormatter(logging.Formatter("%(message)s"))
         if sys.stderr.isatty():
-            handler.addFilter(lambda record: record.name != step_logger.name)
-        logger.addHandler(handler)
+            terminal.addFilter(lambda record: record.name != step_logger.name)
+        logger.addHandler(terminal)
     if path:
         handler = logging.FileHandler(path)
         handler.setFormatter(

@@ -63,6 +63,7 @@ def find_resumed(config: RunConfig, folder: str | None, accelerator: Accelerator
     """
     path = config.resume
     if path == "latest":
+        assert folder is not None
         path = latest_checkpoint(os.path.join(folder, "checkpoints"), config.save_most_recent)
         path = _of_first_rank(path, accelerator)
         if path is None and config.remote_sync:

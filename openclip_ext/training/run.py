@@ -56,7 +56,7 @@ def train(config: RunConfig) -> dict[str, float]:
     # Into the record: a checkpoint does not know its tag's.
     config = dataclasses.replace(config, flags=config.flags.replace(**upstream.preprocessing(model)))
     evaluator = make_evaluator(config, accelerator, tokenizer, eval_transform)
-    checkpoint = resumed and resumed.checkpoint
+    checkpoint = resumed.checkpoint if resumed else None
     if data is None:
         return _evaluate_only(config, accelerator, model, evaluator, checkpoint)
     trainer, remarks = build_trainer(config, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
@@ -168,8 +168,8 @@ class _Run:
         """Train from epoch `start` to the last; the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
         if start >= self.config.epochs:
-            done = counted(start, "epoch")
-            logger.warning("nothing to train: the checkpoint has %s and --epochs is %d", done, self.config.epochs)
+            logger.warning("nothing to train: the checkpoint has %s and --epochs is %d",
+                           counted(start, "epoch"), self.config.epochs)  # fmt: skip
         for epoch in range(start, self.config.epochs):
             self._epoch(epoch)
             done, last = epoch + 1, epoch + 1 == self.config.epochs
@@ -226,7 +226,7 @@ def _record(config: RunConfig, resumed: Resumed | None, steps: int, remarks: lis
     """The flags of now, and what changed since the run that is resumed, which is added to the remarks."""
     flags = vars(config.flags)
     history = resumed.record.history if resumed and resumed.record else []
-    if changed := resumed.changes(flags) if resumed else {}:
+    if resumed and (changed := resumed.changes(flags)):
         remarks += say_changes(config.resume, changed)
         history = [*history, {"epoch": resumed.checkpoint.epoch, "step": steps, "changed": changed}]
     return Record(flags, history)
@@ -234,7 +234,7 @@ def _record(config: RunConfig, resumed: Resumed | None, steps: int, remarks: lis
 
 def _make_folder(config: RunConfig, folder: str, record: Record) -> None:
     """Make the run's folder and write the record."""
-    make_run_folder(folder, config.logs)
+    make_run_folder(folder)
     record.write(folder)
     if config.copy_codebase:
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
