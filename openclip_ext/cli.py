@@ -1,16 +1,17 @@
 """The command line. torch is imported only inside the subcommand that needs it."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 from openclip_ext import __version__
-from openclip_ext.commands import demo, eval, export, interpolate, losses, patch, report, shards, structure
+from openclip_ext.commands import demo, eval, export, interpolate, losses, patch, report, shards, structure, train
 from openclip_ext.errors import RankError, UserError
+from openclip_ext.options import Parser
 
 DESCRIPTION = "Contrastive objectives for OpenCLIP that work at small batch, by name, without a fork."
 COMMANDS = {
+    "train": train,
     "losses": losses,
     "demo": demo,
     "eval": eval,
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] == ["train"]:  # its flags are OpenCLIP's, parsed by OpenCLIP's parser
-            return _train(argv[1:])
+            return train.run_command_line(argv[1:])
         args = _parser().parse_args(argv)
         return args.run(args)
     except UserError as error:
@@ -40,31 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """Answers a wrong flag in one line."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="openclip-ext", description=DESCRIPTION)
+def _parser() -> Parser:
+    parser = Parser(prog="openclip-ext", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"openclip-ext {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    train = commands.add_parser("train", help="train or fine-tune a model (all of OpenCLIP's flags, and ours)")
-    train.set_defaults(run=lambda args: _train([]))
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(name, help=command.HELP)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     return parser
-
-
-def _train(argv: Sequence[str]) -> int:
-    from openclip_ext.training.flags import parse_args
-
-    args = parse_args(argv)
-    from openclip_ext.training.run import train
-
-    train(args)
-    return 0

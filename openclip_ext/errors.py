@@ -1,4 +1,4 @@
-"""The one exception that means: the person at the terminal can fix this."""
+"""The one exception that means: the person at the terminal can fix this; and counts in words."""
 
 
 class UserError(ValueError):
@@ -10,3 +10,9 @@ class UserError(ValueError):
 
 class RankError(UserError):
     """A wrong input that other ranks may not have noticed: said by every rank that has."""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 epoch`, `2,000 epochs`, `3 processes`."""
+    plural = noun + ("es" if noun.endswith(("s", "tch")) else "s")
+    return f"{number:,} {noun if number == 1 else plural}"

@@ -1,6 +1,8 @@
-"""Typed options of a loss: declared as a dataclass, parsed from `key=value`, checked, printed."""
+"""Flags, and typed options of a loss: declared as a dataclass, parsed from `key=value`, checked, printed."""
 
+import argparse
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +11,26 @@ from typing import Any
 from openclip_ext.errors import UserError
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong flag in one line, without a usage text of a hundred flags, and says what was meant."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does, but there are no unknown ones. Raises UserError."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
+        return namespace, unknown
+
+    def _meant(self, unknown: list[str]) -> str:
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        given = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+        meant = [near[0] for word in given if (near := difflib.get_close_matches(word, flags, n=1, cutoff=0.7))]
+        return f"; did you mean {' '.join(meant)}?" if meant else ""
 
 
 def option(default: Any, meaning: str, *, allowed: str = "", check: Callable[[Any], bool] | None = None) -> Any:

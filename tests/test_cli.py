@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from openclip_ext.cli import main
-from openclip_ext.training.flags import REFUSED, build_parser
+from openclip_ext.training.flags import build_parser
+from openclip_ext.upstream.v3 import REFUSED
 
 
 def test_help_does_not_wait_for_torch():
@@ -65,6 +66,7 @@ def test_every_flag_of_openclip_is_known_with_its_default():
         "loss", "loss_arg", "loss_term", "sample_id", "sample_id_table", "check_shards", "model_config",
         "view_aug", "pairs", "momentum_encoder", "probe_train", "probe_val", "caption_key", "caption_separator",
         "layer_decay", "image_lr", "image_layer_decay", "text_lr", "text_layer_decay",
-        "warm_start_pass", "ema", "lora",
+        "warm_start_pass", "ema", "lora", "resume_other_loss", "save_best",
+        "zero_shot", "class_names", "templates", "classes",
     }  # fmt: skip
     assert REFUSED.keys() <= reference.keys()

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from openclip_ext.data.streams import EvalStream, StreamConfig, TableStream, TrainStream
 from openclip_ext.data.table import Table
-from openclip_ext.errors import UserError
+from openclip_ext.errors import UserError, counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,9 @@ def _shard_train_loader(config: StreamConfig, num_samples: int, workers: int, pi
         fitting = len(config.source.urls) // config.world_size
         fewer = f"--workers {fitting}, " if fitting else ""
         raise UserError(
-            f"--workers {workers}: {config.world_size} process(es) need at least {readers} shards and there are "
-            f"{len(config.source.urls)}; use {fewer}--dataset-resampled, or more and smaller shards"
+            f"--workers {workers}: takes at least {counted(readers, 'shard')} for "
+            f"{counted(config.world_size, 'process')}, and there are {len(config.source.urls)}; use "
+            f"{fewer}--dataset-resampled, or more and smaller shards"
         )
     global_batch = config.batch_size * config.world_size
     batches_per_worker = math.ceil(math.ceil(num_samples / global_batch) / max(1, workers))
@@ -81,8 +82,8 @@ def _table_train_loader(config: StreamConfig, workers: int, pin_memory: bool) ->
     )  # fmt: skip
     if len(batches) == 0:
         raise UserError(
-            f"--batch-size {config.batch_size}: the data has only {len(config.source)} pairs for {config.world_size} "
-            "process(es); use a smaller --batch-size"
+            f"--batch-size {config.batch_size}: the data has only {counted(len(config.source), 'pair')} for "
+            f"{counted(config.world_size, 'process')}; use a smaller --batch-size"
         )
     return TrainLoader(set_epoch, batches, len(batches), len(batches) * config.batch_size * config.world_size)
 

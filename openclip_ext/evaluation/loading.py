@@ -20,11 +20,7 @@ from openclip_ext.report.params import read_params
 
 #: What a name that ends so must be.
 FILE_EXTENSIONS = (".pt", ".pth", ".bin", ".safetensors")
-#: Flags of a training run that decide what model its weights belong to, and how it sees images.
-RUN_FLAGS = (
-    "force_quick_gelu", "force_custom_text", "force_image_size", "force_context_length", "image_mean", "image_std",
-    "image_interpolation", "image_resize_mode",
-)  # fmt: skip
+RUN_FLAGS = upstream.flags_with(upstream.Role.MODEL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,10 +102,9 @@ def load_model(
 
 def _create(origin: "_Origin", weights: dict, device: torch.device, precision: str, cache_dir: str | None, flag: str):
     """(model, evaluation transform, tokenizer). `weights`: what the file of `origin` holds, empty without a file."""
-    flags = upstream.build_parser().parse_args([])
     brought = origin.name.startswith(upstream.SCHEMES)
-    vars(flags).update(
-        origin.run_flags,
+    flags = upstream.default_flags().replace(
+        **origin.run_flags,
         model=origin.name,
         pretrained=None if brought else origin.pretrained,
         precision=precision,

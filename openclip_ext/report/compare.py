@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from openclip_ext import upstream
 from openclip_ext.errors import UserError
 from openclip_ext.files import make_out_folder
 from openclip_ext.report import measured
@@ -26,14 +27,8 @@ from openclip_ext.report.tables import tables
 HEADLINES = ("*top1", "*R@1", "*acc1", "clip_val_loss")
 CURVE_POINTS = 500  # of a training curve in the report; a longer one is averaged within windows
 
-#: Parameters that do not change what a run learns or how it is scored: runs that differ only in these are one row.
-_BOOKKEEPING = frozenset(
-    {"seed", "name", "name_given", "precision_given", "logs", "log_local", "log_level", "log_path", "tensorboard_path",
-     "checkpoint_path", "resume", "report_to", "wandb", "wandb_notes", "wandb_project_name", "tensorboard", "debug",
-     "save_logs", "save_frequency", "save_most_recent", "delete_previous_checkpoint", "copy_codebase",
-     "log_every_n_steps", "remote_sync", "remote_sync_frequency", "remote_sync_protocol", "cache_dir", "rank",
-     "local_rank", "loss_options", "loss_terms", "lora_options"}
-)  # fmt: skip
+#: Runs that differ only in these are one row.
+_NOT_A_SETTING = frozenset({"seed", *upstream.flags_with(upstream.Role.BOOKKEEPING)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +139,13 @@ def _settings(run: RunFiles) -> dict[str, str]:
     """Values in words; of a setting that was changed on the way all of them, and when."""
     versions, flags = run.params.versions, run.params.flags
     settings = {**versions, **{name: shown(value) for name, value in flags.items()}, **run.params.changes()}
-    return {name: value for name, value in settings.items() if name not in _BOOKKEEPING}
+    return {name: value for name, value in settings.items() if name not in _NOT_A_SETTING}
 
 
 def _changes(runs: Sequence[RunFiles]) -> list[str]:
     """A line per run that was resumed with other settings."""
     stories = [
-        (run.name, [f"{name} {story}" for name, story in run.params.changes().items() if name not in _BOOKKEEPING])
+        (run.name, [f"{name} {story}" for name, story in run.params.changes().items() if name not in _NOT_A_SETTING])
         for run in runs
     ]
     return [f"{name}: was resumed with other settings: {'; '.join(parts)}" for name, parts in stories if parts]

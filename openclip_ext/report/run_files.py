@@ -139,6 +139,8 @@ def _read_rows(path: Path, key: str, required: str = "") -> list[Row]:
             if required and row.get(required, ...) is ...:
                 continue
             position = row[key]
+            if path.name == TRAINING and row.get("kind") == "validation":
+                continue
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: line {number} is no JSON object with {key!r}; repair or remove it") from error
         rows[position] = {

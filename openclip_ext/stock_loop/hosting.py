@@ -35,9 +35,9 @@ from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
 from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
 from openclip_ext.losses import LossContext, Objective
-from openclip_ext.options import parse_assignments, parse_terms
 from openclip_ext.registry import batch_keys
 from openclip_ext.training.checkpoint import Checkpoint
+from openclip_ext.training.config import run_config
 from openclip_ext.training.data import training_data
 from openclip_ext.training.encode_again import KeptInputs
 from openclip_ext.training.objective import plan_objective
@@ -64,21 +64,14 @@ class Hosting:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        flags = vars(args) | {
-            "loss_options": parse_assignments(args.loss_arg, "--loss-arg"),
-            "loss_terms": parse_terms(args.loss_term),
-            "pairs": "captions",
-            "sample_id": "index",
-            "caption_key": None,
-        }
-        flags = argparse.Namespace(**flags)
-        self._plan = plan_objective(flags)
+        config = run_config(upstream.Flags(vars(args)))
+        self._plan = plan_objective(config)
         self._seed = args.seed
         self._trunks: dict | None = None
         self._kept: KeptInputs | None = None
         self.needs = self._plan.needs
         _require_agreement(args, self.needs)
-        self._data = training_data(flags, self._plan)
+        self._data = training_data(config, self._plan)
         if isinstance(self._data.source, ShardListing):
             _require_braces(args.train_data, self._data.source.urls)
         self.sample_ids = _ids_by_shard(self._data.source, args) if batch_keys(self.needs) else None

@@ -1,6 +1,5 @@
 """Device, processes and precision, as OpenCLIP's flags or Accelerate's configuration say."""
 
-import argparse
 import datetime
 import os
 
@@ -12,37 +11,61 @@ from accelerate.utils import (
     is_wandb_available,
 )
 
-from openclip_ext.errors import UserError
+from openclip_ext.errors import UserError, counted
 from openclip_ext.training import sharding
+from openclip_ext.training.config import RunConfig
 
 _MIXED = {"amp": "fp16", "amp_bf16": "bf16", "amp_bfloat16": "bf16"}
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Device, processes and precision as OpenCLIP's flags or Accelerate's configuration say.
-
-    Without a GPU the default, fp16 autocast, becomes fp32.
+def choose_precision(config: RunConfig) -> str:
+    """`--precision`, or what `accelerate launch` is configured for. Without a GPU fp16 autocast becomes fp32.
 
     Raises:
-        UserError: the two disagree, the precision needs a GPU, or Accelerate is to split the model in a way that this
-            loop does not support.
+        UserError: both are given and differ, or the precision needs a GPU.
     """
-    _agree_with_accelerate(args)
-    cpu = args.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if cpu and args.precision in ("fp16", "pure_fp16"):
-        raise UserError(f"--precision {args.precision}: needs a GPU; use fp32 or amp_bf16 on CPU")
-    if cpu and args.precision == "amp":
-        args.precision = "fp32"
+    precision = config.precision
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if configured in ("fp16", "bf16"):
+        if "precision" in config.given and _MIXED.get(precision) != configured:
+            raise UserError(
+                f"--precision {precision}: Accelerate is configured for {configured}; drop the flag, or launch with "
+                "accelerate launch --mixed_precision no"
+            )
+        precision = "amp" if configured == "fp16" else "amp_bf16"
+    if not _on_cpu(config):
+        return precision
+    if precision in ("fp16", "pure_fp16"):
+        raise UserError(f"--precision {precision}: needs a GPU; use fp32 or amp_bf16 on CPU")
+    return "fp32" if precision == "amp" else precision
+
+
+def _on_cpu(config: RunConfig) -> bool:
+    """Raises UserError: a GPU is asked for, and there is none. OpenCLIP's default, `cuda`, asks for nothing."""
+    if config.device.startswith("cuda") and "device" in config.given and not torch.cuda.is_available():
+        raise UserError(f"--device {config.device}: PyTorch finds no GPU here; use --device cpu, or drop the flag")
+    return config.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Accelerate on the device, processes and precision that are chosen.
+
+    Raises:
+        UserError: its configuration and the flags disagree, or it is to split the model in a way that this loop does
+            not support.
+    """
+    _take_over_accumulation(config)
+    cpu = _on_cpu(config)
     if torch.cuda.is_available() and not cpu:
         torch.backends.cuda.matmul.allow_tf32 = True  # as OpenCLIP does
         torch.backends.cudnn.benchmark = True
-        _choose_gpu(args.device)
-    mixed = _MIXED.get(args.precision, "no")
+        _choose_gpu(config.device)
+    mixed = _MIXED.get(config.precision, "no")
     plugin = sharding.fsdp_plugin(mixed)
     # The first rank fits probes and writes checkpoints while the others wait.
-    group = {"backend": args.dist_backend, "init_method": args.dist_url, "timeout": datetime.timedelta(hours=6)}
+    group = {"backend": config.dist_backend, "init_method": config.dist_url, "timeout": datetime.timedelta(hours=6)}
     handlers = [
-        DistributedDataParallelKwargs(static_graph=args.ddp_static_graph),
+        DistributedDataParallelKwargs(static_graph=config.ddp_static_graph),
         InitProcessGroupKwargs(**{key: value for key, value in group.items() if value is not None}),
     ]
     accelerator = Accelerator(
@@ -52,10 +75,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         gradient_accumulation_steps=1,
         kwargs_handlers=handlers,
         fsdp_plugin=plugin,
-        log_with=_trackers(args.report_to) or None,
-        project_config=ProjectConfiguration(logging_dir=args.logs),  # of trackers; the run's folder once it is known
+        log_with=_trackers(config.report_to) or None,
+        project_config=ProjectConfiguration(logging_dir=config.logs),  # of trackers; the run's folder once it is known
     )
-    if plugin and args.pairs == "views":
+    if plugin and config.pairs == "views":
         raise UserError("--pairs views: does not go with FSDP; launch without it: accelerate launch --multi_gpu")
     if plugin and not accelerator.is_fsdp2:
         raise UserError(
@@ -71,7 +94,8 @@ def _choose_gpu(device: str) -> None:
     if not index or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return
     if not index.isdigit() or int(index) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), counted from cuda:0")
+        there = counted(torch.cuda.device_count(), "GPU")
+        raise UserError(f"--device {device}: this machine has {there}, counted from cuda:0")
     torch.cuda.set_device(int(index))
 
 
@@ -85,20 +109,12 @@ def _trackers(report_to: str) -> list[str]:
     return wanted
 
 
-def _agree_with_accelerate(args: argparse.Namespace) -> None:
-    """Take the precision from `accelerate launch` where no flag gives it. Raises UserError where both do and differ."""
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if configured in ("fp16", "bf16"):
-        if args.precision_given and _MIXED.get(args.precision) != configured:
-            raise UserError(
-                f"--precision {args.precision}: Accelerate is configured for {configured}; drop the flag, or launch "
-                "with accelerate launch --mixed_precision no"
-            )
-        args.precision = "amp" if configured == "fp16" else "amp_bf16"
+def _take_over_accumulation(config: RunConfig) -> None:
+    """Raises UserError: Accelerate is configured for another number of accumulation steps."""
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps not in ("1", "auto", str(args.accum_freq)):
+    if steps not in ("1", "auto", str(config.accum_freq)):
         raise UserError(
-            f"--accum-freq {args.accum_freq}: Accelerate is configured for {steps} gradient accumulation steps; give "
+            f"--accum-freq {config.accum_freq}: Accelerate is configured for {steps} gradient accumulation steps; give "
             f"--accum-freq {steps}, or launch with accelerate launch --gradient_accumulation_steps 1"
         )
     os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"  # else Accelerate divides gradients by it

@@ -15,6 +15,7 @@ from openclip_ext.errors import UserError
 from openclip_ext.losses import LossContext
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import TrainingData, row_format
 from openclip_ext.training.image_only import SymmetricObjective, ViewsModel
 from openclip_ext.training.learning_rates import describe, scale_learning_rates, scaled
@@ -24,46 +25,46 @@ from openclip_ext.training.pair_model import feature_widths, freeze_unused_bias,
 
 
 def build_trainer(
-    args, accelerator: Accelerator, plan, data: TrainingData, model, transform, tokenizer, checkpoint
+    config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, model, transform, tokenizer, checkpoint
 ) -> tuple[Trainer, list[str]]:
     """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
-    model, adapters = _to_train(args, accelerator, plan, model, checkpoint)
-    views = ViewsModel(model, args.momentum_encoder) if args.pairs == "views" else None
+    model, adapters = _to_train(config, accelerator, plan, model, checkpoint)
+    views = ViewsModel(model, config.momentum_encoder) if config.pairs == "views" else None
     paired, keys = views or pair_model(model, plan.needs), views and views.keys
-    loss = _objective(args, accelerator, plan, data, paired)
-    seed_all(args.seed + accelerator.process_index)
-    loader = _loader(args, accelerator, plan, data, transform, tokenizer)
-    steps_per_epoch = loader.num_batches // args.accum_freq
-    optimizer = upstream.create_optimizer(args, model)
-    scale_learning_rates(args, model, optimizer)
+    loss = _objective(config, accelerator, plan, data, paired)
+    seed_all(config.seed + accelerator.process_index)
+    loader = _loader(config, accelerator, plan, data, transform, tokenizer)
+    steps_per_epoch = loader.num_batches // config.accum_freq
+    optimizer = upstream.create_optimizer(config.flags, model)
+    scale_learning_rates(config, model, optimizer)
     prepared_model, prepared_optimizer = sharding.prepare(accelerator, paired, optimizer, list(loss.parameters()))
     remarks = [
         f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
         for modality in getattr(paired, "projected", [])
     ]
-    average = None if args.ema is None else WeightAverage(model, args.ema)
+    average = None if config.ema is None else WeightAverage(model, config.ema)
     hash_ids = HashIds(data.num_ids) if data.sample_id == "hash" else None
     if checkpoint:
         restored = checkpoint.restore(
             optimizer=optimizer, scaler=accelerator.scaler, loss=loss, keys=keys, average=average
         )
         checkpoint.restore_ids(data.sample_id, hash_ids)
-        remarks += [f"--resume {args.resume}: {remark}" for remark in restored]
+        remarks += [f"--resume {config.resume}: {remark}" for remark in restored]
     return Trainer(
         accelerator=accelerator,
         module=model,
         paired=paired,
-        model=torch.compile(prepared_model) if args.torchcompile else prepared_model,
+        model=torch.compile(prepared_model) if config.torchcompile else prepared_model,
         loss=loss,
         optimizer=prepared_optimizer,
-        schedule=_schedule(args, optimizer, steps_per_epoch),
+        schedule=_schedule(config, optimizer, steps_per_epoch),
         loader=loader,
-        input_dtype=upstream.input_dtype(args.precision),
-        accum_freq=args.accum_freq,
-        grad_clip_norm=args.grad_clip_norm,
-        total_steps=steps_per_epoch * args.epochs,
-        seed=args.seed,
-        teacher=upstream.create_teacher(args, accelerator.device) if args.distill_model else None,
+        input_dtype=upstream.input_dtype(config.precision),
+        accum_freq=config.accum_freq,
+        grad_clip_norm=config.grad_clip_norm,
+        total_steps=steps_per_epoch * config.epochs,
+        seed=config.seed,
+        teacher=upstream.create_teacher(config.flags, accelerator.device) if config.distill_model else None,
         hash_ids=hash_ids,
         keys=keys,
         average=average,
@@ -71,34 +72,36 @@ def build_trainer(
     ), remarks
 
 
-def _to_train(args, accelerator: Accelerator, plan, model, checkpoint) -> tuple[torch.nn.Module, Adapters | None]:
+def _to_train(
+    config: RunConfig, accelerator: Accelerator, plan, model, checkpoint
+) -> tuple[torch.nn.Module, Adapters | None]:
     """The model with the checkpoint's weights, and its adapters if it has some; neither copied nor sharded yet."""
     freeze_unused_bias(model, plan.needs)
-    if args.use_bn_sync and accelerator.num_processes > 1:
+    if config.use_bn_sync and accelerator.num_processes > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.pairs == "views":
+    if config.pairs == "views":
         upstream.freeze_text(model)  # so that it gets no adapters
     if checkpoint:
-        checkpoint.restore_model(model, args.model)
-    adapters = Adapters(model, args.lora_options) if args.lora_options else None
+        checkpoint.restore_model(model, config.model)
+    adapters = Adapters(model, config.lora) if config.lora else None
     if checkpoint:
         checkpoint.restore_adapters(adapters)
     return model, adapters
 
 
-def _schedule(args, optimizer, steps_per_epoch: int) -> Callable[[int], float] | None:
-    if args.skip_scheduler:
+def _schedule(config: RunConfig, optimizer, steps_per_epoch: int) -> Callable[[int], float] | None:
+    if config.skip_scheduler:
         return None
-    schedule = upstream.create_schedule(args, optimizer, steps_per_epoch)
+    schedule = upstream.create_schedule(config.flags, optimizer, steps_per_epoch)
     return scaled(schedule, optimizer) if describe(optimizer) else schedule
 
 
-def _objective(args, accelerator: Accelerator, plan, data: TrainingData, paired):
+def _objective(config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, paired):
     """The loss on the device, with room for the data's ids, for the model `paired`."""
-    symmetric = args.momentum_encoder is not None
+    symmetric = config.momentum_encoder is not None
     widths = None
     if symmetric or "widths" in plan.needs:
-        widths = feature_widths(paired, upstream.input_dtype(args.precision))
+        widths = feature_widths(paired, upstream.input_dtype(config.precision))
     context = LossContext(
         num_samples=data.size,
         num_ids=data.num_ids,
@@ -112,24 +115,24 @@ def _objective(args, accelerator: Accelerator, plan, data: TrainingData, paired)
     return SymmetricObjective(plan, context).to(accelerator.device)
 
 
-def _loader(args, accelerator: Accelerator, plan, data: TrainingData, transform, tokenizer) -> TrainLoader:
+def _loader(config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, transform, tokenizer) -> TrainLoader:
     """Batches of this rank. Raises UserError: an epoch has fewer than an optimizer step takes."""
-    config = StreamConfig(
+    stream = StreamConfig(
         source=data.source,
-        batch_size=args.batch_size,
+        batch_size=config.batch_size,
         sample_id=data.sample_id,
-        resampled=args.dataset_resampled,
-        seed=args.seed,
+        resampled=config.dataset_resampled,
+        seed=config.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        **row_format(args, plan, transform, tokenizer),
+        **row_format(config, plan, transform, tokenizer),
     )
     pin_memory = accelerator.device.type == "cuda"
-    loader = train_loader(config, num_samples=data.num_samples, workers=args.workers, pin_memory=pin_memory)
-    if loader.num_batches < args.accum_freq:
+    loader = train_loader(stream, num_samples=data.num_samples, workers=config.workers, pin_memory=pin_memory)
+    if loader.num_batches < config.accum_freq:
         raise UserError(
-            f"--accum-freq {args.accum_freq}: an epoch has only {loader.num_batches} batches of "
-            f"{args.batch_size} x {accelerator.num_processes}; use a smaller --accum-freq or --batch-size"
+            f"--accum-freq {config.accum_freq}: an epoch has only {loader.num_batches} batches of "
+            f"{config.batch_size} x {accelerator.num_processes}; use a smaller --accum-freq or --batch-size"
         )
     return loader
 

@@ -1,6 +1,7 @@
 """Checkpoints in OpenCLIP's format, with the loss's state beside the model's."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def save_checkpoint(
     average: WeightAverage | None = None,
     adapters: Adapters | None = None,
     hash_ids: HashIds | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint that stock OpenCLIP loads, whole or not at all.
 
@@ -35,7 +37,8 @@ def save_checkpoint(
     of an average, which its main branch reads. Keys of ours, which OpenCLIP ignores: `loss` (state of the loss),
     `loss_optimizer` (the optimizer's last group, if the loss has parameters; in `optimizer` it would keep OpenCLIP from
     resuming), and if there are any `sample_hashes` (by sample id), `momentum_encoder` and `lora` (options, and the
-    `state_dict` and `state_dict_ema` of adapters, which the weights have merged).
+    `state_dict` and `state_dict_ema` of adapters, which the weights have merged); and `notes`, plain values under their
+    own keys, such as `loss_name`.
 
     A sharded model is gathered, so all ranks call this; those that write nothing pass None for `path`.
     """
@@ -48,6 +51,7 @@ def save_checkpoint(
     content: dict[str, Any] = {"epoch": epoch, "name": name, **weights, "optimizer": optimizer_state}
     if path is None:
         return
+    content |= notes or {}
     if scaler is not None:
         content["scaler"] = scaler.state_dict()
     if loss.state_dict():

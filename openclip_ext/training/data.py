@@ -1,6 +1,5 @@
 """What to train on, as flags name it."""
 
-import argparse
 import dataclasses
 import os
 from typing import Any
@@ -13,6 +12,7 @@ from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.table import Table, csv_table, synthetic_table
 from openclip_ext.errors import UserError
 from openclip_ext.losses import ObjectivePlan
+from openclip_ext.training.config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +34,26 @@ class TrainingData:
     sample_id: str | None
 
 
-def training_data(args: argparse.Namespace, plan: ObjectivePlan) -> TrainingData | None:
+def training_data(config: RunConfig, plan: ObjectivePlan) -> TrainingData | None:
     """What `--train-data` and its kin name; None where they name nothing.
 
     Raises:
         UserError: nothing matches, or the number of samples, or of ids where the loss needs them, cannot be known.
     """
-    wanted = args.sample_id if "sample_ids" in plan.needs else None
-    kind = _dataset_type(args.train_data, args.dataset_type, "--train-data")
-    if args.caption_key and kind != "webdataset":
-        raise UserError(f"--caption-key {args.caption_key}: shards have JSON, {kind} data has not; drop the flag")
+    wanted = config.sample_id if "sample_ids" in plan.needs else None
+    kind = _dataset_type(config.train_data, config.dataset_type, "--train-data")
+    if config.caption_key and kind != "webdataset":
+        raise UserError(f"--caption-key {config.caption_key}: shards have JSON, {kind} data has not; drop the flag")
     if kind == "synthetic":
-        if not args.train_num_samples:
+        if not config.train_num_samples:
             raise UserError("--dataset-type synthetic: give the number of samples with --train-num-samples")
-        table = synthetic_table(args.train_num_samples)
-    elif not args.train_data:
+        table = synthetic_table(config.train_num_samples)
+    elif not config.train_data:
         return None
     elif kind == "csv":
-        table = csv_table(args.train_data, args.csv_img_key, args.csv_caption_key, args.csv_separator)
+        table = csv_table(config.train_data, config.csv_img_key, config.csv_caption_key, config.csv_separator)
     else:
-        return _shard_data(args, wanted)
+        return _shard_data(config, wanted)
     return TrainingData(table, len(table), len(table), len(table), wanted and "index")
 
 
@@ -63,24 +63,24 @@ def _dataset_type(path: str | None, given: str, flag: str) -> str:
     return "csv" if path and path.endswith((".csv", ".tsv")) else "webdataset"
 
 
-def _shard_data(args: argparse.Namespace, wanted: str | None) -> TrainingData:
-    listing = list_shards(args.train_data, args.train_data_upsampling_factors)
-    require_caption_key(listing.urls, args.caption_key)
-    num_samples = args.train_num_samples or listing.length
+def _shard_data(config: RunConfig, wanted: str | None) -> TrainingData:
+    listing = list_shards(config.train_data, config.train_data_upsampling_factors)
+    require_caption_key(listing.urls, config.caption_key)
+    num_samples = config.train_num_samples or listing.length
     index = "openclip-ext shards index " + (os.path.dirname(listing.urls[0]) or ".")
     if num_samples is None:
         raise UserError(
-            f"--train-data {args.train_data}: the number of samples is not known; write sizes.json with: {index}, "
+            f"--train-data {config.train_data}: the number of samples is not known; write sizes.json with: {index}, "
             "or give --train-num-samples"
         )
     size = num_ids = listing.length or num_samples
     if wanted == "hash":
-        num_ids = size if args.sample_id_table is None else args.sample_id_table
+        num_ids = size if config.sample_id_table is None else config.sample_id_table
         if num_ids < 1:
             raise UserError(f"--sample-id-table {num_ids}: must be at least 1")
     elif wanted == "index" and listing.sizes is None:
         raise UserError(
-            f"--loss {args.loss}: needs sample ids, and {args.train_data} has no sizes.json to number samples by; "
+            f"--loss {config.loss}: needs sample ids, and {config.train_data} has no sizes.json to number samples by; "
             f"write it with: {index}, or use --sample-id hash"
         )
     return TrainingData(listing, num_samples, size, num_ids, wanted)
@@ -97,19 +97,19 @@ def require_sizes(listing: ShardListing, progress: bool) -> None:
             )
 
 
-def caption_format(args: argparse.Namespace) -> CaptionFormat:
+def caption_format(config: RunConfig) -> CaptionFormat:
     """Where captions are, of training and of validation data."""
-    return CaptionFormat(separator=args.caption_separator, key=args.caption_key)
+    return CaptionFormat(separator=config.caption_separator, key=config.caption_key)
 
 
-def row_format(args: argparse.Namespace, plan: ObjectivePlan, transform, tokenizer) -> dict[str, Any]:
+def row_format(config: RunConfig, plan: ObjectivePlan, transform, tokenizer) -> dict[str, Any]:
     """What training rows hold: the fields of `RowFormat`, second views only where they are needed."""
-    views = args.pairs == "views"
-    image_aug = Compose([AutoAugment(), transform]) if args.view_aug == "auto" else transform
+    views = config.pairs == "views"
+    image_aug = Compose([AutoAugment(), transform]) if config.view_aug == "auto" else transform
     return {
         "image_transform": transform,
         "tokenizer": tokenizer,
         "image_aug_transform": image_aug if views or "image_aug" in plan.needs else None,
         "text_aug": "text_aug" in plan.needs,
-        "captions": None if views else caption_format(args),
+        "captions": None if views else caption_format(config),
     }

@@ -1,6 +1,7 @@
 """What to measure between epochs, as flags name it."""
 
-import argparse
+import sys
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -10,61 +11,100 @@ from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.data.table import csv_table
+from openclip_ext.errors import UserError
 from openclip_ext.evaluation.datasets.imagenet import imagenet_folder
-from openclip_ext.evaluation.datasets.labelled import LabelledBatches
+from openclip_ext.evaluation.datasets.labelled import LabelledBatches, LabelledShards
+from openclip_ext.evaluation.datasets.labelled_sets import labelled_set
 from openclip_ext.evaluation.datasets.probe_sets import probe_data
-from openclip_ext.evaluation.during_training import Evaluator, ZeroShotSet
-from openclip_ext.evaluation.ranks import Ranks
+from openclip_ext.evaluation.during_training import (
+    PAIR_METRICS,
+    PROBE_METRICS,
+    ZERO_SHOT_SCORES,
+    Evaluator,
+    ZeroShotSet,
+)
+from openclip_ext.evaluation.ranks import ALONE, Ranks
+from openclip_ext.evaluation.tasks.zero_shot import set_name
+from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import _dataset_type, caption_format
 
+#: By flag: what the metrics' names begin with, as OpenCLIP calls them.
+_IMAGENET = {"imagenet_val": "imagenet-zeroshot-val", "imagenet_v2": "imagenetv2-zeroshot-val"}
 
-def make_evaluator(args: argparse.Namespace, accelerator: Accelerator, tokenizer, transform) -> Evaluator:
-    """What `--val-data`, `--imagenet-val`, `--imagenet-v2` and `--probe-val` ask for.
+
+def metric_names(config: RunConfig) -> list[str]:
+    """What will be measured between epochs. Raises UserError: two sets of `--zero-shot` have one name."""
+    names = []
+    if config.zeroshot_frequency > 0:
+        sets = [prefix for dest, prefix in _IMAGENET.items() if getattr(config, dest)]
+        sets += [_prefix(path) for path in config.zero_shot]
+        if twice := [path for path in config.zero_shot if sets.count(_prefix(path)) > 1]:
+            raise UserError(f"--zero-shot {twice[-1]}: another set is called {_prefix(twice[-1])} too; rename a folder")
+        names += [f"{name}-{score}" for name in sets for score in ZERO_SHOT_SCORES]
+    if config.val_frequency > 0:
+        names += PAIR_METRICS if config.val_data else ()
+        names += PROBE_METRICS if config.probe_train else ()
+    return names if config.ema is None else names + [f"ema-{name}" for name in names]
+
+
+def _prefix(path: str) -> str:
+    return f"{set_name(path)}-zeroshot-val"
+
+
+def _zero_shot_sets(config: RunConfig, transform, loading: dict[str, Any]) -> list[ZeroShotSet]:
+    labelled = {
+        prefix: imagenet_folder(path, f"--{dest.replace('_', '-')}", config.classes)
+        for dest, prefix in _IMAGENET.items()
+        if (path := getattr(config, dest))
+    }
+    for path in config.zero_shot:
+        labelled[_prefix(path)] = labelled_set(path, "--zero-shot", config.class_names, config.templates)
+    sets = []
+    for name, found in labelled.items():
+        shared = not isinstance(found.pictures, LabelledShards)
+        batches = LabelledBatches(found.pictures, transform, **loading | ({} if shared else {"ranks": ALONE}))
+        sets.append(ZeroShotSet(name, batches, found.class_names, found.templates, shared))
+    return sets
+
+
+def make_evaluator(config: RunConfig, accelerator: Accelerator, tokenizer, transform) -> Evaluator:
+    """What `--val-data`, `--imagenet-val`, `--imagenet-v2`, `--zero-shot` and `--probe-val` ask for.
 
     Raises:
         UserError: a path that does not fit.
     """
     ranks = Ranks(accelerator.process_index, accelerator.num_processes)
-    loading = {"batch_size": args.batch_size, "workers": args.workers, "ranks": ranks}
+    loading = {"batch_size": config.batch_size, "workers": config.workers, "ranks": ranks}
     pairs = None
-    if args.val_data:
-        if _dataset_type(args.val_data, args.dataset_type, "--val-data") == "csv":
-            source = csv_table(args.val_data, args.csv_img_key, args.csv_caption_key, args.csv_separator)
+    if config.val_data:
+        if _dataset_type(config.val_data, config.dataset_type, "--val-data") == "csv":
+            source = csv_table(config.val_data, config.csv_img_key, config.csv_caption_key, config.csv_separator)
         else:
-            source = list_shards(args.val_data, flag="--val-data")
-            require_caption_key(source.urls, args.caption_key)
-        config = StreamConfig(
+            source = list_shards(config.val_data, flag="--val-data")
+            require_caption_key(source.urls, config.caption_key)
+        stream = StreamConfig(
             source=source,
-            batch_size=args.batch_size,
+            batch_size=config.batch_size,
             image_transform=transform,
             tokenizer=tokenizer,
-            captions=caption_format(args),
+            captions=caption_format(config),
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        pairs = eval_loader(config, workers=args.workers)
-    zero_shot = []
-    for flag, path, prefix in (
-        ("--imagenet-val", args.imagenet_val, "imagenet-zeroshot-val"),
-        ("--imagenet-v2", args.imagenet_v2, "imagenetv2-zeroshot-val"),
-    ):
-        if path:
-            labelled = imagenet_folder(path, flag)
-            batches = LabelledBatches(labelled.pictures, transform, **loading)
-            zero_shot.append(ZeroShotSet(prefix, batches, labelled.class_names, labelled.templates))
+        pairs = eval_loader(stream, workers=config.workers)
     probe = None
-    if args.probe_train:
-        probe = probe_data(args.probe_train, args.probe_val, transform, **loading)
+    if config.probe_train:
+        probe = probe_data(config.probe_train, config.probe_val, transform, **loading)
     return Evaluator(
         tokenizer=tokenizer,
         device=accelerator.device,
         autocast=accelerator.autocast,
-        dtype=upstream.input_dtype(args.precision),
+        dtype=upstream.input_dtype(config.precision),
         pairs=pairs,
-        zero_shot=zero_shot,
+        zero_shot=_zero_shot_sets(config, transform, loading),
         probe=probe,
         ranks=ranks,
-        val_frequency=args.val_frequency,
-        zeroshot_frequency=args.zeroshot_frequency,
-        progress=accelerator.is_main_process,
+        val_frequency=config.val_frequency,
+        zeroshot_frequency=config.zeroshot_frequency,
+        progress=accelerator.is_main_process and sys.stderr.isatty(),
     )

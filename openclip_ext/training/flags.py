@@ -6,27 +6,17 @@ from collections.abc import Sequence
 
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
-from openclip_ext.options import parse_assignments, parse_terms
-from openclip_ext.training.lora import parse_lora
-
-#: OpenCLIP flags that this loop does not take, and what to do instead.
-REFUSED = {
-    "horovod": "start several processes with accelerate launch or torchrun",
-    "trace": "it is for inference; trace the exported checkpoint",
-    "torchscript": "use --torchcompile, or script the exported checkpoint",
-    "use_bnb_linear": "train without it",
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    """Answers a wrong flag in one line, without the usage text of a hundred flags."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; see openclip-ext train --help")
+from openclip_ext.evaluation.tasks.zero_shot import (
+    add_classes_argument,
+    add_labelled_arguments,
+    require_words_have_a_set,
+)
+from openclip_ext.options import Parser
+from openclip_ext.training.config import RunConfig, run_config
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="openclip-ext train",
         parents=[upstream.build_parser()],
         conflict_handler="resolve",
@@ -50,6 +40,31 @@ def build_parser() -> argparse.ArgumentParser:
         help="A registered term to add to the loss; repeatable. WEIGHT is a number, or a line over training: 0:0.5, or "
         "0:0.5@0.2 over its first fifth.",
     )
+    ours.add_argument(
+        "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON; --model is its file's name."
+    )
+    ours.add_argument(
+        "--resume-other-loss",
+        action="store_true",
+        help="Let --resume go on with another --loss than the checkpoint's: model and optimizer are restored, the "
+        "memory of the loss starts anew.",
+    )
+    ours.add_argument(
+        "--save-best",
+        metavar="METRIC",
+        help="Keep the checkpoint at which this metric was best so far as checkpoints/best.pt, such as "
+        "imagenet-zeroshot-val-top1; names are those in results.jsonl. Losses and ranks are best where they are least.",
+    )
+    _add_data_flags(ours)
+    _add_image_flags(ours)
+    zero_shot = parser.add_argument_group("added by openclip-ext for evaluation every --zeroshot-frequency epochs")
+    add_labelled_arguments(zero_shot)
+    add_classes_argument(zero_shot, "--imagenet-val and --imagenet-v2 must have all")
+    _add_tuning_flags(parser.add_argument_group("added by openclip-ext for fine-tuning"))
+    return parser
+
+
+def _add_data_flags(ours) -> None:
     ours.add_argument(
         "--sample-id",
         choices=["index", "hash"],
@@ -80,12 +95,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="Where a sample's JSON holds its caption or captions. Default: where sizes.json says, else its text.",
     )
-    ours.add_argument(
-        "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON; --model is its file's name."
-    )
-    _add_image_flags(ours)
-    _add_tuning_flags(parser.add_argument_group("added by openclip-ext for fine-tuning"))
-    return parser
 
 
 def _add_image_flags(ours) -> None:
@@ -153,66 +162,82 @@ def _add_tuning_flags(tuning) -> None:
     )
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """Parsed and checked flags, with `loss_options` and `loss_terms` as dicts.
+def parse_args(argv: Sequence[str]) -> RunConfig:
+    """What a command line asks for, checked as far as that needs nothing but the command line.
 
     Raises:
         UserError: an unknown flag, a wrong value, or flags that exclude each other.
     """
-    args = build_parser().parse_args(argv)
-    for name, remedy in REFUSED.items():
-        if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')}: {remedy}")
-    if (args.pretrained or "").startswith(upstream.SCHEMES) and not _given("--model", argv):
-        args.model, args.pretrained = args.pretrained, ""
-    elif args.model_config and not _given("--model", argv):
-        args.model = os.path.splitext(os.path.basename(args.model_config))[0]
-    args.name_given = args.name is not None
-    args.precision_given = _given("--precision", argv)
-    if not _given("--csv-separator", argv):
-        args.csv_separator = None  # OpenCLIP's default is a tab, whatever the file has
-    if args.dataset_type != "synthetic" and not any(
-        (args.train_data, args.val_data, args.imagenet_val, args.imagenet_v2, args.probe_train)
-    ):
-        raise UserError("--train-data: give the shards to train on, such as --train-data 'shards/{000..331}.tar'")
-    for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.ddp_static_graph and args.accum_freq > 1:
-        raise UserError("--ddp-static-graph: cannot be combined with --accum-freq; drop one")
-    if args.siglip and args.loss not in (None, "siglip"):
-        raise UserError(f"--siglip --loss {args.loss}: these exclude each other; drop one")
-    args.loss = args.loss or ("siglip" if args.siglip else "clip")
-    args.loss_options = parse_assignments(args.loss_arg, "--loss-arg")
-    args.loss_terms = parse_terms(args.loss_term)
-    _require_views_agree(args)
-    if bool(args.probe_train) != bool(args.probe_val):
-        raise UserError("--probe-train, --probe-val: give both or neither")
-    if args.caption_separator == "":
-        raise UserError("--caption-separator: must not be empty")
-    if args.train_data_upsampling_factors and not args.dataset_resampled:
-        raise UserError("--train-data-upsampling-factors: needs --dataset-resampled")
-    known = {"", "all", "tensorboard", "wandb"}
-    if not set(args.report_to.replace(" ", "").split(",")) <= known:
-        raise UserError(f"--report-to {args.report_to}: use tensorboard, wandb, or both joined by a comma")
-    upstream.fill_optimizer_defaults(args)
-    if args.lr is None:
+    parser = build_parser()
+    flags = upstream.Flags(vars(parser.parse_args(argv)))
+    upstream.require_supported(flags)
+    given = _given(parser, argv)
+    flags = flags.replace(**_inferred_names(flags, given))
+    if "csv_separator" not in given:
+        flags = flags.replace(csv_separator=None)  # OpenCLIP's default is a tab, whatever the file has
+    flags = flags.replace(**upstream.optimizer_defaults(flags))
+    if flags.lr is None:
         raise UserError("--lr: give a learning rate with a timm optimizer")
-    _require_tuning_makes_sense(args)
-    return args
+    config = run_config(flags, given)
+    _require_data(config)
+    for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if config.ddp_static_graph and config.accum_freq > 1:
+        raise UserError("--ddp-static-graph: cannot be combined with --accum-freq; drop one")
+    _require_views_agree(config)
+    if bool(config.probe_train) != bool(config.probe_val):
+        raise UserError("--probe-train, --probe-val: give both or neither")
+    require_words_have_a_set(config.zero_shot, config.class_names, config.templates)
+    if config.save_best and not (config.logs_folder and (config.train_data or config.dataset_type == "synthetic")):
+        raise UserError(f"--save-best {config.save_best}: needs --train-data, and a folder in --logs to keep it in")
+    known = {"", "all", "tensorboard", "wandb"}
+    if not set(config.report_to.replace(" ", "").split(",")) <= known:
+        raise UserError(f"--report-to {config.report_to}: use tensorboard, wandb, or both joined by a comma")
+    if config.resume == "latest" and not (config.name and config.logs_folder):
+        raise UserError("--resume latest: name the run with --name, and its folder with --logs")
+    _require_tuning_makes_sense(config)
+    return config
 
 
-def _given(flag: str, argv: Sequence[str]) -> bool:
-    return any(part.partition("=")[0] == flag for part in argv)
+def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:
+    """Names of the flags that are on the command line."""
+    words = {part.partition("=")[0] for part in argv}
+    return {action.dest for action in parser._actions if words & set(action.option_strings)}
 
 
-def _require_views_agree(args: argparse.Namespace) -> None:
+def _inferred_names(flags: upstream.Flags, given: set[str]) -> dict[str, str]:
+    """`--model` of weights that bring their own, or of a config's file; and the loss."""
+    if flags.siglip and flags.loss not in (None, "siglip"):
+        raise UserError(f"--siglip --loss {flags.loss}: these exclude each other; drop one")
+    names = {"loss": flags.loss or ("siglip" if flags.siglip else "clip")}
+    if "model" in given:
+        return names
+    if (flags.pretrained or "").startswith(upstream.SCHEMES):
+        return names | {"model": flags.pretrained, "pretrained": ""}
+    if flags.model_config:
+        return names | {"model": os.path.splitext(os.path.basename(flags.model_config))[0]}
+    return names
+
+
+def _require_data(config: RunConfig) -> None:
+    """Raises UserError: neither training nor evaluation data, or a flag about data that has no meaning."""
+    to_measure = (config.val_data, config.imagenet_val, config.imagenet_v2, config.zero_shot, config.probe_train)
+    if config.dataset_type != "synthetic" and not config.train_data and not any(to_measure):
+        raise UserError("--train-data: give the shards to train on, such as --train-data 'shards/{000..331}.tar'")
+    if config.caption_separator == "":
+        raise UserError("--caption-separator: must not be empty")
+    if config.train_data_upsampling_factors and not config.dataset_resampled:
+        raise UserError("--train-data-upsampling-factors: needs --dataset-resampled")
+
+
+def _require_views_agree(config: RunConfig) -> None:
     """Raises UserError: a flag that has no meaning with `--pairs views`, or none without it."""
-    momentum = args.momentum_encoder
-    if args.pairs == "views":
+    momentum = config.momentum_encoder
+    if config.pairs == "views":
         for name in ("val_data", "caption_key", "caption_separator", "distill_model"):
-            if getattr(args, name):
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            if getattr(config, name):
+                flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
                 raise UserError(f"{flag}: needs captions, and --pairs views has none; drop one of the two")
     elif momentum is not None:
         raise UserError(f"--momentum-encoder {momentum}: is for training on images alone; add --pairs views")
@@ -220,31 +245,30 @@ def _require_views_agree(args: argparse.Namespace) -> None:
         return
     if not 0 <= momentum < 1:
         raise UserError(f"--momentum-encoder {momentum}: must be in [0, 1), such as 0.99")
-    _require_averages_move(args, "--momentum-encoder")
+    _require_averages_move(config, "--momentum-encoder")
 
 
-def _require_averages_move(args: argparse.Namespace, flag: str) -> None:
-    if args.precision not in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
+def _require_averages_move(config: RunConfig, flag: str) -> None:
+    if config.precision not in ("fp32", "amp", "amp_bf16", "amp_bfloat16"):
         raise UserError(
-            f"--precision {args.precision}: an average of weights in half precision stands still; use amp_bf16 with "
+            f"--precision {config.precision}: an average of weights in half precision stands still; use amp_bf16 with "
             f"{flag}"
         )
 
 
-def _require_tuning_makes_sense(args: argparse.Namespace) -> None:
+def _require_tuning_makes_sense(config: RunConfig) -> None:
     """Raises UserError: a value of a fine-tuning flag that means nothing."""
     for name in ("layer_decay", "image_layer_decay", "text_layer_decay"):
-        decay = getattr(args, name)
+        decay = getattr(config, name)
         if decay is not None and not 0 < decay <= 1:
             raise UserError(f"--{name.replace('_', '-')} {decay}: must be in (0, 1], such as 0.75")
     for tower in ("image", "text"):
-        rate = getattr(args, f"{tower}_lr")
+        rate = config.tower_lr(tower)
         if rate is not None and rate <= 0:
             raise UserError(f"--{tower}-lr {rate}: must be above 0; to keep the tower as it is use --lock-{tower}")
-        if rate is not None and args.lr <= 0:
-            raise UserError(f"--{tower}-lr {rate}: follows the schedule of --lr, which is {args.lr}; give one above 0")
-    args.lora_options = None if args.lora is None else parse_lora(args.lora)
-    if args.ema is not None:
-        if not 0 <= args.ema < 1:
-            raise UserError(f"--ema {args.ema}: must be in [0, 1), such as 0.999")
-        _require_averages_move(args, "--ema")
+        if rate is not None and config.lr <= 0:
+            raise UserError(f"--{tower}-lr {rate}: follows the schedule of --lr, which is {config.lr}; use one above 0")
+    if config.ema is not None:
+        if not 0 <= config.ema < 1:
+            raise UserError(f"--ema {config.ema}: must be in [0, 1), such as 0.999")
+        _require_averages_move(config, "--ema")

@@ -10,18 +10,18 @@ caption decoder, parameters of the loss) has the schedule's.
 Source of the decay: Clark et al., "ELECTRA", ICLR 2020; for vision Bao et al., "BEiT", ICLR 2022.
 """
 
-import argparse
 from collections.abc import Callable
 
 from torch import nn
 from torch.optim import Optimizer
 
 from openclip_ext import upstream
+from openclip_ext.training.config import RunConfig
 
 TOWERS = ("image", "text")
 
 
-def scale_learning_rates(args: argparse.Namespace, model: nn.Module, optimizer: Optimizer) -> None:
+def scale_learning_rates(config: RunConfig, model: nn.Module, optimizer: Optimizer) -> None:
     """Split the groups of an optimizer that has not stepped yet by `lr_scale`; without such flags, leave them.
 
     Raises:
@@ -30,7 +30,7 @@ def scale_learning_rates(args: argparse.Namespace, model: nn.Module, optimizer: 
     layers: dict[int, tuple[str, int]] = {}
     scales = {None: 1.0}
     for tower in TOWERS:
-        for depth, (scale, parameters) in enumerate(_tower_scales(args, model, tower)):
+        for depth, (scale, parameters) in enumerate(_tower_scales(config, model, tower)):
             scales[tower, depth] = scale
             layers |= {id(parameter): (tower, depth) for parameter in parameters}
     if not layers:
@@ -46,13 +46,12 @@ def scale_learning_rates(args: argparse.Namespace, model: nn.Module, optimizer: 
     optimizer.param_groups[:] = groups  # in place: optimizers that wrap another share the list
 
 
-def _tower_scales(args: argparse.Namespace, model: nn.Module, tower: str) -> list[tuple[float, list[nn.Parameter]]]:
+def _tower_scales(config: RunConfig, model: nn.Module, tower: str) -> list[tuple[float, list[nn.Parameter]]]:
     """`lr_scale` and parameters of each layer, from the input to the head; none where no flag is about the tower."""
-    rate, decay = getattr(args, f"{tower}_lr"), getattr(args, f"{tower}_layer_decay")
-    decay = args.layer_decay if decay is None else decay
+    rate, decay = config.tower_lr(tower), config.tower_layer_decay(tower)
     if rate is None and decay is None:
         return []
-    base = 1.0 if rate is None else rate / args.lr
+    base = 1.0 if rate is None else rate / config.lr
     if decay is None:
         return [(base, upstream.tower_parameters(model)[tower])]
     layers = upstream.tower_layers(model, tower)

@@ -1,6 +1,7 @@
-"""What a run says: one line of progress, a log file, and a JSONL file with every reported scalar."""
+"""What a run says: a line for every so many steps, progress on a terminal, and a JSONL file with every scalar."""
 
 import collections
+import datetime
 import json
 import logging
 import math
@@ -13,6 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 logger = logging.getLogger("openclip_ext")
+#: Takes a line for every so many steps, which a terminal shows as a progress bar.
+step_logger = logging.getLogger("openclip_ext.steps")
 
 
 class _ConsoleHandler(logging.Handler):
@@ -29,9 +32,11 @@ def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
     stop_logging()
     logger.addHandler(logging.NullHandler())  # else Python prints warnings on every rank
     if console:
-        handler = _ConsoleHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        terminal = _ConsoleHandler()
+        terminal.setFormatter(logging.Formatter("%(message)s"))
+        if sys.stderr.isatty():
+            terminal.addFilter(lambda record: record.name != step_logger.name)
+        logger.addHandler(terminal)
     if path:
         handler = logging.FileHandler(path)
         handler.setFormatter(
@@ -49,8 +54,17 @@ def stop_logging() -> None:
 class EpochLog:
     """Progress of one epoch on one rank; `write` is given a row of scalars when one is due.
 
-    Scalars are read from the device only when they are shown or written: every `every` steps, and for the progress
-    line at most twice a second.
+    Scalars are read from the device only when they are shown or written: every `every` steps, and for the progress bar
+    of a terminal at most twice a second.
+
+    Args:
+        epoch: from 0.
+        steps: of an epoch.
+        epochs: of the run.
+        samples_per_step: on all ranks.
+        every: steps between rows, and between lines of the log.
+        write: what takes a row; None: nothing does.
+        show: this rank speaks: lines, and where they would be in the way, on a terminal, a progress bar.
     """
 
     def __init__(
@@ -58,30 +72,33 @@ class EpochLog:
         *,
         epoch: int,
         steps: int,
+        epochs: int,
         samples_per_step: int,
         every: int,
         write: Callable[[dict], None] | None,
         show: bool,
     ) -> None:
-        self.epoch, self.steps, self.samples_per_step, self.every = epoch, steps, samples_per_step, every
-        self._write = write
+        self.epoch, self.steps, self.epochs = epoch, steps, epochs
+        self.samples_per_step, self.every = samples_per_step, every
+        self._write, self._show = write, show
         self._bar = tqdm(
             total=steps * samples_per_step,
             unit="sample",
-            unit_scale=True,
             desc=f"epoch {epoch + 1}",
-            disable=not show,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file needs no animation
+            disable=not (show and sys.stderr.isatty()),
         )
-        self._window_start, self._window_steps = time.perf_counter(), 0
+        self._start = self._window_start = time.perf_counter()
+        self._window_steps = 0
         self._shown_at = -math.inf
+        self._sums: collections.Counter[str] = collections.Counter()
+        self._lines = 0
 
     def step(self, index: int, step: int, outputs: dict[str, Tensor], **scalars: float) -> None:
         """Report optimizer step number `index` of this epoch, `step` of the run."""
         self._bar.update(self.samples_per_step)
         self._window_steps += 1
         now = time.perf_counter()
-        due = self._write is not None and (index % self.every == 0 or index + 1 == self.steps)
+        due = self._show and (index % self.every == 0 or index + 1 == self.steps)
         show = not self._bar.disable and now - self._shown_at > 0.5
         if not (due or show):
             return
@@ -92,10 +109,29 @@ class EpochLog:
             losses = (f"{name} {value:.4g}" for name, value in values.items() if name.endswith("_loss"))
             self._bar.set_postfix_str(" ".join(losses))
         if due:
-            seconds = now - self._window_start
-            values["samples_per_second"] = self.samples_per_step * self._window_steps / max(seconds, 1e-9)
+            seconds = (now - self._window_start) / self._window_steps
+            values["samples_per_second"] = self.samples_per_step / max(seconds, 1e-9)
             self._window_start, self._window_steps = now, 0
-            self._write({"step": step, "epoch": self.epoch, **values})
+            step_logger.info(self._line(index, now, seconds, values))
+            if self._write:
+                self._write({"step": step, "epoch": self.epoch, **values})
+
+    def _line(self, index: int, now: float, seconds: float, values: dict[str, float]) -> str:
+        """As OpenCLIP writes it, and when the run will end: losses now, and in brackets their mean since the epoch's
+        start."""
+        names = [name for name in values if name == "loss" or name.endswith("_loss")]
+        self._sums.update({name: values[name] for name in names})
+        self._lines += 1
+        losses = (f"{name.capitalize()}: {values[name]:#.5g} ({self._sums[name] / self._lines:#.5g})" for name in names)
+        seen, samples = (index + 1) * self.samples_per_step, self.steps * self.samples_per_step
+        percent = 100 * (index + 1) / self.steps
+        left = (self.epochs - self.epoch) * self.steps - (index + 1)
+        return (
+            f"Train Epoch: {self.epoch} [{seen:>{len(str(samples))}}/{samples} ({percent:.0f}%)] "
+            f"Batch (t): {seconds:.3f}, {values['samples_per_second']:#.5g}/s LR: {values['lr']:.6g} "
+            f"Logit Scale: {values['logit_scale']:.3f} {' '.join(losses)} "
+            f"ETA: {datetime.timedelta(seconds=round(left * (now - self._start) / (index + 1)))}"
+        )
 
     def close(self) -> None:
         self._bar.close()

@@ -1,51 +1,50 @@
 """The loss and its terms as flags name them, checked against the model that is to be trained."""
 
-import argparse
-
 from openclip_ext.errors import UserError
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.registry import NEEDS
+from openclip_ext.training.config import RunConfig
 
 
-def plan_objective(args: argparse.Namespace) -> ObjectivePlan:
+def plan_objective(config: RunConfig) -> ObjectivePlan:
     """The loss and its terms, with those that OpenCLIP adds for distillation and for CoCa models.
 
     Raises:
         UserError: unknown names or options, or a need that the model does not meet.
     """
-    terms, weight = dict(args.loss_terms), 1.0
-    if args.distill_model:
-        if not args.distill_pretrained:
-            raise UserError(f"--distill-model {args.distill_model}: give its weights with --distill-pretrained")
+    terms, weight = dict(config.loss_terms), 1.0
+    if config.distill_model:
+        if not config.distill_pretrained:
+            raise UserError(f"--distill-model {config.distill_model}: give its weights with --distill-pretrained")
         terms.setdefault("distill", {})
-    coca = "coca" in args.model.lower().rsplit("/", 1)[-1]
+    coca = "coca" in config.model.lower().rsplit("/", 1)[-1]
     if coca:
-        terms.setdefault("caption", {"weight": args.coca_caption_loss_weight})
-        weight = args.coca_contrastive_loss_weight
-    plan = ObjectivePlan(args.loss, args.loss_options, terms, weight=weight)
+        terms.setdefault("caption", {"weight": config.coca_caption_loss_weight})
+        weight = config.coca_contrastive_loss_weight
+    plan = ObjectivePlan(config.loss, config.loss_options, terms, weight=weight)
     if "stored_features" in plan.needs:
         raise UserError(
             "--loss-arg bank=index: is for callers that encode stored samples again, and shards are read in order; use "
             "bank=embedding, with bank_device=cpu or mmap if it is too large"
         )
     if "caption_logits" in plan.needs and not coca:
-        raise UserError(f"--loss-term caption: --model {args.model} makes no captions; use a CoCa model")
+        raise UserError(f"--loss-term caption: --model {config.model} makes no captions; use a CoCa model")
     if coca and plan.needs & {"image_aug", "text_aug"}:
         raise UserError(
-            f"--model {args.model}: a CoCa model makes captions of first views only; drop the --loss-term that needs "
+            f"--model {config.model}: a CoCa model makes captions of first views only; drop the --loss-term that needs "
             "second views, or use another model"
         )
-    if "teacher_features" in plan.needs and not args.distill_model:
-        raise UserError(f"--loss {args.loss}: it or a term of it needs a teacher; name one with --distill-model")
-    if args.pairs == "views":
-        _require_views_only(args, plan, coca)
+    if "teacher_features" in plan.needs and not config.distill_model:
+        raise UserError(f"--loss {config.loss}: it or a term of it needs a teacher; name one with --distill-model")
+    if config.pairs == "views":
+        _require_views_only(config, plan, coca)
     return plan
 
 
-def _require_views_only(args: argparse.Namespace, plan: ObjectivePlan, coca: bool) -> None:
+def _require_views_only(config: RunConfig, plan: ObjectivePlan, coca: bool) -> None:
     """Raises UserError: the model, the loss or a term needs more than two views of an image and the sample's id."""
     if coca:
-        raise UserError(f"--model {args.model}: a CoCa model makes captions, and --pairs views has none; use another")
+        raise UserError(f"--model {config.model}: a CoCa model makes captions, and --pairs views has none; use another")
     parts = [(f"--loss {plan.spec.name}", plan.spec, plan.options)]
     parts += [(f"--loss-term {spec.name}", spec, options) for spec, _, options in plan.terms]
     for flag, spec, options in parts:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from openclip_ext.upstream import v3, v4
 from openclip_ext.upstream.export import model_card, save_pretrained
+from openclip_ext.upstream.flags import Flags, Role, flags_with, role_of
 from openclip_ext.upstream.layers import adaptable_layers, plain_name, tower_layers, tower_parameters
 from openclip_ext.upstream.loop import autocast, create_schedule, input_dtype, start_remote_sync
 from openclip_ext.upstream.losses import clip_loss, distill_loss, siglip_loss
@@ -35,18 +36,26 @@ def _major_version() -> int:
     return int(found[1]) if found else 3
 
 
+def default_flags() -> Flags:
+    """OpenCLIP's flags where none is given."""
+    return Flags(vars(build_parser().parse_args([])))
+
+
 _own = v4 if _major_version() >= 4 else v3
 BLOCKS = _own.BLOCKS
 build_parser = _own.build_parser
 checkpoint_from_state = _own.checkpoint_from_state
 create_model = _own.create_model
 create_optimizer = _own.create_optimizer
-fill_optimizer_defaults = _own.fill_optimizer_defaults
+optimizer_defaults = _own.optimizer_defaults
+require_supported = _own.require_supported
 
 __all__ = [
     "SCHEMES",
     "BLOCKS",
     "CLASSES_PER_BATCH",
+    "Flags",
+    "Role",
     "adaptable_layers",
     "autocast",
     "build_parser",
@@ -56,10 +65,11 @@ __all__ = [
     "create_optimizer",
     "create_schedule",
     "create_teacher",
+    "default_flags",
     "distill_loss",
     "example_inputs",
-    "fill_optimizer_defaults",
     "find_trunks",
+    "flags_with",
     "freeze_text",
     "imagenet_names",
     "imagenet_templates",
@@ -67,9 +77,12 @@ __all__ = [
     "load_model_weights",
     "local_weights",
     "model_card",
+    "optimizer_defaults",
     "plain_name",
     "preprocessing",
     "register_model_config",
+    "require_supported",
+    "role_of",
     "save_pretrained",
     "siglip_loss",
     "start_remote_sync",

@@ -1,7 +1,11 @@
 """OpenCLIP's models: their configs, weights, inputs and preprocessing."""
 
 import argparse
+import difflib
+import inspect
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +71,31 @@ def register_model_config(path: str) -> str:
 
     if not Path(path).is_file():
         raise UserError(f"--model-config {path}: no such file; give an OpenCLIP model config in JSON")
+    try:
+        json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise UserError(f"--model-config {path}: no JSON ({error}); give an OpenCLIP model config") from error
     open_clip.add_model_config(path)
     name = Path(path).stem
     if name not in open_clip.list_models():
         raise UserError(f"--model-config {path}: not an OpenCLIP model config (needs embed_dim, vision_cfg, text_cfg)")
     return name
+
+
+def config_error(args: argparse.Namespace, error: TypeError) -> str:
+    """What to say of a config that no model can be made of."""
+    import open_clip
+
+    path = getattr(args, "model_config", None)
+    source = f"--model-config {path}" if path else f"the config of --model {args.model}"
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not found:
+        return f"{source}: no model can be made of it ({str(error).splitlines()[0]})"
+    parts = {"CLIPVisionCfg": " in vision_cfg", "CLIPTextCfg": " in text_cfg", "MultimodalCfg": " in multimodal_cfg"}
+    kind = getattr(open_clip, found[1], None)
+    near = difflib.get_close_matches(found[2], inspect.signature(kind).parameters if kind else (), n=1)
+    meant = f"; did you mean {near[0]}?" if near else "; drop it"
+    return f"{source}: unknown key {found[2]}{parts.get(found[1], '')}{meant}"
 
 
 def local_weights(name: str) -> str | None:

@@ -8,6 +8,7 @@ from pickle import UnpicklingError
 from unittest import mock
 
 from openclip_ext.errors import UserError
+from openclip_ext.upstream.models import config_error
 from openclip_ext.upstream.weights import brings_weights, check_weights, weights_error
 
 #: Class names of the blocks that the towers of its models repeat, timm's and Hugging Face's included.
@@ -15,6 +16,15 @@ BLOCKS = frozenset(
     {"ResidualAttentionBlock", "CustomResidualAttentionBlock", "Block", "EvaBlock", "ConvNeXtBlock",
      "SwinTransformerBlock", "RobertaLayer", "XLMRobertaLayer"}
 )  # fmt: skip
+
+
+#: Flags that our loop does not take, and what to do instead.
+REFUSED = {
+    "horovod": "start several processes with accelerate launch or torchrun",
+    "trace": "it is for inference; trace the exported checkpoint",
+    "torchscript": "use --torchcompile, or script the exported checkpoint",
+    "use_bnb_linear": "train without it",
+}
 
 
 class _ParserFound(Exception):
@@ -43,14 +53,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fill_optimizer_defaults(args: argparse.Namespace) -> None:
-    """Set lr, betas and eps that were not given, as OpenCLIP does: by the model's name, for AdamW only."""
+def require_supported(args: argparse.Namespace) -> None:
+    """Raises UserError: a flag that this version's own loop understands and ours does not."""
+    for name, remedy in REFUSED.items():
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: {remedy}")
+
+
+def optimizer_defaults(args: argparse.Namespace) -> dict[str, float]:
+    """lr, betas and eps where they were not given, as OpenCLIP has them: by the model's name, for AdamW only."""
     from open_clip_train.params import get_default_params
 
-    if "timm" not in args.opt:
-        for name, value in get_default_params(args.model).items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+    if "timm" in args.opt:
+        return {}
+    return {name: value for name, value in get_default_params(args.model).items() if getattr(args, name) is None}
 
 
 def create_model(args: argparse.Namespace, device, *, logit_bias: bool, require_weights: bool = False):
@@ -98,6 +114,8 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool, require_
         )
     except (RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError, UnpicklingError) as error:
         raise UserError(_model_error(args, error)) from error
+    except TypeError as error:
+        raise UserError(config_error(args, error)) from error
     if args.lock_image:
         model.lock_image_tower(
             unlocked_groups=args.lock_image_unlocked_groups, freeze_bn_stats=args.lock_image_freeze_bn_stats

@@ -4,15 +4,10 @@ import argparse
 
 from openclip_ext.errors import UserError
 from openclip_ext.upstream import v3
+from openclip_ext.upstream.flags import Role, role_of
 
 BLOCKS = v3.BLOCKS | {"ModernTextBlock"}
-
-#: New flags by the beginning of their names: what they ask of OpenCLIP's own loop or data that ours does not do.
-_NOT_HERE = (
-    "audio_", "pretrained_audio", "naflex_", "use_naflex", "force_naflex", "bucket_", "length_bucketing", "fsdp",
-    "image_key", "text_key", "json_text_key", "text_pad_multiple", "max_image_pixels", "torchcompile_", "val_retrieval",
-    "train_loss_ema", "log_metric", "text_pooler",
-)  # fmt: skip
+optimizer_defaults = v3.optimizer_defaults
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,11 +17,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fill_optimizer_defaults(args: argparse.Namespace) -> None:
-    """As for version 3. Raises UserError: a new flag that only OpenCLIP's own loop understands."""
-    v3.fill_optimizer_defaults(args)
+def require_supported(args: argparse.Namespace) -> None:
+    """As for version 3. Raises UserError: a new flag too that only OpenCLIP's own loop understands."""
+    v3.require_supported(args)
     for action in v3.build_parser()._actions:
-        if action.dest.startswith(_NOT_HERE) and getattr(args, action.dest) != action.default:
+        if role_of(action.dest) is Role.FOREIGN and getattr(args, action.dest) != action.default:
             raise UserError(
                 f"{action.option_strings[0]}: is for OpenCLIP's own loop; drop it, or train there with --loss after: "
                 "openclip-ext patch apply"

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import tarfile
 import types
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -506,3 +507,12 @@ def test_a_wrong_input_is_one_line(refused, bad, digit_folders, monkeypatch, fla
     line = refused(*(str(digit_folders) if flag == "DIGITS" else flag for flag in flags))
     assert line.startswith("openclip-ext: ") and message in line
     assert not os.path.exists("was_run") and not os.path.exists("eval.json")
+
+
+def test_a_model_config_with_an_unknown_key_is_one_line(by_hand, model_config, tmp_path, val_shards, capsys):
+    config = tmp_path / "wrong.json"
+    config.write_text(Path(model_config).read_text().replace('"layers"', '"laiers"', 1))
+    command = ["eval", "--pretrained", str(by_hand / "checkpoints" / "epoch_1.pt"), "--retrieval", val_shards]
+    assert main([*command, "--model", "wrong", "--model-config", str(config)]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("openclip-ext: the config of --model wrong: unknown key laiers in vision_cfg; did you mean")

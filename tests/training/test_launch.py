@@ -31,7 +31,7 @@ def test_two_processes_equal_one_with_twice_the_batch(train_flags, tmp_path, two
     assert main(train_flags(*flags, "--batch-size", 32, "--name", "one")) == 0
     result = launch(launcher, train_flags(*flags, "--batch-size", 16, "--name", "two"))
     assert result.returncode == 0, result.stderr
-    assert "2 process(es) on cpu" in (tmp_path / "logs" / "two" / "out.log").read_text()
+    assert "2 processes on cpu" in (tmp_path / "logs" / "two" / "out.log").read_text()
     curves = []
     for name in ("one", "two"):
         rows = (tmp_path / "logs" / name / "metrics.jsonl").read_text().splitlines()

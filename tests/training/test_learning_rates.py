@@ -84,13 +84,13 @@ def test_a_tower_whose_order_is_not_known_is_refused_for_decay_only():
 @pytest.mark.parametrize("opt", ["adamw", "timm/lamb", "timm/lookahead_adamw"])
 def test_rates_are_the_schedules_times_tower_and_depth(train_flags, deep, opt):
     flags = ("--lr", 0.01, "--visual-lr", 0.002, "--layer-decay", 0.5, "--text-layer-decay", 0.1, "--opt", opt)
-    args = parse_args(train_flags(*flags, *deep, "--epochs", 2)[1:])
+    config = parse_args(train_flags(*flags, *deep, "--epochs", 2)[1:])
     open_clip.add_model_config(deep[-1])
     model = open_clip.create_model("deep-test")
-    optimizer = upstream.create_optimizer(args, model)
+    optimizer = upstream.create_optimizer(config.flags, model)
     plain = [(p, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
-    scale_learning_rates(args, model, optimizer)
-    schedule = scaled(upstream.create_schedule(args, optimizer, steps_per_epoch=10), optimizer)
+    scale_learning_rates(config, model, optimizer)
+    schedule = scaled(upstream.create_schedule(config.flags, optimizer, steps_per_epoch=10), optimizer)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decays) == len(plain) and all(decays[id(p)] == decay for p, decay in plain)
     for step in (0, 7, 7, 19):

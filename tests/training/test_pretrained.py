@@ -142,10 +142,10 @@ def test_a_tag_without_network_is_one_line(monkeypatch, train_flags, tmp_path, c
 
 
 def test_weights_that_bring_their_architecture_need_no_model():
-    args = parse_args(["--pretrained", "local-dir:some", "--train-data", "shards"])
-    assert args.model == "local-dir:some" and not args.pretrained
-    args = parse_args(["--pretrained", "local-dir:some", "--model=RN50", "--train-data", "shards"])
-    assert args.model == "RN50" and args.pretrained == "local-dir:some"  # refused when the model is made
+    config = parse_args(["--pretrained", "local-dir:some", "--train-data", "shards"])
+    assert config.model == "local-dir:some" and not config.flags.pretrained
+    config = parse_args(["--pretrained", "local-dir:some", "--model=RN50", "--train-data", "shards"])
+    assert config.model == "RN50" and config.flags.pretrained == "local-dir:some"  # refused when the model is made
 
 
 def test_a_model_config_alone_names_the_model():

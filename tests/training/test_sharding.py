@@ -60,7 +60,7 @@ def rows(run, name="metrics.jsonl"):
 
 
 def column(run, key):
-    return [row[key] for row in rows(run)]
+    return [row[key] for row in rows(run) if "kind" not in row]
 
 
 ADAPTED = "--loss-arg draws=2 --lora r=2 --ema 0.8 --warm-start-pass"

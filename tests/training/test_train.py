@@ -16,8 +16,13 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def steps(tmp_path, name="run"):
+    """Rows of training, without those of validation."""
+    return [row for row in lines(tmp_path / "logs" / name / "metrics.jsonl") if "kind" not in row]
+
+
 def losses(tmp_path, name="run"):
-    return [row["contrastive_loss"] for row in lines(tmp_path / "logs" / name / "metrics.jsonl")]
+    return [row["contrastive_loss"] for row in steps(tmp_path, name)]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -39,14 +44,16 @@ def test_a_run_writes_what_it_promises(train_flags, tmp_path, val_shards, capsys
     assert main(train_flags("--loss", "gamma_decomp", "--epochs", 2, "--val-data", val_shards)) == 0
     run = tmp_path / "logs" / "run"
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"epoch_1.pt", "epoch_2.pt", "results.jsonl"}
-    row = lines(run / "metrics.jsonl")[-1]
+    row = steps(tmp_path)[-1]
     assert {"step", "epoch", "loss", "contrastive_loss", "gamma", "first_visits", "lr", "logit_scale",
             "samples_per_second"} <= row.keys()  # fmt: skip
     assert row["step"] == 15 and row["first_visits"] == 0 and row["loss"] == row["contrastive_loss"]
     results = lines(run / "checkpoints" / "results.jsonl")
     assert [result["epoch"] for result in results] == [1, 2] and results[0]["num_samples"] == 50
     assert "loss: gamma_decomp" in (run / "params.txt").read_text()
-    assert "after epoch 2" in (run / "out.log").read_text() and "contrastive_loss" in capsys.readouterr().err
+    validation = [row for row in lines(run / "metrics.jsonl") if "kind" in row]
+    assert validation == [{"kind": "validation", "step": 8 * row["epoch"], **row} for row in results]
+    assert "after epoch 2" in (run / "out.log").read_text() and "after epoch 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loss", ["clip", "gamma_decomp", "emc2"])
@@ -74,7 +81,7 @@ def test_a_checkpoint_loads_in_openclip(train_flags, tmp_path, model_config):
     assert main(train_flags("--loss", "gamma_decomp")) == 0
     path = tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt"
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint.keys() == {"epoch", "name", "state_dict", "optimizer", "loss"}
+    assert checkpoint.keys() == {"epoch", "name", "state_dict", "optimizer", "loss", "loss_name"}
     assert len(checkpoint["optimizer"]["param_groups"]) == 2
     model = open_clip.create_model("tiny-test", pretrained=str(path))
     torch.testing.assert_close(model.state_dict(), checkpoint["state_dict"])
@@ -272,7 +279,7 @@ BAD = [
     (["--caption-separator", ""], "--caption-separator: must not be empty"),
     (["--loss-term", "a=1", "--loss-term", "a=2"], "a is given twice"),
     (["--train-data", "/nowhere/{0..3}.tar"], "--train-data /nowhere/{0..3}.tar: no shard matches"),
-    (["--workers", "9"], "--workers 9: 1 process(es) need at least 9 shards and there are 4; use --workers 4"),
+    (["--workers", "9"], "--workers 9: takes at least 9 shards for 1 process, and there are 4; use --workers 4"),
     (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
     (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
     (["--batch-size", "500"], "--batch-size 500: a data worker of rank 0 finds only 256 usable samples"),
@@ -325,9 +332,11 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(train_flags, tmp_path
     assert main(train_flags("--loss", "gamma_decomp")) == 0
     checkpoint = tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt"
     flags = ("--resume", checkpoint, "--epochs", 2, "--name", "second")
-    assert main(train_flags(*flags, "--model", "ViT-B-32")) == 2
+    assert main(train_flags(*flags, "--loss", "gamma_decomp", "--model", "ViT-B-32")) == 2
     assert "not a checkpoint of --model ViT-B-32" in capsys.readouterr().err
-    assert main(train_flags(*flags, "--loss", "sogclr")) == 2
+    content = torch.load(checkpoint)
+    torch.save({key: value for key, value in content.items() if key != "loss_name"}, tmp_path / "nameless.pt")
+    assert main(train_flags("--resume", tmp_path / "nameless.pt", "--name", "second", "--loss", "sogclr")) == 2
     assert "its loss state does not fit --loss and the data" in capsys.readouterr().err
     assert main(train_flags(*flags, "--loss", "gamma_decomp", "--train-data", f"{shards}::{val_shards}")) == 2
     assert "(2, 256) in the checkpoint, (2, 306) now" in capsys.readouterr().err
@@ -337,7 +346,7 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(train_flags, tmp_path
     assert main(train_flags("--resume", tmp_path / "text.pt", "--name", "second")) == 2
     assert "not a checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "logs" / "second").exists()
-    assert main(train_flags(*flags, "--loss", "clip")) == 0
+    assert main(train_flags(*flags, "--loss", "clip", "--resume-other-loss")) == 0
 
 
 def test_a_name_in_use_is_refused(train_flags, capsys):

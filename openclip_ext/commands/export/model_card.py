@@ -10,11 +10,7 @@ from openclip_ext.report.run_files import Row, RunFiles
 from openclip_ext.report.tables import markdown_table
 from openclip_ext.training.flags import build_parser
 
-#: Parameters that say how the run was trained, in the order of the card.
-TRAINING = ("loss", "loss_arg", "loss_term", "epochs", "batch_size", "accum_freq", "lr", "wd", "warmup", "opt",
-            "lr_scheduler", "layer_decay", "image_lr", "text_lr", "lora", "ema", "warm_start_pass", "precision",
-            "seed")  # fmt: skip
-_NOT_GIVEN = (None, [], (), False)
+_NOT_GIVEN: tuple[Any, ...] = (None, [], (), False)
 PACKAGES = ("openclip-ext", "open_clip_torch", "torch")
 
 
@@ -51,7 +47,8 @@ def _description(model: LoadedModel, params: Params) -> str:
 
 def _details(model: LoadedModel, params: Params, weights: str) -> dict[str, Any]:
     flags, changes = params.flags, params.changes()
-    training = [key for key in TRAINING if key in changes or flags.get(key) not in _NOT_GIVEN]
+    wanted = upstream.flags_with(upstream.Role.TRAINING)
+    training = [key for key in wanted if key in changes or flags.get(key) not in _NOT_GIVEN]
     details = {
         "Architecture": model.name,
         "Training data": changes.get("train_data", flags.get("train_data")),

@@ -20,7 +20,7 @@ from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.data.table import Table, csv_table
-from openclip_ext.errors import UserError
+from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.feature_cache import require_finite
 from openclip_ext.evaluation.flags import caption_format, csv_columns, require_loading
 from openclip_ext.evaluation.loading import LoadedModel, choose_device, load_model, local_file
@@ -166,7 +166,7 @@ def _encode(
     report_skips(skipped, label)
     if count < 2:
         raise UserError(
-            f"--data {args.data}: {count} usable pair(s), and at least 2 are needed; look at shards with: "
+            f"--data {args.data}: {counted(count, 'usable pair')}, and at least 2 are needed; look at shards with: "
             "openclip-ext shards check"
         )
     features = {name: torch.cat(rows)[:limit] for name, rows in parts.items()}

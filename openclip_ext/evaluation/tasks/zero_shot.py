@@ -33,17 +33,32 @@ def add_arguments(group) -> None:
         group.add_argument(
             f"--{name.replace('_', '-')}", metavar="FOLDER", help=f"{title}: a folder per class, named by wnid or index"
         )
-    group.add_argument(
-        "--classes",
-        choices=["present", "all"],
-        help="what an image may be taken for where a folder has a part of ImageNet's classes: those in the folder, or "
-        "all 1,000 (default: present for ImageNet-A, -R and -O; the others must have all)",
-    )
+    add_classes_argument(group, "present for ImageNet-A, -R and -O; the others must have all")
     for num_classes in CIFAR:
         group.add_argument(
             f"--cifar{num_classes}", metavar="FOLDER",
             help=f"CIFAR-{num_classes}'s test images in torchvision's files",
         )  # fmt: skip
+    add_labelled_arguments(group)
+    group.add_argument(
+        "--clip-benchmark", action="append", default=[], metavar="NAME=FOLDER",
+        help="a classification set that clip_benchmark knows, and where it is or is to be kept; repeatable; needs "
+        "openclip-ext[eval]",
+    )  # fmt: skip
+
+
+def add_classes_argument(group, default: str) -> None:
+    """`--classes`, of ImageNet's folders; `default` in words."""
+    group.add_argument(
+        "--classes",
+        choices=["present", "all"],
+        help="what an image may be taken for where a folder has a part of ImageNet's classes: those in the folder, or "
+        f"all 1,000 (default: {default})",
+    )
+
+
+def add_labelled_arguments(group) -> None:
+    """`--zero-shot`, and how its classes are said in words."""
     group.add_argument(
         "--zero-shot", action="append", default=[], metavar="DATA",
         help="any other set: a folder per class, or shards of a picture and a cls file per sample; repeatable",
@@ -57,22 +72,27 @@ def add_arguments(group) -> None:
         help="a template per line for --zero-shot, with {} for the class; or openai or simple, OpenCLIP's 80 or 7 "
         "(default: its zeroshot_classification_templates.txt, or openai)",
     )  # fmt: skip
-    group.add_argument(
-        "--clip-benchmark", action="append", default=[], metavar="NAME=FOLDER",
-        help="a classification set that clip_benchmark knows, and where it is or is to be kept; repeatable; needs "
-        "openclip-ext[eval]",
-    )  # fmt: skip
+
+
+def require_words_have_a_set(zero_shot: Sequence[str], class_names: str | None, templates: str | None) -> None:
+    """Raises UserError: `--class-names` or `--templates` without the one set that it is for."""
+    for flag, value in (("--class-names", class_names), ("--templates", templates)):
+        if value and not zero_shot:
+            raise UserError(f"{flag} {value}: is for --zero-shot; add one, or drop the flag")
+    if class_names and len(zero_shot) > 1:
+        raise UserError(
+            f"--class-names {class_names}: is for one --zero-shot; put a classnames.txt into each folder instead"
+        )
+
+
+def set_name(path: str) -> str:
+    """What a set of `--zero-shot` is called: as its folder."""
+    return Path(path if os.path.isdir(path) else os.path.dirname(path)).resolve().name
 
 
 def tasks(args: argparse.Namespace) -> list["ZeroShotTask"]:
     """What the flags ask for. Raises UserError: a path that does not fit."""
-    for flag, value in (("--class-names", args.class_names), ("--templates", args.templates)):
-        if value and not args.zero_shot:
-            raise UserError(f"{flag} {value}: is for --zero-shot; add one, or drop the flag")
-    if args.class_names and len(args.zero_shot) > 1:
-        raise UserError(
-            f"--class-names {args.class_names}: is for one --zero-shot; put a classnames.txt into each folder instead"
-        )
+    require_words_have_a_set(args.zero_shot, args.class_names, args.templates)
     from openclip_ext.evaluation.datasets.imagenet import imagenet_folder
     from openclip_ext.evaluation.datasets.labelled_sets import cifar, clip_benchmark_set, labelled_set
 
@@ -92,9 +112,7 @@ def tasks(args: argparse.Namespace) -> list["ZeroShotTask"]:
             raise UserError(f"--clip-benchmark {given}: give the set and its folder, such as pets=data/pets")
         sets.append((name, path, clip_benchmark_set(name, path, "--clip-benchmark")))
     for path in args.zero_shot:
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        labelled = labelled_set(path, "--zero-shot", args.class_names, args.templates)
-        sets.append((Path(folder).resolve().name, path, labelled))
+        sets.append((set_name(path), path, labelled_set(path, "--zero-shot", args.class_names, args.templates)))
     classifiers: dict[Any, _Classifier] = {}
     found = []
     for name, path, labelled in sets:

@@ -1,0 +1,93 @@
+"""Which checkpoints a run keeps."""
+
+import math
+import os
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from openclip_ext.errors import UserError
+from openclip_ext.files import LATEST
+from openclip_ext.training.checkpoint import save_checkpoint
+from openclip_ext.training.config import RunConfig
+from openclip_ext.training.evaluator import metric_names
+from openclip_ext.training.log import logger
+from openclip_ext.training.loop import Trainer
+
+BEST = "best.pt"
+#: Metrics that are best where they are least end so.
+_LOWER_IS_BETTER = ("loss", "_rank")
+
+
+def require_metric(config: RunConfig) -> None:
+    """Raises UserError: `--save-best` names what will not be measured, or two measured sets have one name."""
+    names = metric_names(config)
+    if config.save_best and config.save_best not in names:
+        there = f"there are {', '.join(names)}" if names else "add --val-data, --imagenet-val or --zero-shot"
+        raise UserError(f"--save-best {config.save_best}: this run measures no such thing; {there}")
+
+
+class Keeper:
+    """Writes and removes a run's checkpoints as flags say. All ranks take part; the first one writes.
+
+    Args:
+        config: `--save-frequency`, `--save-most-recent`, `--save-best`, `--delete-previous-checkpoint`.
+        trainer: what a checkpoint holds.
+        folder: the run's.
+        best: what the checkpoint that the run goes on from says of the best one; None: nothing.
+    """
+
+    def __init__(self, config: RunConfig, trainer: Trainer, folder: str, best: dict[str, Any] | None = None) -> None:
+        self.config, self.trainer = config, trainer
+        self.main = trainer.accelerator.is_main_process
+        self.folder = os.path.join(folder, "checkpoints")
+        still_there = best and best["metric"] == config.save_best and os.path.exists(os.path.join(self.folder, BEST))
+        self.best = best if still_there else None
+
+    def keep(self, epoch: int, last: bool, metrics: dict[str, float]) -> None:
+        """After `epoch` completed epochs, and what was measured then on the first rank, if anything."""
+        config, targets = self.config, []
+        if self._is_best(epoch, metrics):
+            targets.append(BEST)
+        if last or (config.save_frequency > 0 and epoch % config.save_frequency == 0):
+            targets.append(f"epoch_{epoch}.pt")
+        if config.save_most_recent:
+            targets.append(LATEST)
+        for target in targets:
+            self._save(target, epoch)
+        if self.best and BEST in targets:
+            logger.info("best so far: %s %.4f after epoch %d, kept as %s", *self.best.values(), BEST)
+        previous = os.path.join(self.folder, f"epoch_{epoch - 1}.pt")
+        if self.main and config.delete_previous_checkpoint and targets != [BEST] and os.path.exists(previous):
+            os.remove(previous)
+
+    def _is_best(self, epoch: int, metrics: dict[str, float]) -> bool:
+        """On all ranks, as the first one finds."""
+        metric = self.config.save_best
+        if metric is None:
+            return False
+        value = metrics.get(metric, math.nan)
+        sign = -1 if metric.endswith(_LOWER_IS_BETTER) else 1
+        better = not math.isnan(value) and (self.best is None or sign * value > sign * self.best["value"])
+        found = {"metric": metric, "value": value, "epoch": epoch} if better else None
+        if self.trainer.accelerator.num_processes > 1:
+            (found,) = broadcast_object_list([found])
+        self.best = found or self.best
+        return found is not None
+
+    def _save(self, name: str, epoch: int) -> None:
+        trainer = self.trainer
+        save_checkpoint(
+            os.path.join(self.folder, name) if self.main else None,
+            epoch=epoch,
+            name=self.config.name,
+            model=trainer.module,
+            optimizer=trainer.optimizer,
+            scaler=trainer.accelerator.scaler,
+            loss=trainer.loss,
+            keys=trainer.keys,
+            average=trainer.average,
+            adapters=trainer.adapters,
+            distributed=trainer.accelerator.num_processes > 1,
+            notes={"loss_name": self.config.loss} | ({"best": self.best} if self.best else {}),
+        )

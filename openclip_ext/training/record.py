@@ -1,0 +1,76 @@
+"""What a run records of itself: versions, flags, and which flags changed at which step."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from openclip_ext import upstream
+from openclip_ext.errors import UserError
+from openclip_ext.files import write_json
+
+TEXT, JSON = "params.txt", "params.json"
+PACKAGES = ("openclip-ext", "open_clip_torch", "torch", "accelerate", "webdataset", "timm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a run's `params.json` holds, beside versions of packages.
+
+    Attributes:
+        flags: every flag by its name, as they were last.
+        history: changes by resuming, in order: `epoch` (completed ones), `step` (optimizer steps taken), and `changed`
+            (flag to [value before, value since]).
+    """
+
+    flags: dict[str, Any]
+    history: list[dict] = dataclasses.field(default_factory=list)
+
+    def as_of(self, epoch: int) -> "Record":
+        """How it was before the run first went on from this epoch: what it did from there on is about to be redone."""
+        flags = dict(self.flags)
+        for entry in reversed(self.history):
+            if entry["epoch"] >= epoch:
+                flags |= {name: before for name, (before, _) in entry["changed"].items()}
+        return Record(flags, [entry for entry in self.history if entry["epoch"] < epoch])
+
+    def changes(self, flags: Mapping[str, Any]) -> dict[str, list]:
+        """[value before, value now] of the flags that differ, bookkeeping aside; those that only one side knows do not
+        count."""
+        now = _as_json(flags)
+        return {
+            name: [before, now[name]]
+            for name, before in self.flags.items()
+            if name in now and now[name] != before and upstream.role_of(name) is not upstream.Role.BOOKKEEPING
+        }
+
+    def write(self, folder: str) -> None:
+        """Write `params.json`, and `params.txt` as OpenCLIP does: a line for each flag and version."""
+        versions = {name: version(name) for name in PACKAGES}
+        write_json({"versions": versions, "flags": self.flags, "history": self.history}, os.path.join(folder, JSON))
+        with open(os.path.join(folder, TEXT), "w") as file:
+            file.writelines(f"{name}: {value}\n" for name, value in sorted((versions | self.flags).items()))
+
+
+def read_record(folder: str) -> Record | None:
+    """What a run recorded; None where its folder holds no `params.json`, as OpenCLIP's own.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = os.path.join(folder, JSON)
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path) as file:
+            content = json.load(file)
+        return Record(content["flags"], content["history"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as the record of a run ({error}); repair or remove it") from error
+
+
+def _as_json(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from a file."""
+    return json.loads(json.dumps(dict(flags)))

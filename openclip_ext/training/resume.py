@@ -1,0 +1,91 @@
+"""What `--resume` names, and what is different from the run it is from."""
+
+import dataclasses
+import os
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from openclip_ext.errors import UserError
+from openclip_ext.files import latest_checkpoint
+from openclip_ext.training.checkpoint import Checkpoint, load_checkpoint
+from openclip_ext.training.config import RunConfig
+from openclip_ext.training.record import Record, read_record
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """A checkpoint to go on from.
+
+    Attributes:
+        checkpoint: without the state of its loss where that is to start anew.
+        record: what its run recorded, as of the checkpoint; None: nothing.
+    """
+
+    checkpoint: Checkpoint
+    record: Record | None
+
+    @property
+    def has_loss_state(self) -> bool:
+        return bool(self.checkpoint.content.get("loss"))
+
+    def with_loss(self, config: RunConfig) -> "Resumed":
+        """Ready for the loss of the flags.
+
+        Raises:
+            UserError: it is another than the checkpoint's, and `--resume-other-loss` is not given.
+        """
+        content = self.checkpoint.content
+        name = content.get("loss_name") or (self.record and self.record.flags.get("loss"))
+        if "epoch" not in content or name in (None, config.loss):
+            return self
+        if not config.resume_other_loss:
+            raise UserError(
+                f"--resume {config.resume} --loss {config.loss}: the checkpoint's loss is {name}; use that, or add "
+                "--resume-other-loss to go on without its memory"
+            )
+        kept = {key: value for key, value in content.items() if key not in ("loss", "loss_optimizer")}
+        return dataclasses.replace(self, checkpoint=dataclasses.replace(self.checkpoint, content=kept))
+
+    def changes(self, flags: dict[str, Any]) -> dict[str, list]:
+        """See `Record.changes`; none where nothing is recorded."""
+        return self.record.changes(flags) if self.record else {}
+
+
+def find_resumed(config: RunConfig, folder: str | None, accelerator: Accelerator) -> Resumed | None:
+    """What `--resume` names; None where it names nothing, or the latest checkpoint of a run that has none yet.
+
+    The first rank says which is the latest, and what was recorded: another machine's disk may not show it.
+
+    Raises:
+        UserError: no such file, or not a checkpoint.
+    """
+    path = config.resume
+    if path == "latest":
+        assert folder is not None
+        path = latest_checkpoint(os.path.join(folder, "checkpoints"), config.save_most_recent)
+        path = _of_first_rank(path, accelerator)
+        if path is None and config.remote_sync:
+            raise UserError(f"--resume latest: {folder} holds no checkpoint; copy it from --remote-sync first")
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path)
+    run = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    record = _of_first_rank(read_record(run) if accelerator.is_main_process else None, accelerator)
+    return Resumed(checkpoint, record and record.as_of(checkpoint.epoch))
+
+
+def _of_first_rank(value: Any, accelerator: Accelerator) -> Any:
+    if accelerator.num_processes > 1:
+        (value,) = broadcast_object_list([value])
+    return value
+
+
+def say_changes(resume: str | None, changed: dict[str, list]) -> list[str]:
+    """A line for the log for each flag that changed."""
+    return [f"--resume {resume}: {name} was {_shown(old)}, is {_shown(new)}" for name, (old, new) in changed.items()]
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else str(value)
