@@ -93,4 +93,4 @@ def _noted_caption_key(folder: str) -> str | None:
         sizes = read_sizes(folder)
     except UserError:  # a broken file, which is about to be written anew
         return None
-    return sizes and sizes.caption_key
+    return sizes.caption_key if sizes else None

@@ -8,7 +8,9 @@ Letters in shapes:
 
 import dataclasses
 import difflib
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +43,7 @@ class LossContext:
 
     Attributes:
         num_samples: N, pairs in the training set; None: not known, which only a loss that does not need it accepts.
-        num_ids: sample ids run from 0 to `num_ids` - 1; above N only where they are hashes. None: N.
+        num_ids: sample ids run from 0 to `num_ids` - 1, where that is not N. None: N.
         rank: of this process.
         world_size: number of processes.
         device: where the loss's state is kept.
@@ -55,13 +57,19 @@ class LossContext:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     widths: Widths | None = None
 
-    def __post_init__(self) -> None:
-        if self.num_ids is None:
-            object.__setattr__(self, "num_ids", self.num_samples)
-
     def log_negatives(self, negatives: int = 0) -> float:
         """log K for K `negatives` in the target loss; 0: all others of the training set, N - 1."""
-        return math.log(negatives or self.num_samples - 1)
+        return math.log(negatives or self.require_num_samples() - 1)
+
+    def require_num_samples(self) -> int:
+        """N. Raises UserError: it is not known."""
+        if self.num_samples is None:
+            raise UserError("the number of pairs in the training set is not known: give create_loss(…, num_samples=N)")
+        return self.num_samples
+
+    def require_num_ids(self) -> int:
+        """How many ids there are. Raises UserError: it is not known."""
+        return self.require_num_samples() if self.num_ids is None else self.num_ids
 
 
 class Loss(nn.Module):
@@ -88,18 +96,16 @@ class Loss(nn.Module):
             if near != name and not hasattr(super(cls, cls), name):
                 raise TypeError(f"{cls.__name__}.{name}: no hook of a loss; did you mean {near}?")
 
-    def compute(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **extra: Tensor
-    ) -> dict[str, Tensor]:
+    def _compute(self, *features: Tensor, **extra: Tensor) -> dict[str, Tensor]:
         """Losses, whose names end in `_loss` and which are summed, and scalars to report.
 
-        Args:
-            image_features: (B, D), unit norm.
-            text_features: (B, D), unit norm.
-            logit_scale: (), the inverse temperature.
-            **extra: what `openclip_ext.registry.NEEDS` says of the needs of the loss.
+        `compute(image_features, text_features, logit_scale, **extra)`: features (B, D) of unit norm, the inverse
+        temperature (), and as keyword arguments what `openclip_ext.registry.NEEDS` says of the loss's needs.
         """
         raise NotImplementedError(f"{type(self).__name__} has no compute(image_features, text_features, logit_scale)")
+
+    #: Defined by each loss, with the arguments that it needs.
+    compute: Callable[..., dict[str, Tensor]] = _compute
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, output_dict: bool = True,
@@ -120,8 +126,10 @@ class Loss(nn.Module):
     def commit(self) -> None:
         """Called after each optimizer step that was taken: write what `compute` staged. For losses with state."""
 
-    def warm_start(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **extra: Tensor) -> None:
+    def _warm_start(self, *features: Tensor, **extra: Tensor) -> None:
         """Write what a batch tells before training, without gradient; counts as no step. Arguments as of `compute`."""
+
+    warm_start: Callable[..., None] = _warm_start
 
     @property
     def probe(self) -> str | None:
@@ -189,7 +197,7 @@ class PairLoss(Loss):
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, sample_ids: Tensor | None
     ) -> PairBatch:
         """The global batch, with the stored pairs that may join it. A collective call over several ranks."""
-        context, stored = self.context, self.recent and self.recent.joining()
+        context, stored = self.context, None if self.recent is None else self.recent.joining()
         return gather_pairs(
             image_features, text_features, logit_scale, sample_ids, context.rank, context.world_size, stored
         )
@@ -220,7 +228,7 @@ class PairLoss(Loss):
 
     @property
     def probe(self) -> str | None:
-        return self.recent and self.recent.probe
+        return None if self.recent is None else self.recent.probe
 
     @property
     def has_state(self) -> bool:
@@ -233,8 +241,8 @@ class PairLoss(Loss):
 
 
 def total_loss(outputs: dict[str, Tensor]) -> Tensor:
-    """The sum of the entries whose name ends in `_loss`."""
-    return sum(value for name, value in outputs.items() if name.endswith("_loss"))
+    """The sum of the entries whose name ends in `_loss`; there is one."""
+    return functools.reduce(torch.add, (value for name, value in outputs.items() if name.endswith("_loss")))
 
 
 def require_widths(context: LossContext, owner: str, *names: str) -> Widths:
@@ -244,7 +252,7 @@ def require_widths(context: LossContext, owner: str, *names: str) -> Widths:
         UserError: one of `names` is not known; `owner` is what needs it, for the message.
     """
     missing = [name for name in names if getattr(context.widths, name, None) is None]
-    if missing:
+    if missing or context.widths is None:
         wanted = ", ".join(f"{name}_dim=…" for name in missing)
         raise UserError(f"{owner} needs the widths of the model's features: give create_loss(…, {wanted})")
     return context.widths

@@ -24,7 +24,7 @@ class RateLoss(PairLoss):
 
     def __init__(self, options: Any, context: LossContext, placement: Placement | None = None) -> None:
         super().__init__(options, context)
-        self.rates = RateTable(context.num_ids, placement, context.device)
+        self.rates = RateTable(context.require_num_ids(), placement, context.device)
 
     def estimate(self, log_mean: Tensor) -> Tensor:
         """log rho of own anchors, (2, B), from the log of their mean ratio."""

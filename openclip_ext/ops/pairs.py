@@ -66,10 +66,16 @@ class PairBatch:
         """Whether an own anchor and a column are one sample, (B, G): those are no negatives."""
         return self.ids[:, None] == self.all_ids
 
+    @property
+    def joined(self) -> StoredPairs:
+        """The stored pairs, where there are some."""
+        assert self.stored is not None
+        return self.stored
+
     @cached_property
     def same_stored(self) -> Tensor:
         """Whether an own pair and a stored one are one sample, (B, S)."""
-        return self.ids[:, None] == self.stored.ids
+        return self.ids[:, None] == self.joined.ids
 
     @cached_property
     def count(self) -> Tensor:
@@ -95,7 +101,7 @@ class PairBatch:
     @torch.no_grad()
     def stored_scores(self) -> tuple[Tensor, Tensor]:
         """Scores of own images with stored texts, and of own texts with stored images, (B, S) each."""
-        return self.logit_scale * self.image @ self.stored.text.T, self.logit_scale * self.text @ self.stored.image.T
+        return self.logit_scale * self.image @ self.joined.text.T, self.logit_scale * self.text @ self.joined.image.T
 
     @cached_property
     @torch.no_grad()
@@ -112,7 +118,7 @@ class PairBatch:
         now. So no weight made of it is above what it would be in the batch alone, however far features have moved. A
         collective call over several ranks.
         """
-        stored, ranks = self.stored, (1,) * len(self.sizes)
+        stored, ranks = self.joined, (1,) * len(self.sizes)
         # An anchor of direction 0 is a stored image, whose columns are the batch's texts.
         own = torch.stack([_stored_log_sum(self, 1 - direction, dim=0) for direction in range(2)])
         log_sums = torch.cat([gather_rows(own[None], ranks), stored.log_sum.to(own.dtype)[None]])
@@ -223,7 +229,7 @@ def pair_loss(
     def stored_weights():
         if stored_log_weight is None:
             return None
-        stored_factor = stored_log_weight - pairs.stored_standing[1] - pairs.stored.positive
+        stored_factor = stored_log_weight - pairs.stored_standing[1] - pairs.joined.positive
         scores, same = pairs.stored_scores, pairs.same_stored
         on_stored = [_weights(same, scores[d], factor[d][:, None]) for d in range(2)]
         by_stored = [_weights(same, scores[1 - d], stored_factor[d]) for d in range(2)]
@@ -258,7 +264,8 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, logit_scale, value, weights, stored_weights, pairs):
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*_gradients(pairs, *weights(), stored_weights()))
+            as_anchors, as_columns = weights()
+            ctx.save_for_backward(*_gradients(pairs, as_anchors, as_columns, stored_weights()))
         return value.clone()
 
     @staticmethod
@@ -279,8 +286,8 @@ def _gradients(pairs: PairBatch, as_anchors, as_columns, stored_weights) -> tupl
     if stored_weights is not None:
         on_stored, by_stored = stored_weights
         positive = positive + on_stored[0].sum(1) + on_stored[1].sum(1)
-        image_gradient += (on_stored[0] + by_stored[1]) @ pairs.stored.text
-        text_gradient += (on_stored[1] + by_stored[0]) @ pairs.stored.image
+        image_gradient += (on_stored[0] + by_stored[1]) @ pairs.joined.text
+        text_gradient += (on_stored[1] + by_stored[0]) @ pairs.joined.image
         gaps = zip(on_stored, pairs.stored_scores, strict=True)
         scale_gradient = scale_gradient + sum((weights * scores).sum() for weights, scores in gaps) / pairs.logit_scale
     image_gradient -= positive[:, None] * pairs.text

@@ -1,6 +1,7 @@
 """The picture of `openclip-ext report`: differences to the first row, scores, and curves of what can be compared."""
 
 import dataclasses
+from typing import Any
 
 import matplotlib.ticker
 import numpy as np
@@ -170,7 +171,12 @@ def _limits(points: np.ndarray, estimates: list[Estimate]) -> tuple[float, float
 def _draw_chance(axes: Axes, chance: float, low: float, high: float) -> tuple[float, float]:
     """A dashed line, for which the limits give way a little; where it is far outside, a word at the edge."""
     reach = 0.35 * (high - low)
-    style = {"color": "0.45", "fontsize": "x-small", "va": "top", "transform": axes.get_xaxis_transform()}
+    style: dict[str, Any] = {
+        "color": "0.45",
+        "fontsize": "x-small",
+        "va": "top",
+        "transform": axes.get_xaxis_transform(),
+    }
     if low - reach <= chance <= high + reach:
         low, high = min(low, chance - 0.1 * reach), max(high, chance + 0.1 * reach)
         axes.axvline(chance, color="0.45", linestyle="--", linewidth=1.1, zorder=0)

@@ -8,6 +8,7 @@ features were, which makes the model move faster. So freshness is measured: the 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +34,20 @@ class RecentPairs(nn.Module):
         device: where the module is.
     """
 
+    image: Tensor
+    text: Tensor
+    ids: Tensor
+    log_sum: Tensor
+    count: Tensor
+    positive: Tensor
+    clock: Tensor
+    error: Tensor
+
     def __init__(self, num_steps: int, check_every: int, limit: float, device: torch.device) -> None:
         super().__init__()
         self.num_steps, self.check_every, self.limit = num_steps, check_every, limit
         self.ages = [2**power for power in range(num_steps.bit_length()) if 2**power < num_steps] + [num_steps]
-        self._allocate(0, 0, torch.float32, device)
+        self._allocate((0, 0), torch.float32, device)
         # Of the host, which decides by it, and in `clock` of the state: steps committed, steps held, step at which the
         # check under way began (-1: none), ages it has passed, and the age up to which stored steps may join.
         self.steps, self.held, self.began, self.passed, self.usable = 0, 0, -1, 0, 0
@@ -71,7 +81,7 @@ class RecentPairs(nn.Module):
     def visit(self, pairs: PairBatch, log_mean: Tensor, image_again: Tensor | None, text_again: Tensor | None) -> None:
         """Stage the global batch, and check freshness where the loop has encoded again what it kept."""
         self.stage(pairs, log_mean)
-        if self.probe == "encode" and image_again is not None:
+        if self.probe == "encode" and image_again is not None and text_again is not None:
             self.check(pairs, image_again, text_again)
 
     @torch.no_grad()
@@ -120,7 +130,7 @@ class RecentPairs(nn.Module):
         rows, self._staged = self._staged, None
         asked, features = self.probe, rows["image"]
         if self.image.shape[1:] != features.shape:
-            self._allocate(*features.shape, features.dtype, features.device)
+            self._allocate(features.shape, features.dtype, features.device)
             self.held, self.usable, asked = 0, 0, "keep"
         for name, value in rows.items():
             getattr(self, name)[self.steps % self.num_steps].copy_(value)
@@ -154,8 +164,8 @@ class RecentPairs(nn.Module):
         used = {"recent_batches_used": torch.tensor(float(min(self.usable, self.held)))}
         return used | {f"recent_error_{age}": torch.tensor(error) for age, error in self.errors.items()}
 
-    def _allocate(self, size: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        steps = self.num_steps
+    def _allocate(self, shape_of_step: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        steps, (size, width) = self.num_steps, shape_of_step
         if size:
             number = dtype.itemsize
             needed = steps * size * (2 * width * number + 4 * number + 8 + number)
@@ -177,7 +187,7 @@ class RecentPairs(nn.Module):
         if "clock" in saved:
             steps, held, began, passed, usable = saved["clock"].tolist()
             kept = min(held, self.num_steps)
-            self._allocate(*saved["image"].shape[1:], saved["image"].dtype, self.clock.device)
+            self._allocate(saved["image"].shape[1:], saved["image"].dtype, self.clock.device)
             for step in range(steps - kept, steps):
                 for name in _ROWS:
                     getattr(self, name)[step % self.num_steps] = saved[name][step % len(saved[name])]

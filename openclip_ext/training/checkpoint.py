@@ -178,7 +178,7 @@ class Checkpoint:
                 f"--resume {self.path}: its loss does not know samples by --sample-id {sample_id}; use the one it was "
                 f"trained with, or start from its weights with --pretrained {self.path}"
             )
-        if hash_ids is not None:
+        if hash_ids is not None and hashes is not None:
             hash_ids(hashes)
 
     def optimizer_state(self, optimizer) -> tuple[dict, list[str]]:

@@ -53,7 +53,7 @@ def training_data(config: RunConfig, plan: ObjectivePlan) -> TrainingData | None
     elif kind == "csv":
         table = csv_table(config.train_data, config.csv_img_key, config.csv_caption_key, config.csv_separator)
     else:
-        return _shard_data(config, wanted)
+        return _shard_data(config, config.train_data, wanted)
     return TrainingData(table, len(table), len(table), len(table), wanted and "index")
 
 
@@ -63,8 +63,8 @@ def _dataset_type(path: str | None, given: str, flag: str) -> str:
     return "csv" if path and path.endswith((".csv", ".tsv")) else "webdataset"
 
 
-def _shard_data(config: RunConfig, wanted: str | None) -> TrainingData:
-    listing = list_shards(config.train_data, config.train_data_upsampling_factors)
+def _shard_data(config: RunConfig, sources: str, wanted: str | None) -> TrainingData:
+    listing = list_shards(sources, config.train_data_upsampling_factors)
     require_caption_key(listing.urls, config.caption_key)
     num_samples = config.train_num_samples or listing.length
     index = "openclip-ext shards index " + (os.path.dirname(listing.urls[0]) or ".")

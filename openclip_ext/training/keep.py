@@ -80,7 +80,7 @@ class Keeper:
         save_checkpoint(
             os.path.join(self.folder, name) if self.main else None,
             epoch=epoch,
-            name=self.config.name,
+            name=self.config.name or "",
             model=trainer.module,
             optimizer=trainer.optimizer,
             scaler=trainer.accelerator.scaler,
@@ -88,6 +88,7 @@ class Keeper:
             keys=trainer.keys,
             average=trainer.average,
             adapters=trainer.adapters,
+            hash_ids=trainer.hash_ids,
             distributed=trainer.accelerator.num_processes > 1,
             notes={"loss_name": self.config.loss} | ({"best": self.best} if self.best else {}),
         )

@@ -1,5 +1,8 @@
 """The loss and its terms as flags name them, checked against the model that is to be trained."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from openclip_ext.errors import UserError
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.registry import NEEDS
@@ -12,7 +15,8 @@ def plan_objective(config: RunConfig) -> ObjectivePlan:
     Raises:
         UserError: unknown names or options, or a need that the model does not meet.
     """
-    terms, weight = dict(config.loss_terms), 1.0
+    terms: dict[str, Mapping[str, Any]] = dict(config.loss_terms)
+    weight = 1.0
     if config.distill_model:
         if not config.distill_pretrained:
             raise UserError(f"--distill-model {config.distill_model}: give its weights with --distill-pretrained")

@@ -57,7 +57,7 @@ def _shard_source(path: str) -> str | None:
         return path
     parts = [path] if os.path.isdir(path) else list(braceexpand.braceexpand(path))
     sources = [_shard_folder(part) for part in parts]
-    return "::".join(sources) if all(sources) else None
+    return None if None in sources else "::".join(filter(None, sources))
 
 
 def _shard_folder(path: str) -> str | None:

@@ -90,12 +90,12 @@ class EMC2Loss(PairLoss):
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
         self.rates = None
         if options.gamma < 1 and not options.decoupled:
-            self.rates = RateTable(context.num_ids, device=context.device)
+            self.rates = RateTable(context.require_num_ids(), device=context.device)
         width = require_widths(context, "loss emc2", "embed").embed if options.bank == "embedding" else 0
         placement = Placement(options.bank_device, options.bank_path)
         with named_flags("bank"):
             dtype = getattr(torch, options.bank_dtype)
-            self.bank = NegativeBank(context.num_ids, width, dtype, placement, context.device)
+            self.bank = NegativeBank(context.require_num_ids(), width, dtype, placement, context.device)
 
     def compute(
         self,
