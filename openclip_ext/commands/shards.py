@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Sequence
 
 from openclip_ext.errors import UserError
 
@@ -73,12 +74,12 @@ def _pack(args: argparse.Namespace) -> int:
     if args.samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {args.samples_per_shard}: must be at least 1")
     if os.path.isdir(args.source):
-        pairs = pairs_from_folder(args.source, args.template)
+        pairs: Sequence[tuple[str, str | Sequence[str]]] = pairs_from_folder(args.source, args.template)
     else:
-        pairs = pairs_from_csv(args.source, args.csv_img_key, args.csv_caption_key, args.csv_separator)
-        by_image = captions_by_image(pairs)
-        if len(by_image) < len(pairs) and not args.one_row_per_sample:
-            pairs = list(by_image.items())
+        rows = pairs_from_csv(args.source, args.csv_img_key, args.csv_caption_key, args.csv_separator)
+        by_image = captions_by_image(rows)
+        grouped = len(by_image) < len(rows) and not args.one_row_per_sample
+        pairs = list(by_image.items()) if grouped else rows
     seed = args.seed if args.shuffle else None
     packed = pack(pairs, args.out, samples_per_shard=args.samples_per_shard, shuffle_seed=seed)
     sizes = packed.sizes

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -169,7 +170,7 @@ def _score(folder: str, shards: str) -> float:
     model = load_model(folder, device="cpu")
     pairs = captioned_shards(shards, "--out", CaptionFormat())
     features = pair_features(model, pairs, batch_size=256, workers=0, progress=False)
-    rows = [(Image.open(io.BytesIO(image)), label) for image, _, label in digits.digit_splits()["test"]]
+    rows: Any = [(Image.open(io.BytesIO(image)), label) for image, _, label in digits.digit_splits()["test"]]
     batches = LabelledBatches(rows, model.transform, batch_size=256, workers=0)
     classifier = zero_shot_classifier(model, digits.CLASS_NAMES, digits.TEMPLATES, progress=False)
     accuracy = zero_shot_scores(zero_shot_counts(model, classifier, batches, progress=False))

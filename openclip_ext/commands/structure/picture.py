@@ -73,7 +73,7 @@ def _project(structures: list[Structure]) -> list[tuple[dict[str, np.ndarray], n
     features = [{name: structure.features[name].double().numpy() for name in COLORS} for structure in structures]
     stacked = [np.concatenate(list(of_one.values())) for of_one in features]
     common = len({x.shape[1] for x in stacked}) == 1
-    planes = []
+    planes: list[tuple[dict[str, np.ndarray], np.ndarray]] = []
     for of_one, own in zip(features, stacked, strict=True):
         if not planes or not common:
             with np.errstate(invalid="ignore"):  # features that are all the same have no variance to share
@@ -108,7 +108,7 @@ def _similarities(structure: Structure) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw_histogram(axes: Axes, matching: np.ndarray, other: np.ndarray, bins: np.ndarray) -> None:
     for values, color, label in ((other, "0.65", "other pairs"), (matching, "0.2", "matching pairs")):
-        axes.hist(values, bins, density=True, color=color, alpha=0.6, label=label)
+        axes.hist(values, bins.tolist(), density=True, color=color, alpha=0.6, label=label)
         axes.axvline(values.mean(), ymax=1 / HEADROOM, color=color, linestyle="--", linewidth=1.2)
     axes.set_xlabel("cosine similarity of image and text (dashed: mean)")
 
