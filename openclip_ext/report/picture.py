@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from openclip_ext.report.tables import percent, title
 
@@ -83,7 +84,7 @@ def _draw_training(axes: Axes, groups: list[dict], name: str, first: bool) -> No
 def _draw_validation(axes: Axes, groups: list[dict], name: str, first: bool) -> None:
     _draw_curves(axes, groups, "validation", "epoch", name, factor=100 if percent(name) else 1, marker=".")
     axes.set(title=title(name), xlabel="epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_curves(

@@ -23,9 +23,10 @@ from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
 from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier, zero_shot_counts, zero_shot_scores
 from openclip_ext.files import write_json
 from openclip_ext.losses import ObjectivePlan
+from openclip_ext.options import parse_terms
 from openclip_ext.report.compare import compare, group, write_report
 from openclip_ext.report.run_files import read_run
-from openclip_ext.training.flags import parse_args, parse_terms
+from openclip_ext.training.flags import parse_args
 from openclip_ext.training.run import train
 
 MODEL = "digits-tiny"

@@ -1,5 +1,7 @@
 """The picture of `openclip-ext interpolate`: scores over alpha, and two tasks against each other."""
 
+from typing import Any
+
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,7 +43,10 @@ def _values(rows: list[dict], name: str) -> list[float]:
 def _draw_lines(axes: Axes, rows: list[dict], metrics: list[str]) -> None:
     alphas = [row["alpha"] for row in rows]
     for index, name in enumerate(metrics):
-        style = {"color": matplotlib.colormaps["tab10"](index % 10), "linestyle": ("-", "--", ":")[index // 10 % 3]}
+        style: dict[str, Any] = {
+            "color": matplotlib.colormaps["tab10"](index % 10),
+            "linestyle": ("-", "--", ":")[index // 10 % 3],
+        }
         axes.plot(alphas, _values(rows, name), marker=".", label=title(name), **style)
     axes.set(title="on the line from A to B", xlabel="alpha (0: A, 1: B)", ylabel="score")
     axes.legend(fontsize="small", frameon=False)
@@ -52,7 +57,7 @@ def _draw_pair(axes: Axes, rows: list[dict], first: str, second: str) -> None:
     x, y = _values(rows, first), _values(rows, second)
     axes.plot(x, y, color="0.6", linewidth=1, zorder=1)
     points = axes.scatter(x, y, c=[row["alpha"] for row in rows], cmap="viridis", vmin=0, vmax=1, s=36, zorder=2)
-    for row, *place in zip(rows, x, y, strict=True):
+    for row, place in zip(rows, zip(x, y, strict=True), strict=True):
         if row["alpha"] in (0, 1):
             axes.annotate("AB"[int(row["alpha"])], place, xytext=(6, 6), textcoords="offset points", fontweight="bold")
     axes.set(title="two tasks against each other", xlabel=title(first), ylabel=title(second))

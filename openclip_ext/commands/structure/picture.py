@@ -1,11 +1,14 @@
 """The picture of `openclip-ext structure`: a column per checkpoint, and bars that compare them."""
 
+from typing import Any
+
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
 from openclip_ext.evaluation.metrics.structure import TITLES, Structure
@@ -27,8 +30,9 @@ def draw_structure(structures: list[Structure], title: str, path: str) -> None:
     several = len(structures) > 1
     rows = len(_compared(structures)) // METRICS_PER_ROW if several else 0
     heights = [8.2] + [0.4 + 1.5 * rows] * several
-    figure = Figure(figsize=(max(5.2, 4.8 * len(structures)), sum(heights)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    figure = Figure(
+        figsize=(max(5.2, 4.8 * len(structures)), sum(heights)), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    )
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     figure.suptitle(title)
     _draw_columns(parts[0], structures)
@@ -70,12 +74,12 @@ def _project(structure: Structure) -> tuple[dict[str, np.ndarray], np.ndarray]:
 def _draw_plane(axes: Axes, plane: dict[str, np.ndarray], shares: np.ndarray, limit: float) -> None:
     """Points of the first pairs joined by lines, and the mean of each modality over all pairs."""
     segments = np.stack([plane[modality][:DRAWN] for modality in COLORS], axis=1)
-    axes.add_collection(LineCollection(segments, colors="0.55", linewidths=0.4, alpha=0.5, zorder=1))
+    axes.add_collection(LineCollection(list(segments), colors="0.55", linewidths=0.4, alpha=0.5, zorder=1))
     for modality, color in COLORS.items():
         shown, mean = plane[modality][:DRAWN], plane[modality].mean(0)
-        style = {"color": color, "marker": MARKERS[modality]}
-        axes.scatter(*shown.T, s=12, alpha=0.75, linewidths=0, zorder=2, label=f"{modality}s", **style)
-        axes.scatter(*mean, s=100, edgecolors="black", zorder=3, label=f"mean of {modality}s", **style)
+        style: dict[str, Any] = {"color": color, "marker": MARKERS[modality]}
+        axes.scatter(shown[:, 0], shown[:, 1], s=12, alpha=0.75, linewidths=0, zorder=2, label=f"{modality}s", **style)
+        axes.scatter(mean[0], mean[1], s=100, edgecolors="black", zorder=3, label=f"mean of {modality}s", **style)
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), box_aspect=1)
     axes.set_xlabel(f"component 1 ({100 * shares[0]:.0f} % of variance)")
     axes.set_ylabel(f"component 2 ({100 * shares[1]:.0f} %)")
@@ -91,7 +95,7 @@ def _similarities(structure: Structure) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw_histogram(axes: Axes, matching: np.ndarray, other: np.ndarray, bins: np.ndarray) -> None:
     for values, color, label in ((other, "0.6", "other pairs"), (matching, "#2f8f5b", "matching pairs")):
-        axes.hist(values, bins, density=True, color=color, alpha=0.6, label=label)
+        axes.hist(values, bins.tolist(), density=True, color=color, alpha=0.6, label=label)
         axes.axvline(values.mean(), ymax=1 / HEADROOM, color=color, linestyle="--", linewidth=1.2)
     axes.set_xlabel("cosine similarity of image and text (dashed: mean)")
 
