@@ -30,9 +30,24 @@ class Widths:
         text_trunk: of `text_trunk_features`.
     """
 
-    embed: int
+    embed: int | None = None
     image_trunk: int | None = None
     text_trunk: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What the token ids of captions mean.
+
+    Attributes:
+        size: V; ids run from 0 to V - 1.
+        special_ids: those that are no words: where captions begin and end, what is unknown, and padding.
+        end_id: what follows it in a caption is padding, whatever its id; None: padding is one of `special_ids`.
+    """
+
+    size: int
+    special_ids: frozenset[int]
+    end_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +61,7 @@ class LossContext:
         world_size: number of processes.
         device: where the loss's state is kept.
         widths: None: not known, which only a loss that does not need them accepts.
+        vocabulary: likewise.
     """
 
     num_samples: int | None = None
@@ -54,6 +70,7 @@ class LossContext:
     world_size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     widths: Widths | None = None
+    vocabulary: Vocabulary | None = None
 
     def __post_init__(self) -> None:
         if self.num_ids is None:
@@ -248,3 +265,22 @@ def require_widths(context: LossContext, owner: str, *names: str) -> Widths:
         wanted = ", ".join(f"{name}_dim=…" for name in missing)
         raise UserError(f"{owner} needs the widths of the model's features: give create_loss(…, {wanted})")
     return context.widths
+
+
+def require_vocabulary(context: LossContext, owner: str) -> Vocabulary:
+    """The context's vocabulary.
+
+    Raises:
+        UserError: it is not known, or has special ids that it does not hold; `owner` is what needs it, for the message.
+    """
+    vocabulary = context.vocabulary
+    if vocabulary is None:
+        raise UserError(
+            f"{owner} needs the vocabulary of the captions: give create_loss(…, vocab_size=…, special_token_ids=…)"
+        )
+    for token in (*vocabulary.special_ids, vocabulary.end_id or 0):
+        if not 0 <= token < vocabulary.size:
+            raise UserError(
+                f"vocab_size={vocabulary.size}: has no special id {token}; give the number of all ids of the tokenizer"
+            )
+    return vocabulary

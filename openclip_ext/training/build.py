@@ -12,7 +12,7 @@ from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.pipeline import TrainLoader, train_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
-from openclip_ext.losses import LossContext
+from openclip_ext.losses import LossContext, Vocabulary
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.data import TrainingData, row_format
@@ -30,7 +30,7 @@ def build_trainer(
     model, adapters = _to_train(args, accelerator, plan, model, checkpoint)
     views = ViewsModel(model, args.momentum_encoder) if args.pairs == "views" else None
     paired, keys = views or pair_model(model, plan.needs), views and views.keys
-    loss = _objective(args, accelerator, plan, data, paired)
+    loss = _objective(args, accelerator, plan, data, paired, tokenizer)
     seed_all(args.seed + accelerator.process_index)
     loader = _loader(args, accelerator, plan, data, transform, tokenizer)
     steps_per_epoch = loader.num_batches // args.accum_freq
@@ -91,7 +91,7 @@ def _schedule(args, optimizer, steps_per_epoch: int) -> Callable[[int], float] |
     return scaled(schedule, optimizer) if describe(optimizer) else schedule
 
 
-def _objective(args, accelerator: Accelerator, plan, data: TrainingData, paired):
+def _objective(args, accelerator: Accelerator, plan, data: TrainingData, paired, tokenizer):
     """The loss on the device, with room for the data's ids, for the model `paired`."""
     symmetric = args.momentum_encoder is not None
     widths = None
@@ -104,6 +104,7 @@ def _objective(args, accelerator: Accelerator, plan, data: TrainingData, paired)
         world_size=accelerator.num_processes,
         device=accelerator.device,
         widths=widths,
+        vocabulary=Vocabulary(*upstream.read_vocabulary(tokenizer)) if "vocabulary" in plan.needs else None,
     )
     if not symmetric:
         return plan.build(context)

@@ -22,6 +22,7 @@ from openclip_ext.upstream.models import (
     preprocessing,
     register_model_config,
 )
+from openclip_ext.upstream.tokenizers import create_tokenizer, read_vocabulary
 from openclip_ext.upstream.trunks import find_trunks, watched
 from openclip_ext.upstream.weights import SCHEMES
 from openclip_ext.upstream.zero_shot import CLASSES_PER_BATCH, imagenet_names, imagenet_templates, zero_shot_weights
@@ -56,6 +57,7 @@ __all__ = [
     "create_optimizer",
     "create_schedule",
     "create_teacher",
+    "create_tokenizer",
     "distill_loss",
     "example_inputs",
     "fill_optimizer_defaults",
@@ -69,6 +71,7 @@ __all__ = [
     "model_card",
     "plain_name",
     "preprocessing",
+    "read_vocabulary",
     "register_model_config",
     "save_pretrained",
     "siglip_loss",
