@@ -26,6 +26,7 @@ CASES = [
     ("clip", {"terms": {"geometric_consistency": {"weight": 0.1}}}),
     ("clip", {"terms": {"geometric_consistency": {"weight": "0:0.3", "views": False}}}),
     ("gamma_decomp", {"terms": {"feature_separation": {}}}),
+    ("dcl", {"terms": {"caption_words": {}}}),
 ]
 
 
