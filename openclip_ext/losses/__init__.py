@@ -61,18 +61,18 @@ def create_loss(
         ['contrastive_loss', 'first_visits', 'gamma']
         >>> loss.commit()
     """
-    vocabulary = None
-    if vocab_size is not None and special_token_ids is not None:
-        vocabulary = Vocabulary(vocab_size, frozenset(special_token_ids), end_token_id)
     context = LossContext(
-        num_samples=num_samples,
-        rank=rank,
-        world_size=world_size,
-        device=torch.device(device),
+        num_samples=num_samples, rank=rank, world_size=world_size, device=torch.device(device),
         widths=Widths(embed=embed_dim, image_trunk=image_trunk_dim, text_trunk=text_trunk_dim),
-        vocabulary=vocabulary,
-    )
+        vocabulary=_vocabulary(vocab_size, special_token_ids, end_token_id),
+    )  # fmt: skip
     return ObjectivePlan(name, options, terms, flag="option").build(context)
+
+
+def _vocabulary(size: int | None, special_ids: Collection[int] | None, end_id: int | None) -> Vocabulary | None:
+    if size is None or special_ids is None:
+        return None
+    return Vocabulary(size, frozenset(special_ids), end_id)
 
 
 __all__ = ["Loss", "LossContext", "Objective", "ObjectivePlan", "PairLoss", "Vocabulary", "Widths", "create_loss"]

@@ -271,16 +271,17 @@ def require_vocabulary(context: LossContext, owner: str) -> Vocabulary:
     """The context's vocabulary.
 
     Raises:
-        UserError: it is not known, or has special ids that it does not hold; `owner` is what needs it, for the message.
+        UserError: it is not known, or its size is none or below a special id; `owner` is what needs it.
     """
     vocabulary = context.vocabulary
     if vocabulary is None:
         raise UserError(
             f"{owner} needs the vocabulary of the captions: give create_loss(…, vocab_size=…, special_token_ids=…)"
         )
-    for token in (*vocabulary.special_ids, vocabulary.end_id or 0):
-        if not 0 <= token < vocabulary.size:
-            raise UserError(
-                f"vocab_size={vocabulary.size}: has no special id {token}; give the number of all ids of the tokenizer"
-            )
+    size = vocabulary.size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UserError(f"vocab_size={size!r}: must be a whole number of at least 1, how many ids the tokenizer has")
+    for token in vocabulary.special_ids | ({vocabulary.end_id} - {None}):
+        if not 0 <= token < size:
+            raise UserError(f"vocab_size={size}: holds no special id {token}; give how many ids the tokenizer has")
     return vocabulary

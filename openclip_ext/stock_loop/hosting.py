@@ -165,9 +165,7 @@ class Hosting:
         image_aug: Tensor | None = None,
         text_aug: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What the loss takes of the model: its output, with trunk features and those of second views where needed.
-
-        And the captions' token ids, for a loss that needs them.
+        """What the loss takes: the model's output, and trunk features, those of second views and token ids if needed.
 
         `model` runs what `build` was given, wrapped or not. See `openclip_ext.training.pair_model.run_on_views`.
         """

@@ -23,7 +23,10 @@ class CaptionWordsTerm(Loss):
 
     The head W, (V, width), is a parameter of this term: trained with the model, kept in the loss's state, absent from
     the model's. Counts are kept in the state too, and are the same on all ranks. No sum over pairs: time and memory
-    are O(B V).
+    are O(B V). In one's own loop, with CLIP's tokenizer and a tower of width 768:
+
+        create_loss("clip", terms={"caption_words": {}}, image_trunk_dim=768,
+                    vocab_size=49408, special_token_ids={49406, 49407}, end_token_id=49407)
 
     Source: SuperCLIP (Zhao et al., NeurIPS 2025, arXiv 2512.14480), read in a note on the paper only: that weights are
     cut at 0, and that a batch counts before it is weighed, are of this package.

@@ -33,7 +33,6 @@ PARITY = {
     "siglip": "--loss siglip",
     "distill": "--loss dcl --distill-model tiny-test --distill-pretrained WEIGHTS",
     "emc2": "--loss emc2",
-    "caption_words": "--loss dcl --loss-term caption_words=1",
 }
 # An epoch is one optimizer step of 32 pairs, whatever their order.
 ONE_STEP = (

@@ -9,11 +9,13 @@ import torch
 from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
 from safetensors.torch import load_file
 from test_open_clip_flags import coca_flags
+from test_second_views import TOWERS, inputs, tower_model
 
 import oracles
 from openclip_ext import UserError, create_loss, upstream
 from openclip_ext.cli import main
 from openclip_ext.testing.checks import check_ranks
+from openclip_ext.training.pair_model import feature_widths, pair_model
 
 B, D, WIDTH, V = 5, 3, 4, 12
 SPECIAL, END = {0, 10, 11}, 11
@@ -114,8 +116,9 @@ def test_ranks_with_batches_of_different_size_equal_one(ranks):
         ({"image_trunk_dim": None}, "caption_words needs the widths .*: give create_loss.…, image_trunk_dim=…"),
         ({"vocab_size": None}, "caption_words needs the vocabulary .*: give create_loss.…, vocab_size=…"),
         ({"special_token_ids": None}, "caption_words needs .*: give .*, vocab_size=…, special_token_ids=…"),
-        ({"special_token_ids": [12]}, "vocab_size=12: has no special id 12; give the number of all ids"),
-        ({"end_token_id": 13}, "vocab_size=12: has no special id 13"),
+        ({"special_token_ids": [12]}, "vocab_size=12: holds no special id 12; give how many ids"),
+        ({"vocab_size": 12.0}, "vocab_size=12.0: must be a whole number of at least 1"),
+        ({"end_token_id": 13}, "vocab_size=12: holds no special id 13"),
     ],
 )  # fmt: skip
 def test_what_is_missing_to_build_it_is_named(changes, message):
@@ -158,6 +161,7 @@ def counted(tokenizer, captions):
 
 def test_of_clips_own_tokenizer_words_are_what_stands_between_start_and_end():
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=6)
+    assert upstream.read_vocabulary(tokenizer) == (49408, {49406, 49407}, 49407)
     cat, dog, a = (tokenizer.encode(word)[0] for word in ("cat", "dog", "a"))
     assert counted(tokenizer, ["a cat", "A dog, a dog", ""]) == {a: 2, cat: 1, dog: 1, tokenizer.encode(",")[0]: 1}
     cut = counted(tokenizer, ["cat " * 20 + "dog"])  # cut off after four words
@@ -221,6 +225,20 @@ def test_of_siglips_tokenizers_the_end_and_padding_are_no_words(words, pad):
     for tokenizer in (hub, siglip):
         assert tokenizer(["A cat!"]).tolist() == [[4, 3, 1] + [1 if pad == "</s>" else 0] * 3]
         assert counted(tokenizer, ["A cat!", "cat", ""]) == {3: 2, 4: 1}
+
+
+# Towers.
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_it_goes_with_every_image_tower(name):
+    paired = pair_model(tower_model(name), frozenset({"trunk_features"}))
+    width = feature_widths(paired, None).image_trunk
+    loss = create_loss("clip", terms=TERM, image_trunk_dim=width, vocab_size=64, special_token_ids={63})
+    image, text = inputs(paired.model)
+    loss(**paired(image, text), text_tokens=text)["caption_words_loss"].backward()
+    tower = paired.model.visual
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in tower.parameters())
 
 
 # Training.
