@@ -63,6 +63,11 @@ NEEDS: Mapping[str, Need] = types.MappingProxyType({
         meaning="the model's logit_bias, which one made with init_logit_bias=-10 has", provider="model",
         arguments=("logit_bias",), of_views=True,
     ),
+    "vocabulary": Need(meaning="the size and the special ids of the captions' vocabulary", provider="model"),
+    "text_tokens": Need(
+        meaning="the captions' token ids, (B, L), as the tokenizer pads them", provider="data",
+        arguments=("text_tokens",),
+    ),
     "trunk_features": Need(
         meaning="the towers' pooled outputs before their projections", provider="model",
         arguments=("image_trunk_features", "text_trunk_features"),

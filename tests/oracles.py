@@ -191,3 +191,24 @@ def slow_recall(image, text, owner, k):
     found_texts = [any(owner[j] == i for j in scores[i].argsort(descending=True)[:k]) for i in of_images]
     found_images = [owner[j] in scores[:, j].argsort(descending=True)[:k] for j in range(len(text))]
     return statistics.fmean(found_texts), statistics.fmean(found_images)
+
+
+def caption_words(trunk, captions, head, seen, special_ids, end_id=None):
+    """Of pooled image features, token ids per caption (lists), and W; `seen` are the captions of earlier steps."""
+
+    def words(caption):
+        kept = caption[: caption.index(end_id)] if end_id in caption else caption
+        return sorted(set(kept) - set(special_ids))
+
+    documents, total = [words(caption) for caption in [*seen, *captions]], 0.0
+    for x, caption in zip(trunk, captions, strict=True):
+        scores = [sum(w * value for w, value in zip(row, x, strict=True)) for row in head]
+        normalizer = torch.log(sum(score.exp() for score in scores))
+        weights = {}
+        for word in words(caption):
+            holding = sum(word in document for document in documents)
+            weights[word] = max(0.0, math.log(len(documents) / (1 + holding)))
+        for word, weight in weights.items():
+            if weight:
+                total = total - weight / sum(weights.values()) * (scores[word] - normalizer)
+    return total / len(captions)

@@ -1,11 +1,11 @@
 """Objectives, one file each. `create_loss` builds a registered one by name."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
-from openclip_ext.losses.base import Loss, LossContext, PairLoss, Widths
+from openclip_ext.losses.base import Loss, LossContext, PairLoss, Vocabulary, Widths
 from openclip_ext.losses.objective import Objective
 from openclip_ext.losses.plan import ObjectivePlan
 
@@ -20,6 +20,9 @@ def create_loss(
     embed_dim: int | None = None,
     image_trunk_dim: int | None = None,
     text_trunk_dim: int | None = None,
+    vocab_size: int | None = None,
+    special_token_ids: Collection[int] | None = None,
+    end_token_id: int | None = None,
     terms: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Objective:
@@ -34,6 +37,9 @@ def create_loss(
         embed_dim: D, width of the features, as in OpenCLIP's model configs. For `emc2`, and terms with heads.
         image_trunk_dim: width of the image tower's pooled output before its projection. For terms with heads.
         text_trunk_dim: that of the text tower.
+        vocab_size: V, token ids of captions run from 0 to V - 1. For `caption_words`.
+        special_token_ids: those that are no words; padding too, if it has an id of its own.
+        end_token_id: what follows it in a caption is padding, as in CLIP's, which pads with 0: the id of `!`.
         terms: term name to its options, among them `weight` (default 1), a number or a line over training, such as
             `{"brownian_bridge": {"weight": 0.25}, "geometric_consistency": {"weight": "0:0.1@0.5"}}`.
         **options: options of the loss; strings are converted to the declared type.
@@ -55,13 +61,18 @@ def create_loss(
         ['contrastive_loss', 'first_visits', 'gamma']
         >>> loss.commit()
     """
-    widths = None
-    if embed_dim is not None:
-        widths = Widths(embed=embed_dim, image_trunk=image_trunk_dim, text_trunk=text_trunk_dim)
     context = LossContext(
-        num_samples=num_samples, rank=rank, world_size=world_size, device=torch.device(device), widths=widths
-    )
+        num_samples=num_samples, rank=rank, world_size=world_size, device=torch.device(device),
+        widths=Widths(embed=embed_dim, image_trunk=image_trunk_dim, text_trunk=text_trunk_dim),
+        vocabulary=_vocabulary(vocab_size, special_token_ids, end_token_id),
+    )  # fmt: skip
     return ObjectivePlan(name, options, terms, flag="option").build(context)
 
 
-__all__ = ["Loss", "LossContext", "Objective", "ObjectivePlan", "PairLoss", "Widths", "create_loss"]
+def _vocabulary(size: int | None, special_ids: Collection[int] | None, end_id: int | None) -> Vocabulary | None:
+    if size is None or special_ids is None:
+        return None
+    return Vocabulary(size, frozenset(special_ids), end_id)
+
+
+__all__ = ["Loss", "LossContext", "Objective", "ObjectivePlan", "PairLoss", "Vocabulary", "Widths", "create_loss"]

@@ -32,9 +32,24 @@ class Widths:
         text_trunk: of `text_trunk_features`.
     """
 
-    embed: int
+    embed: int | None = None
     image_trunk: int | None = None
     text_trunk: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What the token ids of captions mean.
+
+    Attributes:
+        size: V; ids run from 0 to V - 1.
+        special_ids: those that are no words: where captions begin and end, what is unknown, and padding.
+        end_id: what follows it in a caption is padding, whatever its id; None: padding is one of `special_ids`.
+    """
+
+    size: int
+    special_ids: frozenset[int]
+    end_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +63,7 @@ class LossContext:
         world_size: number of processes.
         device: where the loss's state is kept.
         widths: None: not known, which only a loss that does not need them accepts.
+        vocabulary: likewise.
     """
 
     num_samples: int | None = None
@@ -56,6 +72,7 @@ class LossContext:
     world_size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     widths: Widths | None = None
+    vocabulary: Vocabulary | None = None
 
     def log_negatives(self, negatives: int = 0) -> float:
         """log K for K `negatives` in the target loss; 0: all others of the training set, N - 1."""
@@ -256,3 +273,23 @@ def require_widths(context: LossContext, owner: str, *names: str) -> Widths:
         wanted = ", ".join(f"{name}_dim=…" for name in missing)
         raise UserError(f"{owner} needs the widths of the model's features: give create_loss(…, {wanted})")
     return context.widths
+
+
+def require_vocabulary(context: LossContext, owner: str) -> Vocabulary:
+    """The context's vocabulary.
+
+    Raises:
+        UserError: it is not known, or its size is none or below a special id; `owner` is what needs it.
+    """
+    vocabulary = context.vocabulary
+    if vocabulary is None:
+        raise UserError(
+            f"{owner} needs the vocabulary of the captions: give create_loss(…, vocab_size=…, special_token_ids=…)"
+        )
+    size = vocabulary.size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UserError(f"vocab_size={size!r}: must be a whole number of at least 1, how many ids the tokenizer has")
+    for token in vocabulary.special_ids | ({vocabulary.end_id} - {None}):
+        if not 0 <= token < size:
+            raise UserError(f"vocab_size={size}: holds no special id {token}; give how many ids the tokenizer has")
+    return vocabulary

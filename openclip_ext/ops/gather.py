@@ -82,13 +82,18 @@ def exchange_columns(rows: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
-    """The mean of a scalar over ranks, detached."""
+def sum_over_ranks(value: Tensor, world_size: int) -> Tensor:
+    """The sum of a tensor of one shape over ranks, detached. A collective call when `world_size > 1`."""
     if world_size == 1:
         return value.detach()
     total = value.detach().clone()
     dist.all_reduce(total)
-    return total / world_size
+    return total
+
+
+def mean_over_ranks(value: Tensor, world_size: int) -> Tensor:
+    """The mean of a scalar over ranks, detached."""
+    return sum_over_ranks(value, world_size) / world_size
 
 
 def with_global_value(value: Tensor, world_size: int) -> Tensor:

@@ -34,7 +34,7 @@ from openclip_ext.data.listing import ShardListing
 from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
 from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
-from openclip_ext.losses import LossContext, Objective
+from openclip_ext.losses import LossContext, Objective, Vocabulary
 from openclip_ext.registry import batch_keys
 from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.config import run_config
@@ -66,7 +66,7 @@ class Hosting:
     def __init__(self, args: argparse.Namespace) -> None:
         config = run_config(upstream.Flags(vars(args)))
         self._plan = plan_objective(config)
-        self._seed = args.seed
+        self._args = args
         self._trunks: dict | None = None
         self._kept: KeptInputs | None = None
         self.needs = self._plan.needs
@@ -92,7 +92,7 @@ class Hosting:
             text_aug="text_aug" in self.needs,
         )
 
-        return functools.partial(_make_row, rows, self._seed, "sample_ids" in self.needs)
+        return functools.partial(_make_row, rows, self._args.seed, "sample_ids" in self.needs)
 
     def build(
         self,
@@ -121,6 +121,9 @@ class Hosting:
         if "trunk_features" in self.needs:
             self._trunks = upstream.find_trunks(model)
         widths = feature_widths(pair_model(model, self.needs), image_dtype) if "widths" in self.needs else None
+        vocabulary = None
+        if "vocabulary" in self.needs:
+            vocabulary = Vocabulary(*upstream.read_vocabulary(upstream.create_tokenizer(self._args)))
         loss = self._plan.build(
             LossContext(
                 num_samples=self._data.size,
@@ -128,6 +131,7 @@ class Hosting:
                 world_size=world_size,
                 device=torch.device(device),
                 widths=widths,
+                vocabulary=vocabulary,
             )
         )
         self._kept = KeptInputs(loss, model)
@@ -156,11 +160,13 @@ class Hosting:
         image_aug: Tensor | None = None,
         text_aug: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What the loss takes of the model: its output, with trunk features and those of second views where needed.
+        """What the loss takes: the model's output, and trunk features, those of second views and token ids if needed.
 
         `model` runs what `build` was given, wrapped or not. See `openclip_ext.training.pair_model.run_on_views`.
         """
         out = run_on_views(model, self._trunks, image, text, image_aug, text_aug)
+        if "text_tokens" in self.needs:
+            out["text_tokens"] = text
         if torch.is_grad_enabled() and "encoded_again" in self.needs:
             out |= self._kept.features([{"image": image, "text": text}], lambda image, text: dict(model(image, text)))
         return out

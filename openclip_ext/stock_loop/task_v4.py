@@ -146,7 +146,8 @@ class LossTask(CLIPTask):
         leaves: dict = {key: _leaf(value) for key, value in (inputs | inputs_no_accum).items()}
         with torch.enable_grad():
             outputs = self._objective(leaves, accum_batches)
-            wanted = leaves | dict(enumerate(self.loss_parameters()))
+            wanted = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
+            wanted |= dict(enumerate(self.loss_parameters()))
             gradients = torch.autograd.grad(total_loss(outputs), wanted.values(), allow_unused=True)
         found = {key: gradient for key, gradient in zip(wanted, gradients, strict=True) if gradient is not None}
         losses, report = _losses_and_report({name: value.detach() for name, value in outputs.items()})
@@ -222,6 +223,8 @@ def _losses_and_report(outputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], d
 
 
 def _leaf(value: Tensor) -> Tensor:
+    if not value.is_floating_point():  # token ids
+        return value
     # Of half-precision values the gradient would need the scale that the loop applies later.
     return value.detach().to(torch.promote_types(value.dtype, torch.float32)).requires_grad_()
 

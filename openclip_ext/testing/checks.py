@@ -14,6 +14,7 @@ from openclip_ext.losses import Objective, create_loss
 from openclip_ext.testing.ranks import RankPool
 
 GLOBAL_BATCH, INPUT, WIDTH, NUM_SAMPLES = 8, 7, 5, 30
+VOCABULARY = 9
 
 
 def check_loss(
@@ -110,6 +111,8 @@ class ToyModel(nn.Module):
             out["image_features_aug"] = normalize((image + 0.3 * image.roll(1, 1)) @ self.image, dim=-1)
         if "text_aug" in self.needs:
             out["text_features_aug"] = normalize((text + 0.3 * text.roll(1, 1)) @ self.text, dim=-1)
+        if "text_tokens" in self.needs:
+            out["text_tokens"] = (text.abs() * 4).long().clamp_max(VOCABULARY - 1)
         if "trunk_features" in self.needs:
             out |= {f"{key}_trunk_features": value for key, value in trunk.items()}
             out |= {f"{key}_trunk_features_aug": value + 0.3 * value.roll(1, 1) for key, value in trunk.items()}
@@ -141,7 +144,7 @@ def toy_loss(name: str, options: dict, rank: int = 0, num_ranks: int = 1) -> Obj
         torch.manual_seed(7)
         return create_loss(
             name, num_samples=NUM_SAMPLES, rank=rank, world_size=num_ranks, embed_dim=WIDTH, image_trunk_dim=WIDTH,
-            text_trunk_dim=WIDTH, **options,
+            text_trunk_dim=WIDTH, vocab_size=VOCABULARY, special_token_ids={0}, end_token_id=VOCABULARY - 1, **options,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.pipeline import TrainLoader, train_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.errors import UserError
-from openclip_ext.losses import LossContext
+from openclip_ext.losses import LossContext, Vocabulary
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.config import RunConfig
@@ -31,7 +31,7 @@ def build_trainer(
     model, adapters = _to_train(config, accelerator, plan, model, checkpoint)
     views = ViewsModel(model, config.momentum_encoder) if config.pairs == "views" else None
     paired, keys = views or pair_model(model, plan.needs), views and views.keys
-    loss = _objective(config, accelerator, plan, data, paired)
+    loss = _objective(config, accelerator, plan, data, paired, tokenizer)
     seed_all(config.seed + accelerator.process_index)
     loader = _loader(config, accelerator, plan, data, transform, tokenizer)
     steps_per_epoch = loader.num_batches // config.accum_freq
@@ -96,7 +96,7 @@ def _schedule(config: RunConfig, optimizer, steps_per_epoch: int) -> Callable[[i
     return scaled(schedule, optimizer) if describe(optimizer) else schedule
 
 
-def _objective(config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, paired):
+def _objective(config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, paired, tokenizer):
     """The loss on the device, with room for the data's ids, for the model `paired`."""
     symmetric = config.momentum_encoder is not None
     widths = None
@@ -109,6 +109,7 @@ def _objective(config: RunConfig, accelerator: Accelerator, plan, data: Training
         world_size=accelerator.num_processes,
         device=accelerator.device,
         widths=widths,
+        vocabulary=Vocabulary(*upstream.read_vocabulary(tokenizer)) if "vocabulary" in plan.needs else None,
     )
     if not symmetric:
         return plan.build(context)

@@ -189,7 +189,8 @@ class Trainer:
 
     def constants(self, batch: dict) -> dict[str, Tensor]:
         """What the loss is given that has no gradient."""
-        constants = {"sample_ids": batch["sample_ids"]} if "sample_ids" in batch else {}
+        given = (("sample_ids", "sample_ids"), ("text_tokens", "text"))
+        constants = {argument: batch[key] for argument, key in given if key in batch}
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 teacher_out = self.teacher(batch["image"], batch["text"])

@@ -23,6 +23,7 @@ from openclip_ext.upstream.models import (
     preprocessing,
     register_model_config,
 )
+from openclip_ext.upstream.tokenizers import create_tokenizer, read_vocabulary
 from openclip_ext.upstream.trunks import find_trunks, watched
 from openclip_ext.upstream.weights import SCHEMES
 from openclip_ext.upstream.zero_shot import CLASSES_PER_BATCH, imagenet_names, imagenet_templates, zero_shot_weights
@@ -65,6 +66,7 @@ __all__ = [
     "create_optimizer",
     "create_schedule",
     "create_teacher",
+    "create_tokenizer",
     "default_flags",
     "distill_loss",
     "example_inputs",
@@ -80,6 +82,7 @@ __all__ = [
     "optimizer_defaults",
     "plain_name",
     "preprocessing",
+    "read_vocabulary",
     "register_model_config",
     "require_supported",
     "role_of",

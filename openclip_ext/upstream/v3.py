@@ -9,6 +9,7 @@ from unittest import mock
 
 from openclip_ext.errors import UserError
 from openclip_ext.upstream.models import config_error
+from openclip_ext.upstream.tokenizers import create_tokenizer
 from openclip_ext.upstream.weights import brings_weights, check_weights, weights_error
 
 #: Class names of the blocks that the towers of its models repeat, timm's and Hugging Face's included.
@@ -109,9 +110,7 @@ def create_model(args: argparse.Namespace, device, *, logit_bias: bool, require_
             require_pretrained=require_weights or brings_weights(args),
             **extra,
         )
-        tokenizer = open_clip.get_tokenizer(
-            args.model, cache_dir=args.cache_dir, context_length=args.force_context_length
-        )
+        tokenizer = create_tokenizer(args)
     except (RuntimeError, ValueError, OSError, KeyError, AssertionError, AttributeError, UnpicklingError) as error:
         raise UserError(_model_error(args, error)) from error
     except TypeError as error:

@@ -24,6 +24,7 @@ LOSSES = {
     "gamma_decomp": ["--loss", "gamma_decomp", "--loss-arg", "gamma=0.3"],
     "terms": ["--loss", "clip", "--loss-term", "geometric_consistency=0.02", "--loss-term", "feature_separation=0.5"],
     "emc2": ["--loss", "emc2"],
+    "caption_words": ["--loss", "dcl", "--loss-term", "caption_words=1"],
 }
 
 
@@ -207,7 +208,7 @@ ONE_STEP_PER_EPOCH = (
 
 def test_accumulated_batches_are_one_large_batch(run_patched, run_ours, two_shards, tmp_path):
     """The pipeline too is OpenCLIP's here: views are ours, and logit scale and heads get the gradient of one batch."""
-    flags = [*ONE_STEP_PER_EPOCH.split(), "--train-data", two_shards, "--epochs", 6]
+    flags = [*ONE_STEP_PER_EPOCH.split(), "--train-data", two_shards, "--epochs", 6, "--loss-term", "caption_words=1"]
     whole = run_ours(*flags, "--batch-size", 32, "--name", "whole")
     assert_equal_losses(run_patched(*flags, "--batch-size", 8, "--accum-freq", 4, "--name", "parts"), whole)
     contents = [checkpoint(tmp_path, name, 6) for name in ("whole", "parts")]
