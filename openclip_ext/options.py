@@ -1,6 +1,7 @@
 """Flags, and typed options of a loss: declared as a dataclass, parsed from `key=value`, checked, printed."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -130,11 +131,15 @@ def build_options(options_type: type, values: Mapping[str, Any], owner: str, fla
 
 
 def _convert(value: Any, wanted: Any) -> Any:
-    """`value` as `wanted`: a plain type, a Literal, or a union of those with None."""
+    """`value` as `wanted`: a plain type, a Literal, or a union of those and None."""
     if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union:
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
-        (wanted,) = (part for part in typing.get_args(wanted) if part is not type(None))
+        parts = [part for part in typing.get_args(wanted) if part is not type(None)]
+        for part in sorted(parts, key=lambda part: typing.get_origin(part) is not typing.Literal):
+            with contextlib.suppress(ValueError, TypeError):
+                return _convert(value, part)
+        raise ValueError(value)
     if typing.get_origin(wanted) is typing.Literal:
         for choice in typing.get_args(wanted):
             if str(choice) == str(value):
@@ -163,8 +168,14 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of"
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return " or ".join("none" if part is type(None) else part.__name__ for part in typing.get_args(hint))
+        return " or ".join(_part_name(part) for part in typing.get_args(hint))
     return hint.__name__
+
+
+def _part_name(part: Any) -> str:
+    if typing.get_origin(part) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(part)))
+    return "none" if part is type(None) else part.__name__
 
 
 def _allowed(hint: Any, declared: str) -> str:

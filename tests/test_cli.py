@@ -20,9 +20,11 @@ def test_losses_lists_every_loss_with_package_needs_and_options(capsys):
     assert main(["losses", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     by_name = {row["name"]: row for row in data["losses"]}
-    assert by_name["gamma_decomp"]["needs"] == ["sample_ids"] and by_name["siglip"]["needs"] == ["logit_bias"]
+    assert by_name["gamma_decomp"]["needs"] == ["num_samples", "sample_ids"]
+    assert by_name["siglip"]["needs"] == ["logit_bias"]
     assert [row["name"] for row in by_name["gamma_decomp"]["options"]] == [
-        "gamma", "gamma_decay", "draws", "decoupled", "negatives", "rate_device", "rate_path"
+        "recent_batches", "recent_check", "recent_limit",
+        "gamma", "gamma_decay", "draws", "max_weight", "decoupled", "negatives", "rate_device", "rate_path",
     ]  # fmt: skip
     assert all(row["package"] == "openclip-ext" for row in data["losses"])
     assert main(["losses"]) == 0
@@ -32,11 +34,11 @@ def test_losses_lists_every_loss_with_package_needs_and_options(capsys):
 def test_one_loss_shows_its_options(capsys):
     assert main(["losses", "gamma_decomp"]) == 0
     text = capsys.readouterr().out
-    assert "gamma = 0.2  (float in (0, 1])  weight of the current batch" in text and "NeurIPS 2022" in text
-    assert main(["losses", "clip"]) == 0
+    assert "gamma = auto  (float or auto in (0, 1])  weight of the current batch" in text and "NeurIPS 2022" in text
+    assert main(["losses", "siglip"]) == 0
     assert "no options" in capsys.readouterr().out
     assert main(["losses", "gamma_decomp", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["options"][0]["default"] == 0.2
+    assert json.loads(capsys.readouterr().out)["options"][3]["default"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,6 @@ def test_every_flag_of_openclip_is_known_with_its_default():
         "view_aug", "pairs", "momentum_encoder", "probe_train", "probe_val", "caption_key", "caption_separator",
         "layer_decay", "image_lr", "image_layer_decay", "text_lr", "text_layer_decay",
         "warm_start_pass", "ema", "lora", "resume_other_loss", "save_best",
-        "zero_shot", "class_names", "templates", "classes",
+        "zero_shot", "class_names", "templates", "classes", "recent_batches", "recent_check", "recent_limit",
     }  # fmt: skip
     assert REFUSED.keys() <= reference.keys()

@@ -48,6 +48,9 @@ class RunConfig:
     pairs: str = "captions"
     momentum_encoder: float | None = None
     warm_start_pass: bool = False
+    recent_batches: int | None = None
+    recent_check: int | None = None
+    recent_limit: float | None = None
 
     # data
     train_data: str | None

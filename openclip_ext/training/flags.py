@@ -66,6 +66,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_data_flags(ours) -> None:
     ours.add_argument(
+        "--recent-batches",
+        type=int,
+        metavar="K",
+        help="Let the pairs of up to K recent steps join the batch, as far as the model has not moved away from them, "
+        "which is measured; as --loss-arg recent_batches=K.",
+    )
+    ours.add_argument(
+        "--recent-check", type=int, metavar="STEPS", help="Steps between two measurements of that; as --loss-arg."
+    )
+    ours.add_argument(
+        "--recent-limit", type=float, metavar="LOGITS",
+        help="Largest error of scores with which recent pairs may join; as --loss-arg.",
+    )  # fmt: skip
+    ours.add_argument(
         "--sample-id",
         choices=["index", "hash"],
         default="index",

@@ -5,8 +5,11 @@ from typing import Any
 
 from openclip_ext.errors import UserError
 from openclip_ext.losses import ObjectivePlan
-from openclip_ext.registry import NEEDS
+from openclip_ext.losses.recent import RecentOptions
+from openclip_ext.registry import NEEDS, get_spec
 from openclip_ext.training.config import RunConfig
+
+_RECENT = ("recent_batches", "recent_check", "recent_limit")
 
 
 def plan_objective(config: RunConfig) -> ObjectivePlan:
@@ -25,7 +28,7 @@ def plan_objective(config: RunConfig) -> ObjectivePlan:
     if coca:
         terms.setdefault("caption", {"weight": config.coca_caption_loss_weight})
         weight = config.coca_contrastive_loss_weight
-    plan = ObjectivePlan(config.loss, config.loss_options, terms, weight=weight)
+    plan = ObjectivePlan(config.loss, {**config.loss_options, **_recent_options(config)}, terms, weight=weight)
     if "stored_features" in plan.needs:
         raise UserError(
             "--loss-arg bank=index: is for callers that encode stored samples again, and shards are read in order; use "
@@ -43,6 +46,21 @@ def plan_objective(config: RunConfig) -> ObjectivePlan:
     if config.pairs == "views":
         _require_views_only(config, plan, coca)
     return plan
+
+
+def _recent_options(config: RunConfig) -> dict[str, str]:
+    """Those that flags of their own name. Raises UserError: the loss has none, or one is given in both ways."""
+    given = {name: getattr(config, name) for name in _RECENT if getattr(config, name) is not None}
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if not issubclass(get_spec(config.loss).options, RecentOptions):
+            raise UserError(
+                f"{flag}: loss {config.loss} has no use for recent pairs; drop it, or use one that weighs an anchor's "
+                "negatives against each other, such as dcl"
+            )
+        if name in config.loss_options:
+            raise UserError(f"{flag}: --loss-arg {name}={config.loss_options[name]} is given too; keep one")
+    return {name: str(value) for name, value in given.items()}
 
 
 def _require_views_only(config: RunConfig, plan: ObjectivePlan, coca: bool) -> None:

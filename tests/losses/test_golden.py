@@ -17,7 +17,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden.json"
 CASES = dict.fromkeys(LOSSES, {}) | {
     "emc2": {"bank_dtype": "float32"},
     "emc2 mh": {"bank_dtype": "float32", "kernel": "mh"},
-    "gamma_decomp draws": {"draws": 2, "decoupled": True},
+    "gamma_decomp": {"gamma": 0.2},
+    "gamma_decomp draws": {"gamma": 0.2, "draws": 2, "decoupled": True},
 }
 
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from open_clip.tokenizer import HFTokenizer, SigLipTokenizer
 from safetensors.torch import load_file
-from test_open_clip_flags import coca_flags
-from test_second_views import TOWERS, inputs, tower_model
 
 import oracles
 from openclip_ext import UserError, create_loss, upstream
 from openclip_ext.cli import main
 from openclip_ext.testing.checks import check_ranks
 from openclip_ext.training.pair_model import feature_widths, pair_model
+from towers import TOWERS, coca_flags, inputs, tower_model
 
 B, D, WIDTH, V = 5, 3, 4, 12
 SPECIAL, END = {0, 10, 11}, 11
