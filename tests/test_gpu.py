@@ -35,6 +35,12 @@ def results(name, device):
     return found
 
 
+def steps(run):
+    """Rows of training, without those of validation."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if "kind" not in row]
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_gives_on_the_gpu_what_it_gives_on_the_cpu(name):
     torch.testing.assert_close(results(name, "cuda"), results(name, "cpu"), rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -45,7 +51,7 @@ def test_a_loss_gives_on_the_gpu_what_it_gives_on_the_cpu(name):
 def test_every_precision_trains(train_flags, tmp_path, precision, accum_freq):
     flags = ("--device", "cuda", "--precision", precision, "--loss", "gamma_decomp", "--epochs", 3, "--lr", "3e-3")
     assert main(train_flags(*flags, "--accum-freq", accum_freq, "--grad-clip-norm", 1.0, "--workers", 2)) == 0
-    rows = [json.loads(row) for row in (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = steps(tmp_path / "logs" / "run")
     curve = [row["loss"] for row in rows if row["loss"] is not None]
     assert sum(curve[-4:]) < sum(curve[:4])
     checkpoint = torch.load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_3.pt")
@@ -65,7 +71,7 @@ def test_every_precision_trains_sharded(train_flags, tmp_path, precision, accum_
     assert result.returncode == 0, result.stderr
     run = tmp_path / "logs" / "run"
     assert "are sharded (FSDP)" in (run / "out.log").read_text()
-    curve = [json.loads(row)["contrastive_loss"] for row in (run / "metrics.jsonl").read_text().splitlines()]
+    curve = [row["contrastive_loss"] for row in steps(run)]
     assert curve[-1] < curve[0]
     checkpoint = torch.load(run / "checkpoints" / "epoch_3.pt")
     assert ("scaler" in checkpoint) == (precision == "amp")
@@ -80,10 +86,7 @@ def test_fine_tuning_goes_on_as_if_it_had_not_stopped(train_flags, tmp_path, pre
     assert main(train_flags(*flags, "--name", "whole")) == 0
     resume = tmp_path / "logs/whole/checkpoints/epoch_1.pt"
     assert main(train_flags(*flags, "--name", "rest", "--resume", resume)) == 0
-    whole, rest = (
-        [json.loads(row) for row in (tmp_path / f"logs/{name}/metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "rest")
-    )
+    whole, rest = (steps(tmp_path / "logs" / name) for name in ("whole", "rest"))
     assert whole[0]["age_max"] == 0 and whole[0]["stored_weight"] > 0
     assert [row["loss"] for row in rest] == pytest.approx([row["loss"] for row in whole[8:]], rel=1e-2)
     ends = [torch.load(tmp_path / f"logs/{name}/checkpoints/epoch_2.pt") for name in ("whole", "rest")]

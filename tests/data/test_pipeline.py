@@ -191,9 +191,8 @@ def test_shards_without_a_full_batch_are_an_error_not_an_endless_wait(tmp_path, 
 
 
 def test_more_workers_than_shards_is_an_error_with_the_fix(shards):
-    with pytest.raises(
-        UserError, match=r"--workers 3: 2 process\(es\) need at least 6 shards and there are 4; use --workers 2"
-    ):
+    message = "--workers 3: takes at least 6 shards for 2 processes, and there are 4; use --workers 2"
+    with pytest.raises(UserError, match=message):
         train_loader(config(shards, world_size=2), num_samples=256, workers=3)
 
 
