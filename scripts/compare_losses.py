@@ -12,6 +12,7 @@ Both files hold `x` (n, D) float features and `tokens` (n, captions, length) int
 import argparse
 import json
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,8 @@ def run(args, loss_text: str, batch_size: int, seed: int, data) -> dict[str, flo
     torch.manual_seed(seed)
     model = TwoTowers(x.shape[1], vocabulary, args.width, args.logit_scale)
     model.logit_scale.requires_grad_(args.learn_scale)
-    loss = create_loss(name, num_samples=len(x), **dict(item.split("=") for item in assignments))
+    options: dict[str, Any] = dict(item.split("=") for item in assignments)
+    loss = create_loss(name, num_samples=len(x), embed_dim=args.width, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.wd, fused=True)
     steps = len(x) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps * args.epochs, pct_start=0.1)
