@@ -130,13 +130,17 @@ def build_options(options_type: type, values: Mapping[str, Any], owner: str, fla
     return options_type(**converted)
 
 
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal
+
+
 def _convert(value: Any, wanted: Any) -> Any:
     """`value` as `wanted`: a plain type, a Literal, or a union of those and None."""
     if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union:
         if value is None or (isinstance(value, str) and value.lower() == "none"):
             return None
         parts = [part for part in typing.get_args(wanted) if part is not type(None)]
-        for part in sorted(parts, key=lambda part: typing.get_origin(part) is not typing.Literal):
+        for part in sorted(parts, key=lambda part: not _is_literal(part)):
             with contextlib.suppress(ValueError, TypeError):
                 return _convert(value, part)
         raise ValueError(value)

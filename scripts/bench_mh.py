@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
@@ -82,7 +83,7 @@ def losses(args) -> dict:
 
     functions["clip"] = partial(run, clip)
     for kernel in ("isir", "mh"):
-        loss = create_loss("emc2", num_samples=10 * args.batch, kernel=kernel).to(args.device)
+        loss = create_loss("emc2", num_samples=10 * args.batch, embed_dim=args.width, device=args.device, kernel=kernel)
         run(loss, sample_ids=ids)
         loss.commit()
         functions[kernel] = partial(run, loss, sample_ids=ids)
@@ -101,7 +102,8 @@ def banks(args) -> dict:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for num_samples in args.bank_samples:
             path = os.path.join(folder, str(num_samples))
-            loss = create_loss("emc2", num_samples=num_samples, bank_device="mmap", bank_path=path).to(args.device)
+            place: dict[str, Any] = {"bank_device": "mmap", "bank_path": path}
+            loss = create_loss("emc2", num_samples=num_samples, embed_dim=args.width, device=args.device, **place)
             scale, seconds, resident = torch.tensor(20.0, device=args.device), [], 0
             order = torch.randint(num_samples, (steps, batch), device=args.device)
             for ids in order.repeat(rounds, 1):

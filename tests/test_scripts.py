@@ -73,10 +73,16 @@ def compare_losses(run, shards, tmp_path):
         x, tokens = generator.normal(size=(64, 8)), generator.integers(10, size=(64, 2, 5))
         np.savez(tmp_path / f"{name}.npz", x=x, tokens=tokens)
     data = ("--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz", "--split", "test")
-    flags = ("--losses", "dcl", "gamma_decomp:gamma=0.5", "--batch-size", 16, "--epochs", 1, "--seeds", 2)
-    _, first, second = run("compare_losses.py", *data, *flags, "--json", tmp_path / "rows.json")
+    flags = ("--losses", "dcl", "gamma_decomp:gamma=0.5", "emc2", "--batch-size", 16, "--epochs", 1, "--seeds", 2)
+    _, first, second, third = run("compare_losses.py", *data, *flags, "--json", tmp_path / "rows.json")
     assert first.startswith("batch 16    dcl ") and "against dcl: +0.00 ± 0.00" in first
-    assert second.startswith("batch 16    gamma_decomp:gamma=0.5 ")
+    assert second.startswith("batch 16    gamma_decomp:gamma=0.5 ") and third.startswith("batch 16    emc2 ")
+
+
+def installed(run, shards, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        run("installed.py")
+    assert ended.value.code in (0, 1)  # tests may run from a folder that is not the one installed
 
 
 def make_patch(run, shards, tmp_path):
@@ -88,7 +94,7 @@ def make_patch(run, shards, tmp_path):
 
 
 JOBS = {job.__name__: job for job in
-        (bench_data, bench_eval, bench_loss, bench_mh, bench_train, compare_losses, make_patch)}  # fmt: skip
+        (bench_data, bench_eval, bench_loss, bench_mh, bench_train, compare_losses, installed, make_patch)}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))

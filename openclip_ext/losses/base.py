@@ -289,7 +289,8 @@ def require_vocabulary(context: LossContext, owner: str) -> Vocabulary:
     size = vocabulary.size
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise UserError(f"vocab_size={size!r}: must be a whole number of at least 1, how many ids the tokenizer has")
-    for token in vocabulary.special_ids | ({vocabulary.end_id} - {None}):
+    marks = vocabulary.special_ids if vocabulary.end_id is None else vocabulary.special_ids | {vocabulary.end_id}
+    for token in marks:
         if not 0 <= token < size:
             raise UserError(f"vocab_size={size}: holds no special id {token}; give how many ids the tokenizer has")
     return vocabulary

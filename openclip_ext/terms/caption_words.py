@@ -32,12 +32,16 @@ class CaptionWordsTerm(Loss):
     cut at 0, and that a batch counts before it is weighed, are of this package.
     """
 
+    captions: Tensor
+    captions_with: Tensor
+    is_special: Tensor
+
     def __init__(self, options: NoOptions, context: LossContext) -> None:
         super().__init__(options, context)
         width = require_widths(context, OWNER, "image_trunk").image_trunk
         vocabulary = require_vocabulary(context, OWNER)
         self.end_id = vocabulary.end_id
-        self.head = nn.Linear(width, vocabulary.size, bias=False)
+        self.head = nn.Linear(width or 0, vocabulary.size, bias=False)
         self.register_buffer("captions", torch.zeros((), dtype=torch.int64))
         self.register_buffer("captions_with", torch.zeros(vocabulary.size, dtype=torch.int64))
         is_special = torch.zeros(vocabulary.size, dtype=torch.bool)

@@ -18,7 +18,7 @@ from towers import TOWERS, coca_flags, inputs, tower_model
 
 B, D, WIDTH, V = 5, 3, 4, 12
 SPECIAL, END = {0, 10, 11}, 11
-TERM = {"caption_words": {}}
+TERM: dict[str, dict[str, float]] = {"caption_words": {}}
 SHAPES = {"image_trunk_dim": WIDTH, "vocab_size": V, "special_token_ids": SPECIAL}
 
 
