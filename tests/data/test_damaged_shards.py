@@ -9,8 +9,8 @@ import tarfile
 import zlib
 
 import pytest
-from test_pipeline import config
 
+from batches import config
 from openclip_ext.data import tar
 from openclip_ext.data.captions import CaptionFormat, require_caption_key
 from openclip_ext.data.check import check_shards

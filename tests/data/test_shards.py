@@ -12,8 +12,8 @@ import tarfile
 import pytest
 from open_clip_train.data import get_dataset_size
 from PIL import Image
-from test_pipeline import config
 
+from batches import config
 from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data.captions import CaptionFormat, require_caption_key

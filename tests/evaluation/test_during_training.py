@@ -10,10 +10,10 @@ import tarfile
 import open_clip
 import pytest
 import torch
-from test_launch import launch
 from torchvision.transforms import ToTensor
 
 import rank_jobs
+from launching import launch
 from openclip_ext.cli import main
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from test_launch import launch
 
+from launching import launch
 from openclip_ext.cli import main
 from openclip_ext.data import digits
 from openclip_ext.training.evaluator import metric_names

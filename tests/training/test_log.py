@@ -52,7 +52,8 @@ def test_the_log_alone_tells_report_the_curve(train_flags, tmp_path):
     assert main(train_flags("--epochs", 2)) == 0
     run = tmp_path / "logs" / "run"
     before = read_run(str(run)).training
-    (run / "metrics.jsonl").unlink()
+    for name in ("metrics.jsonl", "params.json"):
+        (run / name).unlink()
     with open(run / "params.txt", "a") as file:
         file.write("world_size: 1\n")
     after = read_run(str(run)).training
