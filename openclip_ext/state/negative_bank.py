@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from openclip_ext.state.table import Placement, Table
+from openclip_ext.state.table import Placement, SampleTable
 
 DIRECTIONS = 2
 EMPTY = -1
@@ -29,12 +29,12 @@ class NegativeBank(nn.Module):
         super().__init__()
         beside = Placement("device" if placement.kind == "device" else "cpu")
         shape = (DIRECTIONS, num_samples)
-        self.ids = Table(shape, torch.int64, EMPTY, "ids of the negative bank", beside, device)
-        self.stored_at = Table(shape, torch.int64, 0, "steps of the negative bank", beside, device)
+        self.ids = SampleTable(shape, torch.int64, EMPTY, "ids of the negative bank", beside, device)
+        self.stored_at = SampleTable(shape, torch.int64, 0, "steps of the negative bank", beside, device)
         self.embedding = None
         if width:
             in_state = placement.kind != "mmap"  # a checkpoint would hold all of the file
-            self.embedding = Table((*shape, width), dtype, 0, "negative bank", placement, device, in_state)
+            self.embedding = SampleTable((*shape, width), dtype, 0, "negative bank", placement, device, in_state)
         self._staged: tuple[Tensor, ...] | None = None
 
     def check(self, ids: Tensor) -> None:

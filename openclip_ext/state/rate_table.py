@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from openclip_ext.ops.pairs import PairBatch
-from openclip_ext.state.table import Placement, Table
+from openclip_ext.state.table import Placement, SampleTable
 
 
-class RateTable(Table):
+class RateTable(SampleTable):
     """Running averages `R_i <- (1 - g) R_i + g rho_i` of positive rates, one per sample and direction, kept as logs.
 
     The first visit of a sample sets `R_i = rho_i`. `blend` computes, `stage` remembers, `commit` writes: a loss that
@@ -24,7 +24,7 @@ class RateTable(Table):
         device: where the module is.
 
     Raises:
-        NoRoomError, WrongFileError: as of `Table`.
+        NoRoomError, WrongFileError: as of `SampleTable`.
     """
 
     def __init__(

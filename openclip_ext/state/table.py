@@ -36,7 +36,7 @@ class WrongFileError(ValueError):
     """The file named for a table holds something else."""
 
 
-class Table(nn.Module):
+class SampleTable(nn.Module):
     """A table `values` of shape (2, N, ...), read and written by sample id.
 
     Args:

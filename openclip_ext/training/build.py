@@ -30,7 +30,7 @@ def build_trainer(
     """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
     model, adapters = _to_train(config, accelerator, plan, model, checkpoint)
     views = ViewsModel(model, config.momentum_encoder) if config.pairs == "views" else None
-    paired, keys = views or pair_model(model, plan.needs), views and views.keys
+    paired, momentum_encoder = views or pair_model(model, plan.needs), views and views.momentum_encoder
     loss = _objective(config, accelerator, plan, data, paired, tokenizer)
     seed_all(config.seed + accelerator.process_index)
     loader = _loader(config, accelerator, plan, data, transform, tokenizer)
@@ -46,7 +46,11 @@ def build_trainer(
     hash_ids = HashIds(data.num_ids) if data.sample_id == "hash" else None
     if checkpoint:
         restored = checkpoint.restore(
-            optimizer=optimizer, scaler=accelerator.scaler, loss=loss, keys=keys, average=average
+            optimizer=optimizer,
+            scaler=accelerator.scaler,
+            loss=loss,
+            momentum_encoder=momentum_encoder,
+            average=average,
         )
         checkpoint.restore_ids(data.sample_id, hash_ids)
         remarks += [f"--resume {config.resume}: {remark}" for remark in restored]
@@ -66,7 +70,7 @@ def build_trainer(
         seed=config.seed,
         teacher=upstream.create_teacher(config.flags, accelerator.device) if config.distill_model else None,
         hash_ids=hash_ids,
-        keys=keys,
+        momentum_encoder=momentum_encoder,
         average=average,
         adapters=adapters,
     ), remarks

@@ -25,7 +25,7 @@ def save_checkpoint(
     scaler,
     loss,
     distributed: bool,
-    keys=None,
+    momentum_encoder=None,
     average: WeightAverage | None = None,
     adapters: Adapters | None = None,
     hash_ids: HashIds | None = None,
@@ -58,8 +58,8 @@ def save_checkpoint(
         content["loss"] = loss.state_dict()
     if hash_ids is not None:
         content["sample_hashes"] = hash_ids.hashes
-    if keys is not None:
-        content["momentum_encoder"] = keys.state_dict()
+    if momentum_encoder is not None:
+        content["momentum_encoder"] = momentum_encoder.state_dict()
     if loss_optimizer is not None:
         content["loss_optimizer"] = loss_optimizer
     with atomic(path) as partial:
@@ -131,7 +131,9 @@ class Checkpoint:
         average.load_state_dict(state | self.content.get("lora", {}).get("state_dict_ema", {}))
         return []
 
-    def restore(self, *, optimizer, scaler, loss, keys=None, average: WeightAverage | None = None) -> list[str]:
+    def restore(
+        self, *, optimizer, scaler, loss, momentum_encoder=None, average: WeightAverage | None = None
+    ) -> list[str]:
         """Load everything else the checkpoint holds.
 
         Returns:
@@ -143,9 +145,9 @@ class Checkpoint:
         if "epoch" not in self.content:
             return ["the file holds weights only: optimizer and loss start anew"]
         remarks = self.restore_loss(loss) + self.restore_average(average)
-        if keys is not None and "momentum_encoder" in self.content:
-            keys.load_state_dict(self.content["momentum_encoder"])
-        elif keys is not None:
+        if momentum_encoder is not None and "momentum_encoder" in self.content:
+            momentum_encoder.load_state_dict(self.content["momentum_encoder"])
+        elif momentum_encoder is not None:
             remarks.append("it holds no momentum encoder: that starts as a copy of the image tower")
         state, more = self.optimizer_state(optimizer)
         remarks += more

@@ -67,13 +67,13 @@ class ViewsModel(Wrapper):
         momentum: of the encoder of keys; None: both views are encoded by the tower itself.
 
     Attributes:
-        keys: the `MomentumEncoder`, or None.
+        momentum_encoder: the `MomentumEncoder`, or None.
     """
 
     def __init__(self, model: nn.Module, momentum: float | None) -> None:
         super().__init__(model)
         tower = upstream.freeze_text(model)
-        self.keys = None if momentum is None else MomentumEncoder(tower, momentum)
+        self.momentum_encoder = None if momentum is None else MomentumEncoder(tower, momentum)
 
     def forward(self, image: Tensor, image_aug: Tensor) -> dict[str, Tensor]:
         """Unit features (B, D) of the two views, and the logit scale, with its bias if there is one.
@@ -85,9 +85,9 @@ class ViewsModel(Wrapper):
         both = torch.cat([image, image_aug])
         out = dict(self.model(both))
         first, second = out["image_features"].chunk(2)
-        if self.keys is None:
+        if self.momentum_encoder is None:
             return out | {"image_features": first, "text_features": second}
-        first_key, second_key = self.keys(both).chunk(2)
+        first_key, second_key = self.momentum_encoder(both).chunk(2)
         return out | {
             "image_features": first,
             "text_features": second_key,

@@ -85,7 +85,7 @@ class Keeper:
             optimizer=trainer.optimizer,
             scaler=trainer.accelerator.scaler,
             loss=trainer.loss,
-            keys=trainer.keys,
+            momentum_encoder=trainer.momentum_encoder,
             average=trainer.average,
             adapters=trainer.adapters,
             hash_ids=trainer.hash_ids,

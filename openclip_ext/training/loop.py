@@ -51,7 +51,7 @@ class Trainer:
         seed: of random draws in the model.
         teacher: of distillation; None: there is none.
         hash_ids: numbers samples by hashes of their keys; None: batches hold ids.
-        keys: an average of the model, which follows each step taken; None: there is none.
+        momentum_encoder: an average of the model, which follows each step taken; None: there is none.
         average: of the weights, likewise, for evaluation.
         adapters: of LoRA, in the model.
     """
@@ -71,7 +71,7 @@ class Trainer:
     seed: int
     teacher: nn.Module | None = None
     hash_ids: HashIds | None = None
-    keys: MomentumEncoder | None = None
+    momentum_encoder: MomentumEncoder | None = None
     average: WeightAverage | None = None
     adapters: Adapters | None = None
     skipped_steps: int = 0
@@ -214,8 +214,8 @@ class Trainer:
         if finite and not self.optimizer.step_was_skipped:
             self.skipped_steps = 0
             self.loss.commit()
-            if self.keys is not None:
-                self.keys.update()
+            if self.momentum_encoder is not None:
+                self.momentum_encoder.update()
             with torch.no_grad():
                 self.module.logit_scale.clamp_(0, math.log(100))  # as in OpenCLIP
             if self.average is not None:

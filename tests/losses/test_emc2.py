@@ -9,7 +9,7 @@ import torch
 import oracles
 from openclip_ext import UserError, create_loss
 from openclip_ext.cli import main
-from openclip_ext.state.table import Placement, Table
+from openclip_ext.state.table import Placement, SampleTable
 
 N, D, B = 128, 8, 8
 SCALE = 10.0
@@ -225,11 +225,11 @@ def test_a_bank_elsewhere_gives_the_same(features, tmp_path, kind):
 def test_a_file_is_sparse_and_outlives_the_run(tmp_path):
     path = str(tmp_path / "bank")
     placement = Placement("mmap", path)
-    table = Table((2, 200_000, 64), torch.float16, 0, "bank", placement, in_state=False)
+    table = SampleTable((2, 200_000, 64), torch.float16, 0, "bank", placement, in_state=False)
     assert os.path.getsize(path) == 2 * 200_000 * 64 * 2 and os.stat(path).st_blocks * 512 < 1e6
     rows = torch.randn(3, 64).half()
     table.write(1, torch.tensor([7, 199_999, 0]), rows)
-    again = Table((2, 200_000, 64), torch.float16, 0, "bank", placement, in_state=False)
+    again = SampleTable((2, 200_000, 64), torch.float16, 0, "bank", placement, in_state=False)
     assert torch.equal(again.read(torch.tensor([199_999, 7]))[1], rows[[1, 0]])
     assert not again.read(torch.tensor([5])).any()
 

@@ -176,8 +176,8 @@ def test_every_step_is_the_loss_of_the_towers_features(train_flags, tmp_path, mo
         model, scale = copy.deepcopy(self.module).double(), self.module.logit_scale.double().exp()
         queries = [model.encode_image(batch[name].double(), normalize=True) for name in ("image", "image_aug")]
         keys = queries
-        if self.keys is not None:
-            tower, predictor = (copy.deepcopy(x).double() for x in (self.keys.average, self.loss.predictor))
+        if self.momentum_encoder is not None:
+            tower, predictor = (copy.deepcopy(x).double() for x in (self.momentum_encoder.average, self.loss.predictor))
             keys = [normalize(tower(batch[name].double()), dim=-1) for name in ("image", "image_aug")]
             queries = [normalize(predictor(query), dim=-1) for query in queries]
         with torch.no_grad():
@@ -195,7 +195,7 @@ def test_the_average_follows_every_step_that_was_taken(train_flags, tmp_path, mo
 
     def poisoned(self, outputs):
         if not taken:
-            taken.append(copy.deepcopy(self.keys.average.state_dict()))
+            taken.append(copy.deepcopy(self.momentum_encoder.average.state_dict()))
         step = len(taken)
         if step == 3:
             outputs["contrastive_loss"] = outputs["contrastive_loss"] * float("nan")

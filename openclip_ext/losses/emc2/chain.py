@@ -117,7 +117,3 @@ def chain_report(chains: list[Chain], visits: list[Visit], ages: Tensor, world_s
         "age_max": gather_rows(ages.max()[None], (1,) * world_size).max().float(),
         "effective_samples": effective / anchors,
     }
-
-
-def _squared_norm(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1).square()
