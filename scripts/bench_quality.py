@@ -67,6 +67,8 @@ def main() -> None:
         print(markdown(report(store, args.out)))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
 
 
 def parse() -> argparse.Namespace:

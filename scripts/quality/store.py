@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 
@@ -128,7 +129,7 @@ def finish(rows: list[Row], store: Store, files: Files, jobs: int, report: Calla
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(total=total / 1e6, initial=(total - left) / 1e6, unit="M", smoothing=0.1, bar_format=_BAR) as bar,
-        concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool,
+        concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=_end_with_parent) as pool,
     ):
         running: dict[concurrent.futures.Future, tuple[Row, Run]] = {}
         while pending or running:
@@ -145,6 +146,16 @@ def finish(rows: list[Row], store: Store, files: Files, jobs: int, report: Calla
                     pending.extendleft((row, scored) for scored in row.scored(store) if not store.get(scored))
                 elif all(store.get(scored) for scored in row.scored(store)):
                     report()
+
+
+def _end_with_parent() -> None:
+    """In a process of the pool, which would wait for work forever if what started it was killed."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 _BAR = "{percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} to go{postfix}"
