@@ -3,7 +3,7 @@
     python scripts/bench_quality.py --quick
     python scripts/bench_quality.py --task stream --out runs/quality --jobs 2
     python scripts/bench_quality.py --task flickr --flickr train.npz test.npz --methods clip dcl dcl+recent=8
-    python scripts/bench_quality.py --out runs/quality --table
+    python scripts/bench_quality.py --out runs/quality --table scripts/README.md
 
 Small towers are trained on a simulated stream of pairs (`stream`, and `stream2` with other constants), or on features
 of photographs and their captions (`flickr`). The learning rate is chosen per method, batch size and logit scale, from
@@ -29,7 +29,7 @@ from quality.summary import draw, markdown, summarise
 from quality.tasks import FLICKR_VALIDATION, Setting
 
 from openclip_ext.errors import UserError
-from openclip_ext.files import make_out_folder, write_json
+from openclip_ext.files import atomic, make_out_folder, write_json
 
 TASKS = {
     "stream": Setting(pairs=50_000, epochs=6, scale=30.0, decay=0.01),
@@ -51,6 +51,7 @@ QUICK = {
     "rates": [2e-3, 4e-3],
     "seeds": 2,
 }
+MARKS = ("<!-- quality -->", "<!-- /quality -->")
 QUICK_SETTING = Setting(pairs=20_000, epochs=4, scale=30.0, decay=0.01)
 
 
@@ -64,7 +65,11 @@ def main() -> None:
                 rows = plan(task, args)
                 files = tuple(args.flickr) if task == "flickr" else None
                 finish(rows, store, files, args.jobs, lambda: report(store, args.out))
-        print(markdown(report(store, args.out)))
+        text = markdown(report(store, args.out))
+        if isinstance(args.table, str):
+            put_between_marks(text, args.table)
+        else:
+            print(text)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -82,7 +87,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core")
     parser.add_argument("--out", default="runs/quality", help="folder of runs.jsonl, results.json and pictures")
-    parser.add_argument("--table", action="store_true", help="train nothing: print what is in --out as Markdown")
+    parser.add_argument(
+        "--table", nargs="?", const=True, metavar="FILE",
+        help=f"train nothing: print what is in --out, or put it into FILE between {MARKS[0]} and {MARKS[1]}",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small stream in five minutes; most flags do not count")
     args = parser.parse_args()
     if "flickr" in args.task and not (args.flickr or args.table):
@@ -112,6 +120,20 @@ def report(store: Store, out: str) -> list[dict]:
     for task, of_task in itertools.groupby(records, key=lambda record: record["task"]):
         draw(list(of_task), os.path.join(out, f"{task}.png"))
     return records
+
+
+def put_between_marks(text: str, path: str) -> None:
+    """Replace what stands between the marks of a file. Raises UserError: no such file, or no such marks."""
+    try:
+        with open(path) as file:
+            before, start, rest = file.read().partition(MARKS[0])
+        _, end, after = rest.partition(MARKS[1])
+    except OSError as error:
+        raise UserError(f"--table {path}: {error.strerror}") from error
+    if not (start and end):
+        raise UserError(f"--table {path}: must hold the lines {MARKS[0]} and {MARKS[1]}, between which tables go")
+    with atomic(path) as partial, open(partial, "w") as file:
+        file.write(f"{before}{start}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from openclip_ext.losses import Objective
+from openclip_ext.losses.base import total_loss
 from openclip_ext.training.encode_again import KeptInputs
 
 from .methods import Method
@@ -111,7 +112,7 @@ def take_gradient(
     """
     if len(inputs) == 1:
         outputs = loss(**model(**inputs[0]), sample_ids=ids, **again)
-        total(outputs).backward()
+        total_loss(outputs).backward()
         return outputs
     with torch.no_grad():
         found = [model(**part) for part in inputs]
@@ -119,14 +120,10 @@ def take_gradient(
     leaves = {key: value.requires_grad_() for key, value in leaves.items()}
     scale = {"logit_scale": model.logit_scale.exp(), "logit_bias": model.logit_bias}
     outputs = loss(**leaves, **scale, sample_ids=ids, **again)
-    total(outputs).backward()
+    total_loss(outputs).backward()
     rows = len(inputs[0]["image"])
     gradients = [value.grad.split(rows) for value in leaves.values()]
     for part, *gradient in zip(inputs, *gradients, strict=True):
         features = model(**part)
         torch.autograd.backward([features[key] for key in leaves], gradient)
     return outputs
-
-
-def total(outputs: dict[str, Tensor]) -> Tensor:
-    return sum(value for key, value in outputs.items() if key.endswith("_loss"))
