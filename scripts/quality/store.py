@@ -123,7 +123,7 @@ def finish(rows: list[Row], store: Store, files: Files, jobs: int, report: Calla
     """
     pending = deque((row, run) for row in rows for run in row.choosing() if not store.get(run))
     for row in reversed(rows):  # their learning rate was chosen before
-        pending.extendleft((row, run) for run in row.scored(store) if not store.get(run))
+        pending.extendleft((row, run) for run in reversed(row.scored(store)) if not store.get(run))
     total = sum(row.cost * (len(row.rates) + row.seeds) for row in rows)
     left = sum(row.cost * _left(row, store) for row in rows)
     context = multiprocessing.get_context("spawn")
@@ -143,8 +143,8 @@ def finish(rows: list[Row], store: Store, files: Files, jobs: int, report: Calla
                 bar.update(row.cost / 1e6)
                 bar.set_postfix_str(f"{run.method} at {run.batch_size}, {run.scale} scale")
                 if run.split == "val":
-                    pending.extendleft((row, scored) for scored in row.scored(store) if not store.get(scored))
-                elif all(store.get(scored) for scored in row.scored(store)):
+                    pending.extendleft((row, new) for new in reversed(row.scored(store)) if not store.get(new))
+                elif all(store.get(other) for other in row.scored(store)):
                     report()
 
 

@@ -118,14 +118,20 @@ def draw(records: list[dict], path: str) -> None:
     methods = list(dict.fromkeys(record["method"] for record in records))
     plain = list(dict.fromkeys(Method(method).without_recent or method for method in methods))
     for axes, scale in zip(panels, scales, strict=True):
-        for method in methods:
+        for index, method in enumerate(methods):
             rows = [record for record in records if (record["scale"], record["method"]) == (scale, method)]
-            colour = matplotlib.colormaps["tab10"](plain.index(Method(method).without_recent or method) % 10)
-            _draw_method(axes, sorted(rows, key=lambda record: record["batch_size"]), method, colour)
+            base = Method(method).without_recent or method
+            style = {
+                "color": matplotlib.colormaps["tab10"](plain.index(base) % 10),
+                "linestyle": "--" if base == method else "-",
+                "marker": "osD^v"[[other for other in methods if other.startswith(base)].index(method) % 5],
+            }
+            _draw_method(axes, rows, method, 1.02 ** (index - len(methods) / 2), style)
         sizes = sorted({record["batch_size"] for record in records})
         axes.set(title=f"{scale} logit scale", xlabel="batch size (pairs encoded at once)", xscale="log")
         axes.set_xticks(sizes, map(str, sizes), minor=False)
         axes.set_xticks([], minor=True)
+        axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("score on the test split, %")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -135,9 +141,10 @@ def draw(records: list[dict], path: str) -> None:
         figure.savefig(partial, dpi=130, format="png")
 
 
-def _draw_method(axes: Axes, rows: list[dict], method: str, colour) -> None:
+def _draw_method(axes: Axes, rows: list[dict], method: str, shift: float, style: dict) -> None:
+    """A line with intervals; `shift` is a factor that keeps the intervals of methods apart."""
+    rows = sorted(rows, key=lambda record: record["batch_size"])
     axes.errorbar(
-        [record["batch_size"] for record in rows], [record["score"] for record in rows],
-        yerr=[record["half_width"] or 0 for record in rows], label=method, color=colour, capsize=2, marker="o",
-        markersize=4, linestyle="-" if Method(method).without_recent else "--",
+        [shift * record["batch_size"] for record in rows], [record["score"] for record in rows],
+        yerr=[record["half_width"] or 0 for record in rows], label=method, capsize=2, markersize=4, **style,
     )  # fmt: skip
