@@ -79,6 +79,13 @@ def compare_losses(run, shards, tmp_path):
     assert second.startswith("batch 16    gamma_decomp:gamma=0.5 ") and third.startswith("batch 16    emc2 ")
 
 
+def bench_quality(run, shards, tmp_path):
+    """Its help; what it measures has tests of its own."""
+    with pytest.raises(SystemExit) as ended:
+        run("bench_quality.py", "--help")
+    assert ended.value.code == 0
+
+
 def installed(run, shards, tmp_path):
     with pytest.raises(SystemExit) as ended:
         run("installed.py")
@@ -94,7 +101,7 @@ def make_patch(run, shards, tmp_path):
 
 
 JOBS = {job.__name__: job for job in
-        (bench_data, bench_eval, bench_loss, bench_mh, bench_train, compare_losses, installed, make_patch)}  # fmt: skip
+        (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_train, compare_losses, installed, make_patch)}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))

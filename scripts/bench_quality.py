@@ -1,0 +1,140 @@
+"""Which loss learns best at which batch size: scores, intervals, seconds, and a picture per task.
+
+    python scripts/bench_quality.py --quick
+    python scripts/bench_quality.py --task stream --out runs/quality --jobs 2
+    python scripts/bench_quality.py --task flickr --flickr train.npz test.npz --methods clip dcl dcl+recent=8
+    python scripts/bench_quality.py --out runs/quality --table scripts/README.md
+
+Small towers are trained on a simulated stream of pairs (`stream`, and `stream2` with other constants), or on features
+of photographs and their captions (`flickr`). The learning rate is chosen per method, batch size and logit scale, from
+one grid, on a validation split; at the best one, every seed is trained and scored on the test split. All methods of a
+seed see the same pairs in the same order from the same initial parameters.
+
+A method is `NAME[+OPTION=VALUE…]`: `dcl+recent=8` has pairs of eight recent steps, `clip+accumulate=1024` makes one
+step of 1,024 pairs out of batches that are encoded twice, `gamma_decomp+gamma=0.5` sets an option of the loss.
+
+Every run that is done is a line of OUT/runs.jsonl, and is not done again: started anew after a break, or with other
+flags, only what is missing is done. A change of the code is not noticed; take another folder then.
+"""
+
+import argparse
+import itertools
+import os
+import sys
+
+from quality.loop import Run
+from quality.methods import Method
+from quality.store import Row, Store, finish
+from quality.summary import draw, markdown, summarise
+from quality.tasks import FLICKR_VALIDATION, Setting
+
+from openclip_ext.errors import UserError
+from openclip_ext.files import atomic, make_out_folder, write_json
+
+TASKS = {
+    "stream": Setting(pairs=50_000, epochs=6, scale=30.0, decay=0.01),
+    "stream2": Setting(pairs=20_000, epochs=10, scale=20.0, decay=0.01, centres=1),
+    "flickr": Setting(pairs=6_000 - FLICKR_VALIDATION, epochs=15, scale=50.0, decay=0.1),
+}
+METHODS = (
+    *("clip", "dcl", "batch_corrected", "sogclr", "gamma_decomp", "emc2", "siglip"),
+    *(f"{name}+recent=8" for name in ("clip", "dcl", "batch_corrected", "sogclr", "gamma_decomp")),
+    *("clip+accumulate=1024", "dcl+accumulate=1024"),
+)
+BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+QUICK = {
+    "task": ["quick"],
+    "methods": ["clip", "dcl", "batch_corrected", "dcl+recent=8", "batch_corrected+recent=8"],
+    "batch_sizes": [64],
+    "scales": ["fixed"],
+    "rates": [2e-3, 4e-3],
+    "seeds": 2,
+}
+MARKS = ("<!-- quality -->", "<!-- /quality -->")
+QUICK_SETTING = Setting(pairs=20_000, epochs=4, scale=30.0, decay=0.01)
+
+
+def main() -> None:
+    args = parse()
+    try:
+        make_out_folder(args.out)
+        store = Store(os.path.join(args.out, "runs.jsonl"))
+        if not args.table:
+            for task in args.task:
+                rows = plan(task, args)
+                files = tuple(args.flickr) if task == "flickr" else None
+                finish(rows, store, files, args.jobs, lambda: report(store, args.out))
+        text = markdown(report(store, args.out))
+        if isinstance(args.table, str):
+            put_between_marks(text, args.table)
+        else:
+            print(text)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=["stream", "stream2"])
+    parser.add_argument("--flickr", nargs=2, metavar=("TRAIN", "TEST"), help=".npz files with `x` and `tokens`")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME[+OPTION=VALUE…]")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
+    parser.add_argument("--scales", nargs="+", choices=["fixed", "learned"], default=["fixed", "learned"])
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core")
+    parser.add_argument("--out", default="runs/quality", help="folder of runs.jsonl, results.json and pictures")
+    parser.add_argument(
+        "--table", nargs="?", const=True, metavar="FILE",
+        help=f"train nothing: print what is in --out, or put it into FILE between {MARKS[0]} and {MARKS[1]}",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a small stream in five minutes; most flags do not count")
+    args = parser.parse_args()
+    if "flickr" in args.task and not (args.flickr or args.table):
+        parser.error("--task flickr: name its features, --flickr TRAIN TEST")
+    return argparse.Namespace(**vars(args) | QUICK) if args.quick else args
+
+
+def plan(task: str, args: argparse.Namespace) -> list[Row]:
+    """Rows of a task, batch size by batch size. Raises UserError: a method that there is not."""
+    methods = [Method(text) for text in args.methods]
+    rows = []
+    for scale, size, method in itertools.product(args.scales, args.batch_sizes, methods):
+        if "accumulate" in method.options and size >= method.pairs_per_step(size):
+            continue
+        base = Run(
+            task=task, setting=QUICK_SETTING if task == "quick" else TASKS[task], method=method.text, batch_size=size,
+            scale=scale, lr=0.0, seed=0, split="",
+        )  # fmt: skip
+        rows.append(Row(base=base, rates=tuple(args.rates), seeds=args.seeds))
+    return rows
+
+
+def report(store: Store, out: str) -> list[dict]:
+    """Write OUT/results.json and OUT/TASK.png of all that is done, and return the records."""
+    records = summarise(store)
+    write_json(records, os.path.join(out, "results.json"))
+    for task, of_task in itertools.groupby(records, key=lambda record: record["task"]):
+        draw(list(of_task), os.path.join(out, f"{task}.png"))
+    return records
+
+
+def put_between_marks(text: str, path: str) -> None:
+    """Replace what stands between the marks of a file. Raises UserError: no such file, or no such marks."""
+    try:
+        with open(path) as file:
+            before, start, rest = file.read().partition(MARKS[0])
+        _, end, after = rest.partition(MARKS[1])
+    except OSError as error:
+        raise UserError(f"--table {path}: {error.strerror}") from error
+    if not (start and end):
+        raise UserError(f"--table {path}: must hold the lines {MARKS[0]} and {MARKS[1]}, between which tables go")
+    with atomic(path) as partial, open(partial, "w") as file:
+        file.write(f"{before}{start}\n{text}\n{end}{after}")
+
+
+if __name__ == "__main__":
+    main()

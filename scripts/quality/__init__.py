@@ -1,0 +1,1 @@
+"""What `scripts/bench_quality.py` is made of: tasks, methods, one run, all runs, and what is said of them."""

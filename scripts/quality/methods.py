@@ -1,0 +1,62 @@
+"""How it is learned: a loss, its options, and the number of pairs that accumulation makes of a batch."""
+
+import dataclasses
+
+from openclip_ext import create_loss
+from openclip_ext.errors import UserError
+from openclip_ext.losses import Objective
+from openclip_ext.registry import TERMS, registered_names
+
+from .tasks import EMBED
+
+#: Short for options that are named often.
+SHORT = {"recent": "recent_batches", "check": "recent_check", "limit": "recent_limit"}
+
+#: Losses that keep nothing from step to step: what a memory has to beat.
+STATELESS = ("clip", "dcl", "batch_corrected")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What `NAME[+OPTION=VALUE…]` says.
+
+    An option is one of the loss, by its name or as in `SHORT`; a loss term with its weight; or `accumulate`, the pairs
+    of one optimizer step, made of batches that are encoded twice.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        self.build(num_samples=64)
+
+    @property
+    def name(self) -> str:
+        return self.text.split("+")[0]
+
+    @property
+    def options(self) -> dict[str, str]:
+        parts = [part.partition("=") for part in self.text.split("+")[1:]]
+        return {SHORT.get(key, key): value for key, _, value in parts}
+
+    @property
+    def without_recent(self) -> str | None:
+        """The same method without recent pairs; None: it has none."""
+        parts = self.text.split("+")
+        rest = [part for part in parts if part.partition("=")[0] not in (*SHORT, *SHORT.values())]
+        return "+".join(rest) if len(rest) < len(parts) else None
+
+    @property
+    def stateless(self) -> bool:
+        return self.text in STATELESS
+
+    def pairs_per_step(self, batch_size: int) -> int:
+        """Pairs of one optimizer step, of batches of `batch_size`."""
+        return int(self.options.get("accumulate", batch_size))
+
+    def build(self, num_samples: int) -> Objective:
+        """The loss. Raises UserError: no such loss, option or value."""
+        options = self.options
+        if not options.pop("accumulate", "1").isdigit():
+            raise UserError(f"--methods {self.text}: accumulate must be a number of pairs, such as accumulate=1024")
+        terms = {name: {"weight": options.pop(name)} for name in registered_names(TERMS) if name in options}
+        return create_loss(self.name, num_samples=num_samples, embed_dim=EMBED, terms=terms, **options)

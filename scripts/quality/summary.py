@@ -1,0 +1,150 @@
+"""What finished rows say: means, intervals, and paired differences; as JSON, Markdown and a picture."""
+
+import dataclasses
+import statistics
+from itertools import groupby
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from openclip_ext.files import atomic
+from openclip_ext.report.intervals import half_width
+
+from .methods import Method
+from .store import Row, Store, finished_rows
+
+
+def summarise(store: Store) -> list[dict]:
+    """One record per row that has been scored, by task, logit scale, batch size, and method.
+
+    `score` and `half_width`: mean and 95 % interval over seeds. `against_best` and `against_without`: mean and interval
+    of the differences, seed by seed, to the stateless baseline with the highest score at the same task, logit scale and
+    batch size, and to the same method without recent pairs; None where there is none such.
+    """
+    rows = sorted(finished_rows(store), key=_place)
+    scores = {_place(row): [store.get(run)["score"] for run in row.scored(store)] for row in rows}
+    return [_record(row, store, scores) for row in rows]
+
+
+def _place(row: Row) -> tuple:
+    base = row.base
+    return base.task, dataclasses.astuple(base.setting), base.scale, base.batch_size, base.method
+
+
+def _record(row: Row, store: Store, scores: dict[tuple, list[float]]) -> dict:
+    *place, method = _place(row)
+    own = scores[(*place, method)]
+    baselines = {name: values for (*at, name), values in scores.items() if at == place and Method(name).stateless}
+    best = max(baselines, key=lambda name: np.mean(baselines[name]), default=None)
+    without = Method(method).without_recent
+    found = [store.get(run) for run in row.scored(store)]
+    rates = {run.lr: store.get(run)["score"] for run in row.choosing()}
+    recents = [record["recent"] for record in found if "recent" in record]
+    return {
+        **dataclasses.asdict(row.base),
+        "lr": row.scored(store)[0].lr,
+        "validation": rates,
+        "scores": own,
+        "score": float(np.mean(own)),
+        "half_width": half_width(own),
+        "best_baseline": best,
+        "against_best": _difference(own, baselines[best]) if best not in (None, method) else None,
+        "against_without": _difference(own, scores.get((*place, without), [])) if without else None,
+        "pairs": found[0]["pairs"],
+        "steps": found[0]["steps"],
+        "seconds": statistics.median(record["seconds"] for record in found),
+        "recent": statistics.mean(recents) if recents else None,
+        "logit_scale": statistics.mean(record["logit_scale"] for record in found),
+    }
+
+
+def _difference(own: list[float], other: list[float]) -> list[float | None] | None:
+    common = min(len(own), len(other))
+    if common == 0:
+        return None
+    values = np.subtract(own[:common], other[:common])
+    return [float(values.mean()), half_width(values)]
+
+
+def markdown(records: list[dict]) -> str:
+    """A table per task, logit scale and batch size."""
+    lines = []
+    for (task, scale), of_task in groupby(records, key=lambda record: (record["task"], record["scale"])):
+        lines += ["", f"**{task}, {scale} logit scale**", "", _HEAD, _RULE]
+        lines += [_line(record) for record in of_task]
+    return "\n".join(lines[1:])
+
+
+_HEAD = (
+    "| batch | method | score | to the best stateless | to the same without | lr | recent steps | steps | pairs seen "
+    "| seconds |"
+)
+_RULE = "|" + " ---: | --- |" + " ---: |" * 8
+
+
+def _line(record: dict) -> str:
+    rates = sorted(record["validation"])
+    edge = " (edge)" if record["lr"] in (rates[0], rates[-1]) and len(rates) > 1 else ""
+    cells = [
+        record["batch_size"],
+        f"`{record['method']}`",
+        _interval(record["score"], record["half_width"]),
+        "best" if record["best_baseline"] == record["method"] else _signed(record["against_best"]),
+        _signed(record["against_without"]),
+        f"{record['lr']:g}{edge}",
+        "" if record["recent"] is None else f"{record['recent']:.1f}",
+        f"{record['steps']:,}",
+        f"{record['pairs']:,}",
+        f"{record['seconds']:.0f}",
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _interval(mean: float, width: float | None, sign: str = "") -> str:
+    return f"{mean:{sign}.1f}" + ("" if width is None else f" ± {width:.1f}")
+
+
+def _signed(difference: list | None) -> str:
+    return "" if difference is None else _interval(*difference, sign="+")
+
+
+def draw(records: list[dict], path: str) -> None:
+    """Write a PNG of one task: score over batch size, a line per method, a panel per kind of logit scale."""
+    scales = sorted({record["scale"] for record in records})
+    figure = Figure(figsize=(1.5 + 5.5 * len(scales), 5), layout="constrained")
+    panels = figure.subplots(1, len(scales), squeeze=False, sharey=True)[0]
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    plain = list(dict.fromkeys(Method(method).without_recent or method for method in methods))
+    for axes, scale in zip(panels, scales, strict=True):
+        for index, method in enumerate(methods):
+            rows = [record for record in records if (record["scale"], record["method"]) == (scale, method)]
+            base = Method(method).without_recent or method
+            style = {
+                "color": matplotlib.colormaps["tab10"](plain.index(base) % 10),
+                "linestyle": "--" if base == method else "-",
+                "marker": "osD^v"[[other for other in methods if other.startswith(base)].index(method) % 5],
+            }
+            _draw_method(axes, rows, method, 1.02 ** (index - len(methods) / 2), style)
+        sizes = sorted({record["batch_size"] for record in records})
+        axes.set(title=f"{scale} logit scale", xlabel="batch size (pairs encoded at once)", xscale="log")
+        axes.set_xticks(sizes, map(str, sizes), minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("score on the test split, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small", frameon=False)
+    figure.suptitle(f"{records[0]['task']}: mean and 95 % interval over {len(records[0]['scores'])} seeds")
+    with atomic(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
+
+
+def _draw_method(axes: Axes, rows: list[dict], method: str, shift: float, style: dict) -> None:
+    """A line with intervals; `shift` is a factor that keeps the intervals of methods apart."""
+    rows = sorted(rows, key=lambda record: record["batch_size"])
+    axes.errorbar(
+        [shift * record["batch_size"] for record in rows], [record["score"] for record in rows],
+        yerr=[record["half_width"] or 0 for record in rows], label=method, capsize=2, markersize=4, **style,
+    )  # fmt: skip

@@ -1,0 +1,115 @@
+"""The benchmark of losses: its records, what it chooses by them, its differences, and accumulation."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from quality.loop import Run, take_gradient, visits
+from quality.methods import Method
+from quality.store import Row, Store
+from quality.summary import markdown, summarise
+from quality.tasks import Setting, TwoTowers, perceptron
+
+from openclip_ext import UserError
+
+BASE = Run(
+    task="stream", setting=Setting(pairs=100, epochs=1, scale=9.0, decay=0.0), method="dcl", batch_size=8,
+    scale="fixed", lr=0.0, seed=0, split="",
+)  # fmt: skip
+
+
+def found(score, **more):
+    return {"score": score, "seconds": 1.0, "steps": 13, "pairs": 104, "logit_scale": 9.0} | more
+
+
+def filled(path, scores, validation=((0.1, 20.0), (0.2, 30.0))):
+    """A store of rows with these scores by seed, by method."""
+    store = Store(path)
+    for method, values in scores.items():
+        more = {"recent": 2.5} if "recent" in method else {}
+        row = Row(base=dataclasses.replace(BASE, method=method), rates=tuple(lr for lr, _ in validation), seeds=3)
+        for run, (_, score) in zip(row.choosing(), validation, strict=True):
+            store.add(run, found(score, **more))
+        for run, score in zip(row.scored(store), values, strict=False):
+            store.add(run, found(score, **more))
+    return store
+
+
+def test_what_is_done_is_read_again_without_a_line_that_was_cut_off(tmp_path):
+    path = str(tmp_path / "runs.jsonl")
+    first, second = BASE, dataclasses.replace(BASE, seed=1)
+    Store(path).add(first, found(50.0))
+    with open(path, "a") as file:
+        file.write(json.dumps({"run": dataclasses.asdict(second)})[:-9])
+    store = Store(path)
+    assert store.get(first)["score"] == 50.0 and store.get(second) is None
+    store.add(second, found(60.0))
+    assert [Store(path).get(run)["score"] for run in (first, second)] == [50.0, 60.0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"lr": 0.5}, {"batch_size": 16}, {"scale": "learned"}, {"setting": dataclasses.replace(BASE.setting, epochs=2)}],
+)
+def test_a_run_of_another_configuration_is_another_run(tmp_path, other):
+    store = Store(str(tmp_path / "runs.jsonl"))
+    store.add(BASE, found(50.0))
+    assert store.get(dataclasses.replace(BASE, **other)) is None
+
+
+def test_the_test_split_is_used_at_the_learning_rate_that_validates_best(tmp_path):
+    row = Row(base=BASE, rates=(0.1, 0.2, 0.4), seeds=2)
+    store = Store(str(tmp_path / "runs.jsonl"))
+    for run, score in zip(row.choosing(), (20.0, 30.0, 25.0), strict=True):
+        assert row.scored(store) == [] and run.split == "val"
+        store.add(run, found(score))
+    assert [(run.lr, run.seed, run.split) for run in row.scored(store)] == [(0.2, 0, "test"), (0.2, 1, "test")]
+    assert {run.seed for run in row.choosing()}.isdisjoint({0, 1})
+
+
+def test_differences_are_taken_seed_by_seed_to_the_best_baseline_and_to_the_same_without(tmp_path):
+    scores = {
+        "clip": [50.0, 60.0, 70.0],
+        "dcl": [40.0, 50.0, 60.0],
+        "dcl+recent=8": [51.0, 61.0, 71.0],
+        "emc2": [90.0, 90.0],
+    }
+    records = {record["method"]: record for record in summarise(filled(str(tmp_path / "runs.jsonl"), scores))}
+    recent = records["dcl+recent=8"]
+    assert recent["best_baseline"] == "clip" and recent["lr"] == 0.2 and recent["recent"] == 2.5
+    assert recent["against_best"] == pytest.approx([1.0, 0.0])  # seeds differ by 10, the difference does not
+    assert recent["against_without"] == pytest.approx([11.0, 0.0])
+    assert recent["half_width"] > 20
+    assert records["clip"]["against_best"] is None and records["dcl"]["against_without"] is None
+    assert records["emc2"]["against_best"][0] == pytest.approx(35.0)  # of the seeds that both have
+    assert "| 8 | `dcl+recent=8` | 61.0 ± 24.8 | +1.0 ± 0.0 | +11.0 ± 0.0 | 0.2 (edge) | 2.5 |" in markdown([recent])
+
+
+def test_methods_are_read_and_refused():
+    method = Method("dcl+recent=8+limit=0.5")
+    assert method.options == {"recent_batches": "8", "recent_limit": "0.5"} and method.without_recent == "dcl"
+    assert Method("clip+accumulate=1024").pairs_per_step(64) == 1024 and not Method("clip+accumulate=1024").stateless
+    for text in ("dlc", "dcl+recent=-1", "siglip+recent=2", "clip+accumulate=many"):
+        with pytest.raises(UserError):
+            Method(text)
+
+
+def test_every_epoch_visits_every_pair_once():
+    order = visits(10, 3, 4, seed=0).flatten().tolist()
+    assert len(order) == 32
+    assert all(sorted(order[start : start + 10]) == list(range(10)) for start in (0, 10, 20))
+
+
+@pytest.mark.parametrize("name", ["clip", "dcl", "siglip"])
+def test_batches_that_count_as_one_step_give_its_gradient(name):
+    torch.manual_seed(0)
+    model = TwoTowers(perceptron(5, 6, 4), perceptron(5, 6, 4), 9.0, learned=True)
+    images, texts, ids = torch.randn(12, 5), torch.randn(12, 5), torch.arange(12)
+    gradients = []
+    for size in (12, 3):
+        parts = [{"image": i, "text": t} for i, t in zip(images.split(size), texts.split(size), strict=True)]
+        model.zero_grad()
+        take_gradient(model, Method(name).build(12), parts, ids, {})
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients)
