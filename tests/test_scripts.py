@@ -101,7 +101,8 @@ def make_patch(run, shards, tmp_path):
 
 
 JOBS = {job.__name__: job for job in
-        (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_train, compare_losses, installed, make_patch)}  # fmt: skip
+        (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_train, compare_losses,
+         installed, make_patch)}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from openclip_ext.data.listing import ShardListing
 from openclip_ext.data.streams import EvalStream, StreamConfig, TableStream, TrainStream
 from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError, counted
@@ -48,6 +49,7 @@ def train_loader(config: StreamConfig, *, num_samples: int, workers: int, pin_me
 
 def _shard_train_loader(config: StreamConfig, num_samples: int, workers: int, pin_memory: bool) -> TrainLoader:
     """Rounded up, so that all ranks and workers give as many batches."""
+    assert isinstance(config.source, ShardListing)
     readers = max(1, workers) * config.world_size
     if not config.resampled and len(config.source.urls) < readers:
         fitting = len(config.source.urls) // config.world_size
@@ -68,7 +70,8 @@ def _shard_train_loader(config: StreamConfig, num_samples: int, workers: int, pi
 def _table_train_loader(config: StreamConfig, workers: int, pin_memory: bool) -> TrainLoader:
     """Rounded down, as OpenCLIP does for CSV files: what fills no batch on each rank waits for another epoch."""
     stream = TableStream(config, training=True)
-    sampler = DistributedSampler(
+    assert isinstance(config.source, Table)
+    sampler: DistributedSampler = DistributedSampler(
         stream, num_replicas=config.world_size, rank=config.rank, shuffle=True, seed=config.seed, drop_last=True
     )
 

@@ -34,7 +34,7 @@ class RowFormat:
     def training_row(self, image: Image.Image, captions: list[str], seed: int) -> dict:
         """A row whose random draws are a function of `seed`. The first view is the same with or without a second."""
         _seed_all(seed)
-        row = {"image": self.image_transform(image)}
+        row: dict[str, Any] = {"image": self.image_transform(image)}
         if self.image_aug_transform is not None:
             row["image_aug"] = self.image_aug_transform(image)
         if self.captions is None:

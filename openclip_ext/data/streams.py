@@ -97,6 +97,7 @@ class TrainStream(IterableDataset):
     def _urls(self, epoch: int, worker: int, num_workers: int, rng: random.Random) -> Iterator[str]:
         """This worker's shards in this pass."""
         config = self.config
+        assert isinstance(config.source, ShardListing)
         if config.resampled:
             # A pass ends, so that shards without anything usable are noticed.
             yield from rng.choices(config.source.urls, config.source.weights, k=max(16, len(config.source.urls)))
@@ -113,6 +114,7 @@ class TrainStream(IterableDataset):
                 digest = hashlib.blake2b(sample["__key__"].encode(), digest_size=8).digest()
                 yield sample | {"sample_id": int.from_bytes(digest, "big") >> 1}
             return
+        assert isinstance(self.config.source, ShardListing)
         size = self.config.source.size_of.get(url)
         ids = self.config.source.ids_of(url)
         ordinal = -1
@@ -130,6 +132,7 @@ class TrainStream(IterableDataset):
         return pair and _with_id(self.config, pair, epoch, sample["sample_id"])
 
     def _no_batch(self, usable: int, num_workers: int, skips: tar.Skips) -> str:
+        assert isinstance(self.config.source, ShardListing)
         faults = ", ".join(f"{kind} in {url}" for kind, url in list(skips)[:3])
         return (
             f"--batch-size {self.config.batch_size}: a data worker of rank {self.config.rank} finds only {usable} "
@@ -146,7 +149,8 @@ class TableStream(Dataset):
     """
 
     def __init__(self, config: StreamConfig, *, training: bool) -> None:
-        self.config, self.training = config, training
+        assert isinstance(config.source, Table)
+        self.config, self.training, self._table = config, training, config.source
         self._epoch = multiprocessing.Value("i", 0)
         self._skips = tar.Skips()
 
@@ -154,16 +158,16 @@ class TableStream(Dataset):
         self._epoch.value = epoch
 
     def __len__(self) -> int:
-        return len(self.config.source)
+        return len(self._table)
 
     def __getitem__(self, index: int) -> dict | None:
         for attempt in range(len(self) if self.training else 1):
             row = (index + attempt) % len(self)
             try:
-                image, caption = self.config.source.load(row)
+                image, caption = self._table.load(row)
             except tar.IMAGE_ERRORS:
                 if attempt == 0:  # else it is another row's turn to tell
-                    self._skips[tar.CORRUPT_IMAGE, self.config.source.name] += 1
+                    self._skips[tar.CORRUPT_IMAGE, self._table.name] += 1
                 continue
             pair = image, self.config.captions.split(caption) if self.config.captions else []
             if not self.training:
@@ -172,7 +176,7 @@ class TableStream(Dataset):
                 return _with_id(self.config, pair, self._epoch.value, row)
         if not self.training:
             return None
-        raise UserError(f"{self.config.source.name}: none of its images can be opened")
+        raise UserError(f"{self._table.name}: none of its images can be opened")
 
     def collate(self, rows: list[dict | None]) -> dict:
         usable = [row for row in rows if row is not None]
@@ -195,6 +199,7 @@ class EvalStream(IterableDataset):
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         config, skips = self.config, tar.Skips()
         record = skips.record if config.rank == 0 else _ignore  # of a shard's faults one rank tells
+        assert isinstance(config.source, ShardListing)
         urls = config.source.urls[worker::num_workers]
         samples = (sample for url in urls for sample in tar.read_shard(url, record))
         number = 0
@@ -225,9 +230,10 @@ def _ignore(kind: str, url: str, ordinal: int | None) -> None:
 
 def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Image.Image, list[str]] | None:
     """The sample's picture and captions, or None, recorded, where either is missing or broken."""
+    assert isinstance(config.source, ShardListing)
     captions = config.captions.of_sample(sample, record, config.source.caption_keys) if config.captions else []
     image = tar.decode_image(sample, record) if captions is not None else None
-    return None if image is None else (image, captions)
+    return None if image is None or captions is None else (image, captions)
 
 
 def _with_id(config: StreamConfig, pair: tuple[Image.Image, list[str]], epoch: int, sample_id: int) -> dict:

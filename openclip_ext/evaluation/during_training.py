@@ -107,7 +107,8 @@ class Evaluator:
 
     def _zero_shot_metrics(self, encoder: Encoder) -> dict[str, float]:
         """`…-top1` and `…-top5` of each set. Sets with the same words share their classifier."""
-        metrics, classifiers = {}, {}
+        metrics: dict[str, float] = {}
+        classifiers: dict[tuple, Tensor] = {}
         for one in self.zero_shot:
             words = tuple(one.class_names), tuple(one.templates)
             if words not in classifiers:
@@ -120,6 +121,7 @@ class Evaluator:
 
     def _probe_metrics(self, encoder: Encoder) -> dict[str, float]:
         """Accuracy of the image tower's features as they are: of their nearest neighbours, and of a linear probe."""
+        assert self.probe is not None
         train, val = (
             probe_features(encoder, batches, ranks=self.ranks, progress=self.progress)
             for batches in (self.probe.train, self.probe.val)

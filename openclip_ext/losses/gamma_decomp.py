@@ -89,6 +89,8 @@ class GammaDecompLoss(RateLoss):
     NeurIPS 2022. The rate memory and its schedule follow SogCLR (ICML 2022) and FastCLIP (2024).
     """
 
+    steps_taken: Tensor
+
     def __init__(self, options: Options, context: LossContext) -> None:
         with named_flags("rate"):
             super().__init__(options, context, Placement(options.rate_device, options.rate_path))

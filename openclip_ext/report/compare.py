@@ -279,8 +279,8 @@ def _differences(group: Group, first: Group, names: list[str]) -> dict[str, dict
 
 def _difference(group: Group, first: Group, metric: str) -> dict | None:
     """What the group has more of the metric than the first; None where one of them has not been measured."""
-    own, base = group.by_seed(metric), first.by_seed(metric)
-    shared = sorted(own.keys() & base.keys()) if own and base else []
+    own, base = group.by_seed(metric) or {}, first.by_seed(metric) or {}
+    shared = sorted(own.keys() & base.keys())
     if shared and (len(shared) > 1 or len(own) == len(base) == 1):
         values = [own[seed] - base[seed] for seed in shared]
         mean = float(np.mean(values))

@@ -157,8 +157,7 @@ def _evaluations(folder: Path) -> list[dict]:
     for path in folder.glob("*.json"):
         with contextlib.suppress(UserError):  # whatever else lies there
             reports.append(_evaluation(path))
-    reports = [report for report in reports if report]
-    return sorted(reports, key=lambda report: report["created"])
+    return sorted((report for report in reports if report), key=lambda report: report["created"])
 
 
 def _evaluation(path: Path) -> dict | None:

@@ -79,7 +79,7 @@ def _settings(groups: list[dict]) -> str:
     head = ["", *(wrapped(group["label"], LABEL_WIDTH).replace("\n", "") for group in groups)]
     rows = [[name, *(wrapped(group["settings"].get(name) or "–", LABEL_WIDTH) for group in groups)] for name in names]
     if len(names) < len(groups):  # whichever way is narrower
-        head, *rows = zip(head, *rows, strict=True)
+        head, *rows = map(list, zip(head, *rows, strict=True))
         rows = [[wrapped(label, LABEL_WIDTH), *cells] for label, *cells in rows]
     return "What the runs differ in.\n\n" + markdown_table(head, rows)
 

@@ -54,6 +54,8 @@ class SampleTable(nn.Module):
         WrongFileError: the file holds a table of another size.
     """
 
+    values: Tensor
+
     def __init__(
         self,
         shape: tuple[int, ...],
@@ -65,11 +67,13 @@ class SampleTable(nn.Module):
         in_state: bool = True,
     ) -> None:
         super().__init__()
-        self.placement, self._file = placement, None
+        self.placement = placement
+        self._file: int | None = None
         device = torch.device(device or "cpu") if placement.kind == "device" else torch.device("cpu")
         size = math.prod(shape) * dtype.itemsize
         what = f"{name} of {' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
         if placement.kind == "mmap":
+            assert placement.path is not None
             self._file = _file(placement.path, size, what)
             weakref.finalize(self, os.close, self._file)
             values = torch.frombuffer(mmap.mmap(self._file, size), dtype=dtype).view(shape)
@@ -119,7 +123,7 @@ class SampleTable(nn.Module):
         if not len(ids):
             return
         size = rows[0].numel() * rows.itemsize
-        memory = memoryview(rows.view(torch.uint8).numpy()).cast("B")
+        memory = rows.view(torch.uint8).numpy().data.cast("B")
         first = direction * self.values.shape[1]
         for row, sample in enumerate(ids.tolist()):
             call(self._file, [memory[row * size : (row + 1) * size]], (first + sample) * size)

@@ -71,7 +71,9 @@ class Hosting:
         self._kept: KeptInputs | None = None
         self.needs = self._plan.needs
         _require_agreement(args, self.needs)
-        self._data = training_data(config, self._plan)
+        data = training_data(config, self._plan)
+        assert data is not None
+        self._data = data
         if isinstance(self._data.source, ShardListing):
             _require_braces(args.train_data, self._data.source.urls)
         self.sample_ids = _ids_by_shard(self._data.source, args) if batch_keys(self.needs) else None
@@ -168,6 +170,7 @@ class Hosting:
         if "text_tokens" in self.needs:
             out["text_tokens"] = text
         if torch.is_grad_enabled() and "encoded_again" in self.needs:
+            assert self._kept is not None  # since `build`
             out |= self._kept.features([{"image": image, "text": text}], lambda image, text: dict(model(image, text)))
         return out
 

@@ -137,6 +137,7 @@ class LossTask(CLIPTask):
         if step.parts_left == 0:
             share = share + _product(inputs_no_accum, step.gradients)
             share = share + _product(dict(enumerate(self.loss_parameters())), step.gradients)
+        assert isinstance(share, Tensor)
         # The value of the loss with the gradient of `share`; the loop sums losses, so it is enough for one to have it.
         losses = {name: value.clone() for name, value in step.losses.items()}
         losses[next(iter(losses))] += share - share.detach()
@@ -148,7 +149,7 @@ class LossTask(CLIPTask):
             outputs = self._objective(leaves, accum_batches)
             wanted = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
             wanted |= dict(enumerate(self.loss_parameters()))
-            gradients = torch.autograd.grad(total_loss(outputs), wanted.values(), allow_unused=True)
+            gradients = torch.autograd.grad(total_loss(outputs), tuple(wanted.values()), allow_unused=True)
         found = {key: gradient for key, gradient in zip(wanted, gradients, strict=True) if gradient is not None}
         losses, report = _losses_and_report({name: value.detach() for name, value in outputs.items()})
         return _Accumulated(losses, report, found, parts_left=len(accum_batches))
@@ -168,6 +169,7 @@ class LossTask(CLIPTask):
 
     @torch.no_grad()
     def _teacher_features(self, batches: list[dict]) -> dict[str, Tensor]:
+        assert self.teacher is not None
         outputs = [self.teacher(image=batch["image"], text=batch["text"]) for batch in batches]
         features = {key: torch.cat([out[key] for out in outputs]) for key in ("image_features", "text_features")}
         return {f"dist_{key}": value for key, value in (features | {"logit_scale": outputs[0]["logit_scale"]}).items()}
@@ -236,6 +238,7 @@ def _product(values: dict, gradients: dict) -> Tensor | float:
 
 def _average(parameter: nn.Parameter) -> None:
     """Over ranks, as DDP does with the model's gradients."""
+    assert parameter.grad is not None
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()
 

@@ -36,6 +36,8 @@ class BrownianBridgeTerm(Loss):
     Learning", CVPR 2023, inter-modality regularisation.
     """
 
+    steps_taken: Tensor
+
     def __init__(self, options: Options, context: LossContext) -> None:
         super().__init__(options, context)
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))

@@ -1,6 +1,7 @@
 """Deep feature separation: private features per modality hold what the other modality has no word for."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class FeatureSeparationTerm(Loss):
         widths = require_widths(context, "loss term feature_separation", "image_trunk", "text_trunk", "embed")
         self.heads = nn.ModuleDict()
         for modality, width in (("image", widths.image_trunk), ("text", widths.text_trunk)):
+            assert width is not None and widths.embed is not None
             self.heads[modality] = nn.Sequential(
                 nn.Linear(width, widths.embed), nn.GELU(), nn.Linear(widths.embed, widths.embed)
             )
@@ -63,7 +65,7 @@ class FeatureSeparationTerm(Loss):
         """
         scale = logit_scale.to(promoted(image_features)[0].dtype)
         sizes = gather_sizes(len(image_features), self.context.world_size, image_features.device)
-        parts = {"orthogonality": 0.0, "private_contrastive": 0.0, "uniformity": 0.0}
+        parts: dict[str, Any] = {"orthogonality": 0.0, "private_contrastive": 0.0, "uniformity": 0.0}
         for modality, shared, trunk, trunk_aug in (
             ("image", image_features, image_trunk_features, image_trunk_features_aug),
             ("text", text_features, text_trunk_features, text_trunk_features_aug),

@@ -44,6 +44,7 @@ class GeometricConsistencyTerm(Loss):
         image, text = promoted(image_features, text_features)
         total = sum_of_squared_cross_gaps(image, text, self.context.world_size)
         if self.options.views:
+            assert image_features_aug is not None and text_features_aug is not None  # as the needs say
             image_aug, text_aug = promoted(image_features_aug, text_features_aug)
             total = total + sum_of_squared_gaps(image, image_aug, self.context.world_size)
             total = total + sum_of_squared_gaps(text, text_aug, self.context.world_size)

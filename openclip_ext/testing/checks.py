@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from openclip_ext.losses import Objective, create_loss
+from openclip_ext.losses.base import total_loss
 from openclip_ext.testing.ranks import RankPool
 
 GLOBAL_BATCH, INPUT, WIDTH, NUM_SAMPLES = 8, 7, 5, 30
@@ -66,7 +67,7 @@ def check_ranks(pool: RankPool, name: str, options: dict[str, Any], sizes: list[
         for rank, result in enumerate(results):
             torch.testing.assert_close(
                 result | {"values": mean}, expected, rtol=1e-5, atol=1e-5, equal_nan=True,
-                msg=lambda text, rank=rank, step=step: f"step {step}, rank {rank}: {text}",
+                msg=_prefixed(f"step {step}, rank {rank}"),
             )  # fmt: skip
 
     if toy_loss(name, options).wants_warm_start:
@@ -76,12 +77,14 @@ def check_ranks(pool: RankPool, name: str, options: dict[str, Any], sizes: list[
         for rank, state in enumerate(several):
             torch.testing.assert_close(
                 state, single, rtol=1e-5, atol=1e-5, equal_nan=True,
-                msg=lambda text, rank=rank: f"warm start, rank {rank}: {text}",
+                msg=_prefixed(f"warm start, rank {rank}"),
             )  # fmt: skip
 
 
 class ToyModel(nn.Module):
     """Linear towers that return what an OpenCLIP model returns, and whatever else a loss may need."""
+
+    teacher: Tensor
 
     def __init__(self, needs: frozenset[str]) -> None:
         super().__init__()
@@ -130,7 +133,7 @@ def toy_steps() -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def evaluate_loss(
-    loss: Callable[..., Any], model: nn.Module, image: Tensor, text: Tensor, ids: Tensor
+    loss: Callable[..., Any], model: Callable[..., dict[str, Tensor]], image: Tensor, text: Tensor, ids: Tensor
 ) -> dict[str, Tensor]:
     """What the loss, or its `warm_start`, makes of a toy batch."""
     features = model(image, text)
@@ -160,13 +163,13 @@ def two_steps(rank: int, num_ranks: int, name: str, options: dict, sizes: list[i
         toy.zero_grad()
         loss.zero_grad()
         outputs = evaluate_loss(loss, model, image[own], text[own], ids[own])
-        sum(value for key, value in outputs.items() if key.endswith("_loss")).backward()
+        total_loss(outputs).backward()
         loss.commit()
-        gradients = {key: parameter.grad.clone() for key, parameter in toy.named_parameters()}
+        gradients = {key: _gradient(parameter).clone() for key, parameter in toy.named_parameters()}
         for key, parameter in loss.named_parameters():
             if num_ranks > 1:  # as the training loop does
-                torch.distributed.all_reduce(parameter.grad)
-            gradients[key] = parameter.grad / num_ranks
+                torch.distributed.all_reduce(_gradient(parameter))
+            gradients[key] = _gradient(parameter) / num_ranks
         state = {key: value.clone() for key, value in loss.state_dict().items()}
         results.append({"values": {k: v.detach() for k, v in outputs.items()}, "gradients": gradients, "state": state})
     return results
@@ -179,6 +182,15 @@ def warm_started(rank: int, num_ranks: int, name: str, options: dict, sizes: lis
     for image, text, ids in toy_steps():
         evaluate_loss(loss.warm_start, ToyModel(loss.needs), image[own], text[own], ids[own])
     return loss.state_dict()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _prefixed(place: str) -> Callable[[str], str]:
+    return lambda text: f"{place}: {text}"
 
 
 @contextlib.contextmanager
@@ -194,10 +206,6 @@ def _fresh(name: str, options: dict) -> tuple[Objective, ToyModel]:
     return loss, ToyModel(loss.needs)
 
 
-def _total(outputs: dict[str, Tensor]) -> Tensor:
-    return sum(value for key, value in outputs.items() if key.endswith("_loss"))
-
-
 def _check_gradient(name: str, options: dict) -> None:
     loss, model = _fresh(name, options)
     loss, model = loss.double(), model.double()
@@ -208,9 +216,9 @@ def _check_gradient(name: str, options: dict) -> None:
         def run(image, text):
             return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (image, text))
 
-        return _total(evaluate_loss(loss, run, image.double(), text.double(), ids))
+        return total_loss(evaluate_loss(loss, run, image.double(), text.double(), ids))
 
-    dtype = _total(evaluate_loss(loss, model, image.double(), text.double(), ids)).dtype
+    dtype = total_loss(evaluate_loss(loss, model, image.double(), text.double(), ids)).dtype
     assert dtype == torch.float64, f"the value of float64 features is {dtype}; see openclip_ext.promoted"
     parameters = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
     torch.autograd.gradcheck(value, parameters)
@@ -249,13 +257,13 @@ def _check_state(name: str, options: dict) -> None:
 def _check_precision(name: str, options: dict) -> None:
     (loss, model), (copy, _) = _fresh(name, options), _fresh(name, options)
     batch = toy_steps()[0]
-    exact = _total(evaluate_loss(loss, model, *batch))
+    exact = total_loss(evaluate_loss(loss, model, *batch))
 
     def half(image, text):
         return {key: x.bfloat16() if x.is_floating_point() else x for key, x in model(image, text).items()}
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = _total(evaluate_loss(copy, half, *batch))
+        rough = total_loss(evaluate_loss(copy, half, *batch))
     assert rough.dtype == torch.float32, f"the value under autocast is {rough.dtype}, not float32"
     torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.02)
     expected, found = (_feature_gradient(name, options, batch, autocast) for autocast in (False, True))
@@ -271,5 +279,5 @@ def _feature_gradient(name: str, options: dict, batch: tuple, autocast: bool) ->
     features["image_features"].requires_grad_()
     features["logit_scale"] = torch.tensor(100.0)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        total = _total(evaluate_loss(loss, lambda *_: dict(features), *batch))
+        total = total_loss(evaluate_loss(loss, lambda *_: dict(features), *batch))
     return torch.autograd.grad(total, features["image_features"])[0]

@@ -68,4 +68,5 @@ class WeightAverage:
 
 def _local(value: Tensor) -> Tensor:
     """This rank's part, in the same memory."""
-    return value.detach().to_local() if isinstance(value, DTensor) else value.detach()
+    value = value.detach()
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -2,10 +2,12 @@
 
 import random
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from openclip_ext import upstream
 from openclip_ext.data.hash_ids import HashIds
@@ -30,7 +32,8 @@ def build_trainer(
     """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
     model, adapters = _to_train(config, accelerator, plan, model, checkpoint)
     views = ViewsModel(model, config.momentum_encoder) if config.pairs == "views" else None
-    paired, momentum_encoder = views or pair_model(model, plan.needs), views and views.momentum_encoder
+    paired = views or pair_model(model, plan.needs)
+    momentum_encoder = views.momentum_encoder if views else None
     loss = _objective(config, accelerator, plan, data, paired, tokenizer)
     seed_all(config.seed + accelerator.process_index)
     loader = _loader(config, accelerator, plan, data, transform, tokenizer)
@@ -58,7 +61,7 @@ def build_trainer(
         accelerator=accelerator,
         module=model,
         paired=paired,
-        model=torch.compile(prepared_model) if config.torchcompile else prepared_model,
+        model=cast(nn.Module, torch.compile(prepared_model)) if config.torchcompile else prepared_model,
         loss=loss,
         optimizer=prepared_optimizer,
         schedule=_schedule(config, optimizer, steps_per_epoch),

@@ -7,10 +7,10 @@ from accelerate import Accelerator
 
 from openclip_ext import upstream
 from openclip_ext.data.captions import require_caption_key
-from openclip_ext.data.listing import list_shards
+from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
-from openclip_ext.data.table import csv_table
+from openclip_ext.data.table import Table, csv_table
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.datasets.imagenet import imagenet_folder
 from openclip_ext.evaluation.datasets.labelled import LabelledBatches, LabelledShards
@@ -74,9 +74,10 @@ def make_evaluator(config: RunConfig, accelerator: Accelerator, tokenizer, trans
         UserError: a path that does not fit.
     """
     ranks = Ranks(accelerator.process_index, accelerator.num_processes)
-    loading = {"batch_size": config.batch_size, "workers": config.workers, "ranks": ranks}
+    loading: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers, "ranks": ranks}
     pairs = None
     if config.val_data:
+        source: Table | ShardListing
         if _dataset_type(config.val_data, config.dataset_type, "--val-data") == "csv":
             source = csv_table(config.val_data, config.csv_img_key, config.csv_caption_key, config.csv_separator)
         else:
@@ -94,6 +95,7 @@ def make_evaluator(config: RunConfig, accelerator: Accelerator, tokenizer, trans
         pairs = eval_loader(stream, workers=config.workers)
     probe = None
     if config.probe_train:
+        assert config.probe_val is not None  # flags come together
         probe = probe_data(config.probe_train, config.probe_val, transform, **loading)
     return Evaluator(
         tokenizer=tokenizer,

@@ -13,7 +13,8 @@ only. MoCo-v3's factor 2T is left out: here T is the model's learned `1 / logit_
 """
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.nn.functional import normalize
 
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
-from openclip_ext.losses import Loss, LossContext, ObjectivePlan
+from openclip_ext.losses import Loss, LossContext, Objective, ObjectivePlan
 from openclip_ext.training.pair_model import Wrapper
 
 PREDICTOR_RATIO = 4  # hidden width of the predictor over D
@@ -53,7 +54,8 @@ class MomentumEncoder(nn.Module):
     def update(self) -> None:
         """Follow the tower by one step."""
         (tower,) = self._tower
-        averages, current = list(self.average.parameters()), list(tower.parameters())
+        averages: list[Tensor] = list(self.average.parameters())
+        current: list[Tensor] = list(tower.parameters())
         torch._foreach_lerp_(averages, current, 1 - self.momentum)
         for own, other in zip(self.average.buffers(), tower.buffers(), strict=True):
             own.copy_(other)
@@ -120,6 +122,7 @@ class SymmetricObjective(Loss):
         super().__init__(plan.options, context)
         _require_own_files(plan.options)
         self.objectives = nn.ModuleList([plan.build(context), plan.build(context)])
+        assert context.widths is not None and context.widths.embed is not None
         width, hidden = context.widths.embed, PREDICTOR_RATIO * context.widths.embed
         self.predictor = nn.Sequential(
             nn.Linear(width, hidden, bias=False), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, width, bias=False)
@@ -158,15 +161,20 @@ class SymmetricObjective(Loss):
     def _again(self, features: Tensor | None, keys: Tensor | None) -> dict[str, Tensor]:
         if features is None:
             return {}
+        assert keys is not None
         return dict(zip(("image_features_again", "text_features_again"), self._queries(features, keys), strict=True))
 
     @property
+    def _ways(self) -> Sequence[Objective]:
+        return cast(Sequence[Objective], self.objectives)
+
+    @property
     def probe(self) -> str | None:
-        return self.objectives[0].probe
+        return self._ways[0].probe
 
     @property
     def wants_warm_start(self) -> bool:
-        return self.objectives[0].wants_warm_start
+        return self._ways[0].wants_warm_start
 
     @torch.no_grad()
     def warm_start(
@@ -181,17 +189,17 @@ class SymmetricObjective(Loss):
     ) -> None:
         """As `Objective.warm_start`, each way round."""
         pairs = (image_features, text_features), (image_features_swapped, text_features_swapped)
-        for objective, pair in zip(self.objectives, pairs, strict=True):
+        for objective, pair in zip(self._ways, pairs, strict=True):
             objective.warm_start(*self._queries(*pair), logit_scale, **extra)
 
     def begin_step(self, *, step: int, total_steps: int) -> None:
         """As `Objective.begin_step`."""
-        for objective in self.objectives:
+        for objective in self._ways:
             objective.begin_step(step=step, total_steps=total_steps)
 
     def commit(self) -> None:
         """As `Objective.commit`."""
-        for objective in self.objectives:
+        for objective in self._ways:
             objective.commit()
 
 

@@ -28,7 +28,7 @@ def scale_learning_rates(config: RunConfig, model: nn.Module, optimizer: Optimiz
         UserError: the order of a tower's layers is not known.
     """
     layers: dict[int, tuple[str, int]] = {}
-    scales = {None: 1.0}
+    scales: dict[tuple[str, int] | None, float] = {None: 1.0}
     for tower in TOWERS:
         for depth, (scale, parameters) in enumerate(_tower_scales(config, model, tower)):
             scales[tower, depth] = scale

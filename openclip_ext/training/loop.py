@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ class Trainer:
             self.loss.begin_step(step=step, total_steps=self.total_steps)
             outputs = self._backward(list(itertools.islice(batches, self.accum_freq)))
             self._update(outputs)
-            outputs["logit_scale"] = self.module.logit_scale.detach().exp()
+            outputs["logit_scale"] = self.module.get_parameter("logit_scale").detach().exp()
             log.step(index, step, outputs, lr=self._learning_rate(), skipped_steps=self.skipped_steps)
         for _ in batches:  # what does not fill a step, so that workers end their epoch
             pass
@@ -141,6 +141,7 @@ class Trainer:
         """Ids of this rank's samples. Every rank numbers those of all, so that all agree."""
         of_all = self.accelerator.gather(hashes.to(self.accelerator.device)).cpu()
         start = self.accelerator.process_index * len(hashes)
+        assert self.hash_ids is not None
         return self.hash_ids(of_all)[start : start + len(hashes)]
 
     def _backward(self, batches: list[dict]) -> dict[str, Tensor]:
@@ -184,7 +185,8 @@ class Trainer:
                 pairs = [(again[key], gradient[number]) for key, gradient in gradients.items()]
                 if last:  # scalars belong to no part
                     pairs += [(again[key], x.grad) for key, x in leaves.items() if x.grad is not None and not x.ndim]
-                torch.autograd.backward(*zip(*pairs, strict=True))
+                values, their_gradients = zip(*pairs, strict=True)
+                torch.autograd.backward(values, their_gradients)
         return outputs
 
     def constants(self, batch: dict) -> dict[str, Tensor]:
@@ -217,7 +219,7 @@ class Trainer:
             if self.momentum_encoder is not None:
                 self.momentum_encoder.update()
             with torch.no_grad():
-                self.module.logit_scale.clamp_(0, math.log(100))  # as in OpenCLIP
+                self.module.get_parameter("logit_scale").clamp_(0, math.log(100))  # as in OpenCLIP
             if self.average is not None:
                 self.average.update()
             return
@@ -237,7 +239,7 @@ class Trainer:
         """Over ranks: the loss's, and of a sharded model those of what is not sharded. Accelerate averages the rest."""
         if self.accelerator.num_processes == 1:
             return
-        own = self.loss.parameters()
+        own: Iterable[nn.Parameter] = self.loss.parameters()
         if self.accelerator.is_fsdp2:
             own = [p for p in self._parameters_with_gradient() if not isinstance(p, DTensor)]
         for parameter in own:

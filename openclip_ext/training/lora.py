@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
@@ -70,14 +71,14 @@ class Adapters:
         names = _chosen(upstream.adaptable_layers(model), options.targets)
         config = LoraConfig(
             r=options.r,
-            lora_alpha=options.alpha,
+            lora_alpha=options.alpha,  # type: ignore[arg-type]  # peft says int, and divides it by r
             lora_dropout=options.dropout,
             target_modules="|".join(map(re.escape, names)),
         )
         inject_adapter_in_model(config, model, _ADAPTER)
         for parameter in scale:
             parameter.requires_grad_(True)
-        self._layers = {name: model.get_submodule(name) for name in names}
+        self._layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
 
     def merged_state_dict(self) -> dict[str, Tensor]:
         """The `state_dict` of the plain model whose layers do what the adapted ones do."""
@@ -129,7 +130,7 @@ class Adapters:
         return f"LoRA of {len(self._layers)} layers, rank {self.options.r}: {trained:,} parameters are trained"
 
 
-def _chosen(layers: dict[str, nn.Module], targets: str | None) -> list[str]:
+def _chosen(layers: Mapping[str, nn.Module], targets: str | None) -> list[str]:
     """Raises UserError: none of the layers has one of these names."""
     wanted = targets.split("+") if targets else None
     chosen = [name for name in layers if wanted is None or name.rpartition(".")[2] in wanted]

@@ -1,6 +1,7 @@
 """The model as terms need it: with features of second views, and with the pooled outputs of its towers."""
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from openclip_ext.losses import Widths
 
 class Wrapper(nn.Module):
     """An OpenCLIP model `model` inside another module, which still encodes images and texts as it does."""
+
+    model: Any  # OpenCLIP says of no model what it has
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class PairModel(Wrapper):
         self.trunk_features = trunk_features
         # Not as attributes of modules: their parts belong to the model already.
         self._trunks = upstream.find_trunks(model) if trunk_features else None
-        self.projected = [name for name in ("image", "text") if trunk_features and name not in self._trunks]
+        self.projected = [name for name in ("image", "text") if self._trunks is not None and name not in self._trunks]
 
     def forward(
         self, image: Tensor, text: Tensor, image_aug: Tensor | None = None, text_aug: Tensor | None = None
@@ -75,9 +78,10 @@ def run_on_views(
     inputs |= {name: torch.cat([inputs[name], x]) for name, x in second.items()}
     with upstream.watched(trunks or {}) as seen:
         out = dict(model(inputs["image"], inputs["text"]))
-    for name in inputs if trunks is not None else ():
-        features = trunks[name].pool(seen[name], inputs[name]) if name in trunks else out[f"{name}_features"]
-        out[f"{name}_trunk_features"] = features
+    if trunks is not None:
+        for name in inputs:
+            features = trunks[name].pool(seen[name], inputs[name]) if name in trunks else out[f"{name}_features"]
+            out[f"{name}_trunk_features"] = features
     for name in second:
         for key in (f"{name}_features", f"{name}_trunk_features"):
             if key in out:
@@ -92,7 +96,7 @@ def feature_widths(model: nn.Module, dtype: torch.dtype | None) -> Widths:
     model.eval()
     try:
         image, text = upstream.example_inputs(getattr(model, "model", model), dtype)
-        embed = model.encode_image(image).shape[1]
+        embed = cast(Any, model).encode_image(image).shape[1]
         out = model(image, text) if getattr(model, "trunk_features", False) else {}
     finally:
         model.train(was_training)

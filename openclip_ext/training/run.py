@@ -63,7 +63,7 @@ def train(config: RunConfig) -> dict[str, float]:
     start = checkpoint.epoch if checkpoint else 0
     new_memory = not (resumed and resumed.has_loss_state)
     record = _record(config, resumed, start * trainer.steps_per_epoch, remarks)
-    keeper = Keeper(config, trainer, folder, checkpoint and checkpoint.content.get("best")) if folder else None
+    keeper = Keeper(config, trainer, folder, checkpoint.content.get("best") if checkpoint else None) if folder else None
     if checkpoint:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
     elif config.resume:
@@ -103,6 +103,7 @@ class _Run:
             _make_folder(config, self.folder, self.record)
         start_logging(self._log_path(), console=self.main, debug=config.debug)
         if self.folder and config.remote_sync:
+            assert config.name is not None  # where there is a folder
             remote = os.path.join(config.remote_sync, config.name)
             self._finish_sync = upstream.start_remote_sync(
                 self.folder, remote, config.remote_sync_protocol, config.remote_sync_frequency
@@ -218,6 +219,7 @@ class _Run:
         self._track("train", row, row["step"])
 
     def _append(self, row: dict) -> None:
+        assert self.folder is not None
         append_json(os.path.join(self.folder, "metrics.jsonl"), row)
 
     def _track(self, prefix: str, values: dict, step: int) -> None:

@@ -157,9 +157,11 @@ def gradient_norm(parameters: list[nn.Parameter], clip: float | None) -> Tensor:
     # Not in one call: torch mixes sharded tensors with none but single numbers.
     parts = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
     others = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    norm = get_total_norm([parameter.grad for parameter in others])
+    norm = get_total_norm([parameter.grad for parameter in others if parameter.grad is not None])
     if parts:
-        norm = torch.hypot(get_total_norm([parameter.grad for parameter in parts]).full_tensor(), norm)
+        norm_of_parts = get_total_norm([parameter.grad for parameter in parts if parameter.grad is not None])
+        assert isinstance(norm_of_parts, DTensor)
+        norm = torch.hypot(norm_of_parts.full_tensor(), norm)
     if clip is not None:
         clip_grads_with_norm_(parts, clip, norm)
         clip_grads_with_norm_(others, clip, norm)

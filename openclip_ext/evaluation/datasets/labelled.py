@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -127,12 +127,16 @@ class LabelledBatches:
         workers: int,
         ranks: Ranks = ALONE,
     ) -> None:
+        source: Dataset
+        options: dict[str, Any]
         if isinstance(dataset, LabelledShards):
             source, options = _TransformedStream(dataset, transform), {"batch_size": batch_size}
             workers = min(workers, len(dataset.urls))
         else:
             source = _Transformed(dataset, transform)
-            options = {"batch_sampler": shared_batches(len(dataset), batch_size, ranks.rank, ranks.world_size)}
+            options = {
+                "batch_sampler": shared_batches(len(cast(Sized, dataset)), batch_size, ranks.rank, ranks.world_size)
+            }
         collate = functools.partial(_collate, transform)
         self._loader = DataLoader(
             source, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), **options

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def probe_data(train: str, val: str, transform, *, batch_size: int, workers: int
         UserError: see `probe_sets`.
     """
     sets = probe_sets(train, val)
-    loading = {"batch_size": batch_size, "workers": workers, "ranks": ranks}
+    loading: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "ranks": ranks}
     return ProbeData(*(LabelledBatches(data, transform, **loading) for data in (sets.train, sets.val)))
 
 

@@ -69,8 +69,10 @@ class ProbeFeatures:
 
     def __init__(self, sets: "ProbeSets", *, cache: "FeatureCache", batch_size: int, workers: int) -> None:
         self.sets, self.cache = sets, cache
-        self._loading = {"batch_size": batch_size, "workers": workers}
-        self._identity, self._features, self.cached = None, {}, False
+        self._loading: dict[str, Any] = {"batch_size": batch_size, "workers": workers}
+        self._identity: dict | None = None
+        self._features: dict[str, tuple[Any, Any]] = {}
+        self.cached = False
 
     def of(self, model: "LoadedModel") -> dict[str, tuple[Any, Any]]:
         """(features, labels) as arrays, of `train`, `val` and, if there is one, `select`."""
@@ -94,7 +96,9 @@ class ProbeFeatures:
 
         def compute():
             batches = LabelledBatches(data, model.transform, **self._loading)
-            features, _ = probe_features(model, batches, desc=f"probe-{name}")
+            found = probe_features(model, batches, desc=f"probe-{name}")
+            assert found is not None  # there is one rank
+            features, _ = found
             return require_finite({"image": features}, model)
 
         files = files_identity(path for path, _ in data.samples)

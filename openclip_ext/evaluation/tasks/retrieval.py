@@ -10,6 +10,7 @@ from openclip_ext.evaluation.flags import add_caption_arguments, caption_format,
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from openclip_ext.evaluation.datasets.captioned import CaptionedFiles, CaptionedShards
     from openclip_ext.evaluation.feature_cache import FeatureCache
     from openclip_ext.evaluation.loading import LoadedModel
 
@@ -60,11 +61,13 @@ class RetrievalTask:
         from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
 
         def compute():
-            loading = {"batch_size": self.batch_size, "workers": self.workers, "desc": self.name}
+            loading: dict[str, Any] = {"batch_size": self.batch_size, "workers": self.workers, "desc": self.name}
             return require_finite(pair_features(model, self.pairs, **loading), model)
 
         files = files_identity(self.pairs.files)
-        identity = files and {"of": "pairs", "files": files, "reading": self.reading, **model_identity(model)}
+        identity = None
+        if files is not None:
+            identity = {"of": "pairs", "files": files, "reading": self.reading, **model_identity(model)}
         features, cached = self.cache.get(identity, compute)
         checksum = checksum_of_pairs(*(features[name] for name in ("image_id", "text_id", "image_of_text")))
         metrics = retrieval_metrics(*(features[name].to(model.device) for name in ("image", "text", "image_of_text")))
@@ -96,7 +99,7 @@ def _task(path: str, args: argparse.Namespace) -> RetrievalTask:
     captions = caption_format(args)
     reading = dataclasses.asdict(captions)
     if columns := csv_columns(args, path):
-        pairs = captioned_csv(path, FLAG, *columns, captions)
+        pairs: CaptionedFiles | CaptionedShards = captioned_csv(path, FLAG, *columns, captions)
         reading["csv"] = columns
     else:
         pairs = captioned_shards(path, FLAG, captions)

@@ -127,7 +127,8 @@ class _Classifier:
 
     def __init__(self, class_names: Sequence[str], templates: Sequence[str | Callable[[str], str]]) -> None:
         self.class_names, self.templates = class_names, templates
-        self._made_for, self._columns = None, None
+        self._made_for: tuple | None = None
+        self._columns: Tensor | None = None
 
     def of(self, model: "LoadedModel") -> "Tensor":
         """(D, C); see `zero_shot_classifier`. Raises UserError: it is not finite."""
@@ -137,6 +138,7 @@ class _Classifier:
         if self._made_for != identity:
             self._columns = zero_shot_classifier(model, self.class_names, self.templates)
             self._made_for = identity
+        assert self._columns is not None
         if not self._columns.isfinite().all():
             raise UserError(f"{model.source}: its features are not finite; take a checkpoint from before it diverged")
         return self._columns

@@ -1,5 +1,8 @@
 """The candidates of a chain's visit, and what to tell of it."""
 
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -99,9 +102,9 @@ def chain_report(chains: list[Chain], visits: list[Visit], ages: Tensor, world_s
     anchors = waiting.shape[1]
     sums = torch.stack(
         [
-            sum(visit.acceptance * anchors for visit in visits),
-            sum(chain.stored_weight(visit).sum() for chain, visit in zip(chains, visits, strict=True)),
-            sum(
+            _sum(visit.acceptance * anchors for visit in visits),
+            _sum(chain.stored_weight(visit).sum() for chain, visit in zip(chains, visits, strict=True)),
+            _sum(
                 (1 / torch.linalg.vector_norm(visit.weights, dim=1).square().clamp_min(1e-12)).sum() for visit in visits
             ),
             ages.sum(),
@@ -117,3 +120,7 @@ def chain_report(chains: list[Chain], visits: list[Visit], ages: Tensor, world_s
         "age_max": gather_rows(ages.max()[None], (1,) * world_size).max().float(),
         "effective_samples": effective / anchors,
     }
+
+
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, values)

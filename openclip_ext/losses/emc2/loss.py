@@ -83,6 +83,9 @@ class EMC2Loss(PairLoss):
     state among them it is for any number (`openclip_ext.losses.emc2.kernels`).
     """
 
+    kernel: Tensor
+    steps_taken: Tensor
+
     def __init__(self, options: Options, context: LossContext) -> None:
         super().__init__(options, context)
         self.log_negatives = context.log_negatives(options.negatives)
@@ -92,6 +95,7 @@ class EMC2Loss(PairLoss):
         if options.gamma < 1 and not options.decoupled:
             self.rates = RateTable(context.require_num_ids(), device=context.device)
         width = require_widths(context, "loss emc2", "embed").embed if options.bank == "embedding" else 0
+        assert width is not None
         placement = Placement(options.bank_device, options.bank_path)
         with named_flags("bank"):
             dtype = getattr(torch, options.bank_dtype)
@@ -103,7 +107,7 @@ class EMC2Loss(PairLoss):
         text_features: Tensor,
         logit_scale: Tensor,
         *,
-        sample_ids: Tensor,
+        sample_ids: Tensor | None = None,
         stored_features: Tensor | None = None,
         image_features_again: Tensor | None = None,
         text_features_again: Tensor | None = None,
@@ -127,6 +131,7 @@ class EMC2Loss(PairLoss):
         Raises:
             IndexError: a sample id outside of the bank.
         """
+        assert sample_ids is not None  # as the needs say
         pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
         chains, visits = self._move_chains(pairs, stored_features, self.steps_taken)
         log_mean = log_mean_ratio(pairs)
@@ -180,6 +185,7 @@ class EMC2Loss(PairLoss):
         self.bank.check(pairs.ids)
         ids = self.bank.ids.read(pairs.ids)
         stored = self.bank.embedding.read(pairs.ids) if self.bank.embedding is not None else stored_features
+        assert stored is not None  # as the needs say
         chains = [
             Chain(pairs, direction, ids[direction], stored[direction].to(pairs.image.dtype)) for direction in range(2)
         ]
