@@ -122,7 +122,7 @@ def take_gradient(
     outputs = loss(**leaves, **scale, sample_ids=ids, **again)
     total_loss(outputs).backward()
     rows = len(inputs[0]["image"])
-    gradients = [value.grad.split(rows) for value in leaves.values()]
+    gradients = [value.grad.split(rows) for value in leaves.values() if value.grad is not None]
     for part, *gradient in zip(inputs, *gradients, strict=True):
         features = model(**part)
         torch.autograd.backward([features[key] for key in leaves], gradient)

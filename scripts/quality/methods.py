@@ -1,6 +1,7 @@
 """How it is learned: a loss, its options, and the number of pairs that accumulation makes of a batch."""
 
 import dataclasses
+from typing import Any
 
 from openclip_ext import create_loss
 from openclip_ext.errors import UserError
@@ -55,7 +56,7 @@ class Method:
 
     def build(self, num_samples: int) -> Objective:
         """The loss. Raises UserError: no such loss, option or value."""
-        options = self.options
+        options: dict[str, Any] = dict(self.options)
         if not options.pop("accumulate", "1").isdigit():
             raise UserError(f"--methods {self.text}: accumulate must be a number of pairs, such as accumulate=1024")
         terms = {name: {"weight": options.pop(name)} for name in registered_names(TERMS) if name in options}

@@ -41,6 +41,12 @@ class Store:
         """What the run has found; None: it is not done."""
         return self.found.get(_key(dataclasses.asdict(run)))
 
+    def require(self, run: "Run") -> dict:
+        """The record of a run that is finished."""
+        record = self.get(run)
+        assert record is not None
+        return record
+
     def runs(self) -> list[Run]:
         """All that are done."""
         records = [json.loads(key) for key in self.found]
@@ -84,8 +90,8 @@ class Row:
 
     def scored(self, store: Store) -> list[Run]:
         """Runs on the test split at the learning rate that is best on the validation split; none while that is open."""
-        found = [store.get(run) for run in self.choosing()]
-        if None in found:
+        found = [record for run in self.choosing() if (record := store.get(run)) is not None]
+        if len(found) < len(self.rates):
             return []
         best = max(range(len(found)), key=lambda index: found[index]["score"])
         base = dataclasses.replace(self.base, lr=self.rates[best], split="test")
@@ -152,7 +158,8 @@ def _end_with_parent() -> None:
     """In a process of the pool, which would wait for work forever if what started it was killed."""
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -24,7 +24,7 @@ def summarise(store: Store) -> list[dict]:
     batch size, and to the same method without recent pairs; None where there is none such.
     """
     rows = sorted(finished_rows(store), key=_place)
-    scores = {_place(row): [store.get(run)["score"] for run in row.scored(store)] for row in rows}
+    scores = {_place(row): [store.require(run)["score"] for run in row.scored(store)] for row in rows}
     return [_record(row, store, scores) for row in rows]
 
 
@@ -35,12 +35,12 @@ def _place(row: Row) -> tuple:
 
 def _record(row: Row, store: Store, scores: dict[tuple, list[float]]) -> dict:
     *place, method = _place(row)
-    own = scores[(*place, method)]
+    own = scores[_place(row)]
     baselines = {name: values for (*at, name), values in scores.items() if at == place and Method(name).stateless}
     best = max(baselines, key=lambda name: np.mean(baselines[name]), default=None)
     without = Method(method).without_recent
-    found = [store.get(run) for run in row.scored(store)]
-    rates = {run.lr: store.get(run)["score"] for run in row.choosing()}
+    found = [store.require(run) for run in row.scored(store)]
+    rates = {run.lr: store.require(run)["score"] for run in row.choosing()}
     recents = [record["recent"] for record in found if "recent" in record]
     return {
         **dataclasses.asdict(row.base),
@@ -65,7 +65,7 @@ def _difference(own: list[float], other: list[float]) -> list[float | None] | No
     if common == 0:
         return None
     values = np.subtract(own[:common], other[:common])
-    return [float(values.mean()), half_width(values)]
+    return [float(values.mean()), half_width(values.tolist())]
 
 
 def markdown(records: list[dict]) -> str:
@@ -107,7 +107,7 @@ def _interval(mean: float, width: float | None, sign: str = "") -> str:
 
 
 def _signed(difference: list | None) -> str:
-    return "" if difference is None else _interval(*difference, sign="+")
+    return "" if difference is None else _interval(difference[0], difference[1], sign="+")
 
 
 def draw(records: list[dict], path: str) -> None:

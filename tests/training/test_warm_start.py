@@ -83,7 +83,7 @@ def run(tmp_path, name="run"):
 
 @pytest.mark.parametrize("extra", [("--workers", 2), ("--accum-freq", 2)], ids=lambda flags: flags[0])
 def test_after_the_pass_every_sample_is_known_and_nothing_else_is_changed(train_flags, tmp_path, extra):
-    flags = ("--loss", "gamma_decomp", "--loss-arg", "gamma_decay=0", *extra)
+    flags = ("--loss", "gamma_decomp", "--loss-arg", "gamma_decay=0", "--loss-arg", "gamma=0.2", *extra)
     assert main(train_flags(*flags, "--name", "warm", "--warm-start-pass")) == 0
     assert main(train_flags(*flags, "--name", "cold")) == 0
     warm, cold = run(tmp_path, "warm"), run(tmp_path, "cold")
