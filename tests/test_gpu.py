@@ -9,7 +9,7 @@ import torch
 
 from openclip_ext import create_loss
 from openclip_ext.cli import main
-from openclip_ext.testing.checks import ToyModel, evaluate_loss, toy_steps
+from openclip_ext.testing.checks import WIDTH, ToyModel, evaluate_loss, toy_steps
 from ours import LOSSES
 
 pytestmark = [
@@ -21,7 +21,7 @@ pytestmark = [
 def results(name, device):
     """Values, gradients and state after two steps on a device, brought to the CPU."""
     options = {"draws": 2} if name == "gamma_decomp" else {}
-    loss = create_loss(name, num_samples=30, **options).to(device)
+    loss = create_loss(name, num_samples=30, embed_dim=WIDTH, device=device, **options)
     model = ToyModel(loss.needs).to(device)
     found = []
     for batch in toy_steps():
