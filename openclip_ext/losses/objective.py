@@ -89,14 +89,14 @@ class Objective(Loss):
             warnings.warn(
                 f"{self._titles['base']} has a schedule: call loss.begin_step(step=…, total_steps=…) before each "
                 "optimizer step; until then it acts as at the end of training",
-                stacklevel=5,
+                stacklevel=6,
             )
         self._uncommitted += 1
         if self.has_state and self._uncommitted == _UNCOMMITTED:
             warnings.warn(
                 f"{self._titles['base']} or a term of it keeps a state, which only loss.commit() writes: call it after "
                 f"each optimizer step; {_UNCOMMITTED} calls passed without",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     @property
