@@ -6,8 +6,9 @@
     python scripts/bench_quality.py --out runs/quality --table scripts/README.md
 
 Small towers are trained on a simulated stream of pairs (`stream`, and `stream2` with other constants), or on features
-of photographs and their captions (`flickr`). The learning rate is chosen per method, batch size and logit scale, from
-one grid, on a validation split; at the best one, every seed is trained and scored on the test split. All methods of a
+of photographs and their captions (`flickr`). The learning rate is chosen per method, batch size and logit scale, on a
+validation split, by climbing one grid from its middle; at the best one, every seed is trained and scored on the test
+split. All methods of a
 seed see the same pairs in the same order from the same initial parameters.
 
 A method is `NAME[+OPTION=VALUE…]`: `dcl+recent=8` has pairs of eight recent steps, `clip+accumulate=1024` makes one
@@ -42,7 +43,7 @@ METHODS = (
     *("clip+accumulate=1024", "dcl+accumulate=1024"),
 )
 BATCH_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 QUICK = {
     "task": ["quick"],
     "methods": ["clip", "dcl", "batch_corrected", "dcl+recent=8", "batch_corrected+recent=8"],
@@ -109,7 +110,7 @@ def plan(task: str, args: argparse.Namespace) -> list[Row]:
             task=task, setting=QUICK_SETTING if task == "quick" else TASKS[task], method=method.text, batch_size=size,
             scale=scale, lr=0.0, seed=0, split="",
         )  # fmt: skip
-        rows.append(Row(base=base, rates=tuple(args.rates), seeds=args.seeds))
+        rows.append(Row(base=base, rates=tuple(sorted(args.rates)), seeds=args.seeds))
     return rows
 
 

@@ -29,9 +29,11 @@ def filled(path, scores, validation=((0.1, 20.0), (0.2, 30.0))):
     for method, values in scores.items():
         more = {"recent": 2.5} if "recent" in method else {}
         row = Row(base=dataclasses.replace(BASE, method=method), rates=tuple(lr for lr, _ in validation), seeds=3)
-        for run, (_, score) in zip(row.choosing(), validation, strict=True):
-            store.add(run, found(score, **more))
-        for run, score in zip(row.scored(store), values, strict=False):
+        tried = dict(validation)
+        while (runs := row.wanted(store)) and runs[0].split == "val":
+            for run in runs:
+                store.add(run, found(tried[run.lr], **more))
+        for run, score in zip(runs, values, strict=False):
             store.add(run, found(score, **more))
     return store
 
@@ -58,14 +60,22 @@ def test_a_run_of_another_configuration_is_another_run(tmp_path, other):
     assert store.get(dataclasses.replace(BASE, **other)) is None
 
 
-def test_the_test_split_is_used_at_the_learning_rate_that_validates_best(tmp_path):
-    row = Row(base=BASE, rates=(0.1, 0.2, 0.4), seeds=2)
+def test_the_learning_rate_is_climbed_to_and_the_test_split_used_at_its_top(tmp_path):
+    row = Row(base=BASE, rates=(0.1, 0.2, 0.4, 0.8, 1.6), seeds=2)
+    scores = {0.1: 29.0, 0.2: 30.0, 0.4: 25.0, 0.8: 20.0, 1.6: 99.0}
     store = Store(str(tmp_path / "runs.jsonl"))
-    for run, score in zip(row.choosing(), (20.0, 30.0, 25.0), strict=True):
-        assert row.scored(store) == [] and run.split == "val"
-        store.add(run, found(score))
-    assert [(run.lr, run.seed, run.split) for run in row.scored(store)] == [(0.2, 0, "test"), (0.2, 1, "test")]
-    assert {run.seed for run in row.choosing()}.isdisjoint({0, 1})
+    tried = []
+    while (runs := row.wanted(store))[0].split == "val":
+        assert row.left(store) >= len(runs) + 2 and {run.seed for run in runs}.isdisjoint({0, 1})
+        tried.append([run.lr for run in runs])
+        for run in runs:
+            store.add(run, found(scores[run.lr]))
+    assert tried == [[0.2, 0.4, 0.8], [0.1]]  # never the rate far off, however good it might be
+    assert [(run.lr, run.seed, run.split) for run in runs] == [(0.2, 0, "test"), (0.2, 1, "test")]
+    for run in runs:
+        assert row.scored(store) != runs
+        store.add(run, found(40.0))
+    assert row.scored(store) == runs and row.wanted(store) == [] and row.left(store) == 0
 
 
 def test_differences_are_taken_seed_by_seed_to_the_best_baseline_and_to_the_same_without(tmp_path):
@@ -90,6 +100,8 @@ def test_methods_are_read_and_refused():
     method = Method("dcl+recent=8+limit=0.5")
     assert method.options == {"recent_batches": "8", "recent_limit": "0.5"} and method.without_recent == "dcl"
     assert Method("clip+accumulate=1024").pairs_per_step(64) == 1024 and not Method("clip+accumulate=1024").stateless
+    assert Method("gamma_decomp").without_recent == "gamma_decomp+recent=0"  # it has them by default
+    assert Method("gamma_decomp+recent=0").without_recent is None
     for text in ("dlc", "dcl+recent=-1", "siglip+recent=2", "clip+accumulate=many"):
         with pytest.raises(UserError):
             Method(text)

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 from openclip_ext.losses.base import LossContext
 from openclip_ext.losses.placement import named_flags, require_placement
 from openclip_ext.losses.rates import RateLoss
-from openclip_ext.losses.recent import RecentOptions, recent_needs
+from openclip_ext.losses.recent import RecentOptions, recent_batches, recent_needs
 from openclip_ext.ops.counter_random import log_gamma_mean
 from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.options import option
@@ -24,6 +24,7 @@ logger = logging.getLogger("openclip_ext")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(RecentOptions):
+    recent_batches: int = recent_batches(8)
     gamma: float | Literal["auto"] = option(
         "auto",
         "weight of the current batch in the rate memory, at the end of its schedule; auto: by how often a sample comes",
@@ -83,7 +84,7 @@ class GammaDecompLoss(RateLoss):
         M-step    gradient  u_i K mean_j r_ij grad q_ij,  u_i and r_ij held constant
 
     The value returned is the mean of `log R_i`, the current estimate of L. With `gamma=auto` a run that sees a sample
-    up to seven times keeps no memory: it is `batch_corrected`.
+    up to seven times keeps no memory of rates: it is `batch_corrected`, with recent pairs where they are fresh.
 
     Source: Chen et al., "Why do We Need Large Batchsizes in Contrastive Learning? A Gradient-Bias Perspective",
     NeurIPS 2022. The rate memory and its schedule follow SogCLR (ICML 2022) and FastCLIP (2024).

@@ -9,14 +9,19 @@ from openclip_ext.options import option
 from openclip_ext.state.recent_pairs import RecentPairs
 
 
+def recent_batches(default: int) -> int:
+    """The option that says how many steps are kept, with the default of a loss."""
+    return option(
+        default, "K, recent steps whose pairs may join the batch, as far as they are fresh; 0: none", allowed=">= 0",
+        check=lambda steps: steps >= 0,
+    )  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecentOptions:
     """Part of the options of a loss."""
 
-    recent_batches: int = option(
-        0, "K, recent steps whose pairs may join the batch, as far as they are fresh; 0: none", allowed=">= 0",
-        check=lambda steps: steps >= 0,
-    )  # fmt: skip
+    recent_batches: int = recent_batches(0)
     recent_check: int = option(
         100,
         "steps between two measurements of how fresh recent pairs are",

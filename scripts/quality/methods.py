@@ -6,7 +6,7 @@ from typing import Any
 from openclip_ext import create_loss
 from openclip_ext.errors import UserError
 from openclip_ext.losses import Objective
-from openclip_ext.registry import TERMS, registered_names
+from openclip_ext.registry import TERMS, get_spec, registered_names
 
 from .tasks import EMBED
 
@@ -42,9 +42,13 @@ class Method:
     @property
     def without_recent(self) -> str | None:
         """The same method without recent pairs; None: it has none."""
+        options = get_spec(self.name).options
+        default = getattr(options, "recent_batches", 0)
+        if int(self.options.get("recent_batches", default)) == 0:
+            return None
         parts = self.text.split("+")
         rest = [part for part in parts if part.partition("=")[0] not in (*SHORT, *SHORT.values())]
-        return "+".join(rest) if len(rest) < len(parts) else None
+        return "+".join(rest + ["recent=0"] * (default > 0))
 
     @property
     def stateless(self) -> bool:

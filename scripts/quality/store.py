@@ -2,11 +2,11 @@
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import threading
-from collections import deque
 from collections.abc import Callable
 
 from tqdm import tqdm
@@ -76,7 +76,7 @@ class Row:
 
     Attributes:
         base: what all its runs share; `lr`, `seed` and `split` of it are not looked at.
-        rates: learning rates, the same for all rows of a table.
+        rates: learning rates to choose from, in ascending order, the same for all rows of a table.
         seeds: of the runs that are scored. The learning rate is chosen with one that is none of them.
     """
 
@@ -84,18 +84,40 @@ class Row:
     rates: tuple[float, ...]
     seeds: int
 
-    def choosing(self) -> list[Run]:
-        seed = 1000
-        return [dataclasses.replace(self.base, lr=lr, seed=seed, split="val") for lr in self.rates]
+    def wanted(self, store: Store) -> list[Run]:
+        """Runs that are to be done next: those that choose the learning rate, then those that are scored; none: done.
+
+        The choice begins in the middle of the rates and climbs: while the best one so far has a neighbour that has not
+        been tried, that is next.
+        """
+        known = self.validation(store)
+        best = max(known, key=known.__getitem__, default=self.rates[len(self.rates) // 2])
+        at = self.rates.index(best)
+        near = [lr for lr in self.rates[max(at - 1, 0) : at + 2] if lr not in known]
+        runs = [self._choosing(lr) for lr in near] or [
+            dataclasses.replace(self.base, lr=best, seed=seed, split="test") for seed in range(self.seeds)
+        ]
+        return [run for run in runs if store.get(run) is None]
+
+    def validation(self, store: Store) -> dict[float, float]:
+        """Scores on the validation split by learning rate, of those that were tried."""
+        found = {lr: store.get(self._choosing(lr)) for lr in self.rates}
+        return {lr: record["score"] for lr, record in found.items() if record is not None}
 
     def scored(self, store: Store) -> list[Run]:
-        """Runs on the test split at the learning rate that is best on the validation split; none while that is open."""
-        found = [record for run in self.choosing() if (record := store.get(run)) is not None]
-        if len(found) < len(self.rates):
-            return []
-        best = max(range(len(found)), key=lambda index: found[index]["score"])
-        base = dataclasses.replace(self.base, lr=self.rates[best], split="test")
-        return [dataclasses.replace(base, seed=seed) for seed in range(self.seeds)]
+        """Runs on the test split at the learning rate that is best on the validation split, as far as they are done."""
+        known = self.validation(store)
+        best = max(known, key=known.__getitem__)
+        runs = [dataclasses.replace(self.base, lr=best, seed=seed, split="test") for seed in range(self.seeds)]
+        return [run for run in runs if store.get(run) is not None]
+
+    def left(self, store: Store) -> int:
+        """About how many runs are to be done; where the choice is open, two more than are known to be."""
+        wanted = self.wanted(store)
+        return len(wanted) + (2 + self.seeds if wanted and wanted[0].split == "val" else 0)
+
+    def _choosing(self, lr: float) -> Run:
+        return dataclasses.replace(self.base, lr=lr, seed=1000, split="val")
 
     @property
     def cost(self) -> float:
@@ -106,15 +128,17 @@ class Row:
 
 def finished_rows(store: Store) -> list[Row]:
     """Rows made of all runs that are done, of which at least one is scored."""
-    runs, rows = store.runs(), []
-    bases = {dataclasses.replace(run, lr=0.0, seed=0, split="") for run in runs}
-    for base in bases:
-        own = [run for run in runs if dataclasses.replace(run, lr=0.0, seed=0, split="") == base]
-        row = Row(base=base, rates=tuple(sorted(run.lr for run in own if run.split == "val")), seeds=len(own))
-        seeds = [store.get(run) is not None for run in row.scored(store)]
-        if seeds and seeds[0]:
-            rows.append(dataclasses.replace(row, seeds=seeds.index(False)))
+    rows = []
+    for base, own in itertools.groupby(sorted(store.runs(), key=repr), key=_base):
+        runs = list(own)
+        row = Row(base=base, rates=tuple(sorted({run.lr for run in runs})), seeds=max(run.seed for run in runs) + 1)
+        if row.validation(store) and row.scored(store):
+            rows.append(row)
     return rows
+
+
+def _base(run: Run) -> Run:
+    return dataclasses.replace(run, lr=0.0, seed=0, split="")
 
 
 def finish(rows: list[Row], store: Store, files: Files, jobs: int, report: Callable[[], None]) -> None:
@@ -127,31 +151,29 @@ def finish(rows: list[Row], store: Store, files: Files, jobs: int, report: Calla
         jobs: processes, each on one core.
         report: called whenever a row is done.
     """
-    pending = deque((row, run) for row in rows for run in row.choosing() if not store.get(run))
-    for row in reversed(rows):  # their learning rate was chosen before
-        pending.extendleft((row, run) for run in reversed(row.scored(store)) if not store.get(run))
-    total = sum(row.cost * (len(row.rates) + row.seeds) for row in rows)
-    left = sum(row.cost * _left(row, store) for row in rows)
+    left, done = sum(row.cost * row.left(store) for row in rows), 0
     context = multiprocessing.get_context("spawn")
     with (
-        tqdm(total=total / 1e6, initial=(total - left) / 1e6, unit="M", smoothing=0.1, bar_format=_BAR) as bar,
+        tqdm(total=left / 1e6, unit="M", smoothing=0.1, bar_format=_BAR) as bar,
         concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=_end_with_parent) as pool,
     ):
-        running: dict[concurrent.futures.Future, tuple[Row, Run]] = {}
-        while pending or running:
-            while pending and len(running) < jobs:
-                row, run = pending.popleft()
-                running[pool.submit(score, run, files)] = row, run
-            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                row, run = running.pop(future)
-                store.add(run, future.result())
-                bar.update(row.cost / 1e6)
+        running: dict[Run, concurrent.futures.Future] = {}
+        while True:
+            wanted = (run for row in rows for run in row.wanted(store) if run not in running)
+            for run in itertools.islice(wanted, jobs - len(running)):
+                running[run] = pool.submit(score, run, files)
+            if not running:
+                return
+            concurrent.futures.wait(running.values(), return_when=concurrent.futures.FIRST_COMPLETED)
+            for run in [run for run, future in running.items() if future.done()]:
+                store.add(run, running.pop(run).result())
                 bar.set_postfix_str(f"{run.method} at {run.batch_size}, {run.scale} scale")
-                if run.split == "val":
-                    pending.extendleft((row, new) for new in reversed(row.scored(store)) if not store.get(new))
-                elif all(store.get(other) for other in row.scored(store)):
-                    report()
+            still = sum(row.cost * row.left(store) for row in rows)
+            bar.total, bar.n = max(bar.total, still / 1e6), max(bar.total, still / 1e6) - still / 1e6
+            bar.refresh()
+            if (finished := sum(not row.wanted(store) for row in rows)) > done:
+                done = finished
+                report()
 
 
 def _end_with_parent() -> None:
@@ -166,10 +188,3 @@ def _end_with_parent() -> None:
 
 
 _BAR = "{percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} to go{postfix}"
-
-
-def _left(row: Row, store: Store) -> int:
-    """How many runs of a row are not done."""
-    scored = row.scored(store)
-    choosing = sum(store.get(run) is None for run in row.choosing())
-    return choosing + (sum(store.get(run) is None for run in scored) if scored else row.seeds)

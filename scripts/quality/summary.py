@@ -40,12 +40,11 @@ def _record(row: Row, store: Store, scores: dict[tuple, list[float]]) -> dict:
     best = max(baselines, key=lambda name: np.mean(baselines[name]), default=None)
     without = Method(method).without_recent
     found = [store.require(run) for run in row.scored(store)]
-    rates = {run.lr: store.require(run)["score"] for run in row.choosing()}
     recents = [record["recent"] for record in found if "recent" in record]
     return {
         **dataclasses.asdict(row.base),
         "lr": row.scored(store)[0].lr,
-        "validation": rates,
+        "validation": row.validation(store),
         "scores": own,
         "score": float(np.mean(own)),
         "half_width": half_width(own),
@@ -116,15 +115,16 @@ def draw(records: list[dict], path: str) -> None:
     figure = Figure(figsize=(1.5 + 5.5 * len(scales), 5), layout="constrained")
     panels = figure.subplots(1, len(scales), squeeze=False, sharey=True)[0]
     methods = list(dict.fromkeys(record["method"] for record in records))
-    plain = list(dict.fromkeys(Method(method).without_recent or method for method in methods))
+    bases = {method: Method(method).without_recent or method for method in methods}
+    plain = list(dict.fromkeys(bases.values()))
     for axes, scale in zip(panels, scales, strict=True):
         for index, method in enumerate(methods):
             rows = [record for record in records if (record["scale"], record["method"]) == (scale, method)]
-            base = Method(method).without_recent or method
+            base = bases[method]
             style = {
                 "color": matplotlib.colormaps["tab10"](plain.index(base) % 10),
                 "linestyle": "--" if base == method else "-",
-                "marker": "osD^v"[[other for other in methods if other.startswith(base)].index(method) % 5],
+                "marker": "osD^v"[[other for other in methods if bases[other] == base].index(method) % 5],
             }
             _draw_method(axes, rows, method, 1.02 ** (index - len(methods) / 2), style)
         sizes = sorted({record["batch_size"] for record in records})
