@@ -3,13 +3,15 @@
     python scripts/bench_quality.py --quick
     python scripts/bench_quality.py --task stream --out runs/quality --jobs 2
     python scripts/bench_quality.py --task flickr --flickr train.npz test.npz --methods clip dcl dcl+recent=8
+    python scripts/bench_quality.py --task photos --photos pairs.csv start.pt model.json --batch-sizes 64
     python scripts/bench_quality.py --out runs/quality --table scripts/README.md
 
 Small towers are trained on a simulated stream of pairs (`stream`, and `stream2` with other constants), or on features
-of photographs and their captions (`flickr`). The learning rate is chosen per method, batch size and logit scale, on a
-validation split, by climbing one grid from its middle; at the best one, every seed is trained and scored on the test
-split. All methods of a
-seed see the same pairs in the same order from the same initial parameters.
+of photographs and their captions (`flickr`). Two more tasks go through `openclip-ext train`: a small CLIP from scratch
+on handwritten digits (`digits`), and a checkpoint that is fine-tuned on pictures (`photos`). The learning rate is chosen
+per method, batch size and logit scale, on a validation split, by climbing one grid from its middle; at the best one,
+every seed is trained and scored on the test split. All methods of a seed see the same pairs in the same order from the
+same initial parameters.
 
 A method is `NAME[+OPTION=VALUE…]`: `dcl+recent=8` has pairs of eight recent steps, `clip+accumulate=1024` makes one
 step of 1,024 pairs out of batches that are encoded twice, `gamma_decomp+gamma=0.5` sets an option of the loss.
@@ -19,6 +21,7 @@ flags, only what is missing is done. A change of the code is not noticed; take a
 """
 
 import argparse
+import dataclasses
 import itertools
 import os
 import sys
@@ -28,6 +31,7 @@ from quality.methods import Method
 from quality.store import Row, Store, finish
 from quality.summary import draw, markdown, summarise
 from quality.tasks import FLICKR_VALIDATION, Setting
+from quality.trained import digit_splits, photo_splits
 
 from openclip_ext.errors import UserError
 from openclip_ext.files import atomic, make_out_folder, write_json
@@ -36,7 +40,10 @@ TASKS = {
     "stream": Setting(pairs=50_000, epochs=6, scale=30.0, decay=0.01),
     "stream2": Setting(pairs=20_000, epochs=10, scale=20.0, decay=0.01, centres=1),
     "flickr": Setting(pairs=6_000 - FLICKR_VALIDATION, epochs=15, scale=50.0, decay=0.1),
+    "digits": Setting(pairs=0, epochs=8, scale=0.0, decay=0.1),
+    "photos": Setting(pairs=0, epochs=3, scale=0.0, decay=0.1),
 }
+TRAINED = {"digits": lambda args: digit_splits(), "photos": lambda args: photo_splits(args.photos[0])}
 METHODS = (
     *("clip", "dcl", "batch_corrected", "sogclr", "gamma_decomp", "emc2", "siglip"),
     *(f"{name}+recent=8" for name in ("clip", "dcl", "batch_corrected", "sogclr", "gamma_decomp")),
@@ -64,7 +71,7 @@ def main() -> None:
         if not args.table:
             for task in args.task:
                 rows = plan(task, args)
-                files = tuple(args.flickr) if task == "flickr" else None
+                files = getattr(args, task, None)  # of those that are read from files
                 finish(rows, store, files, args.jobs, lambda: report(store, args.out))
         text = markdown(report(store, args.out))
         if isinstance(args.table, str):
@@ -81,6 +88,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["stream", "stream2"])
     parser.add_argument("--flickr", nargs=2, metavar=("TRAIN", "TEST"), help=".npz files with `x` and `tokens`")
+    parser.add_argument(
+        "--photos", nargs=3, metavar=("PAIRS", "CHECKPOINT", "CONFIG"),
+        help="a CSV with the columns filepath and title or a folder of pictures, and a model to start from",
+    )  # fmt: skip
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME[+OPTION=VALUE…]")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--scales", nargs="+", choices=["fixed", "learned"], default=["fixed", "learned"])
@@ -94,21 +105,25 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small stream in five minutes; most flags do not count")
     args = parser.parse_args()
-    if "flickr" in args.task and not (args.flickr or args.table):
-        parser.error("--task flickr: name its features, --flickr TRAIN TEST")
+    for task in ("flickr", "photos"):
+        if task in args.task and not (getattr(args, task) or args.table):
+            parser.error(f"--task {task}: name what it is read from, --{task} …")
     return argparse.Namespace(**vars(args) | QUICK) if args.quick else args
 
 
 def plan(task: str, args: argparse.Namespace) -> list[Row]:
     """Rows of a task, batch size by batch size. Raises UserError: a method that there is not."""
     methods = [Method(text) for text in args.methods]
+    setting, scales = QUICK_SETTING if task == "quick" else TASKS[task], args.scales
+    if task in TRAINED:
+        scales = ["learned"]  # as OpenCLIP does
+        setting = dataclasses.replace(setting, pairs=len(TRAINED[task](args)["train"]))
     rows = []
-    for scale, size, method in itertools.product(args.scales, args.batch_sizes, methods):
+    for scale, size, method in itertools.product(scales, args.batch_sizes, methods):
         if "accumulate" in method.options and size >= method.pairs_per_step(size):
             continue
         base = Run(
-            task=task, setting=QUICK_SETTING if task == "quick" else TASKS[task], method=method.text, batch_size=size,
-            scale=scale, lr=0.0, seed=0, split="",
+            task=task, setting=setting, method=method.text, batch_size=size, scale=scale, lr=0.0, seed=0, split="",
         )  # fmt: skip
         rows.append(Row(base=base, rates=tuple(sorted(args.rates)), seeds=args.seeds))
     return rows

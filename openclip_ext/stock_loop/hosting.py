@@ -10,6 +10,7 @@ What such a loop does, `args` being its flags and `spec` what the entry point of
     …
     loss.begin_step(step=…, total_steps=…)                      # once per optimizer step, from here on
     out = hosted.run(model, image, text, …)                     # in place of model(image, text)
+    out |= hosted.encode_again([(image, text), …])              # of all batches that count as one step
     outputs = loss(**out, sample_ids=…, output_dict=True)       # backward: the sum of what ends in `_loss`
     loss.commit()                                               # where the optimizer's step was taken
 
@@ -69,6 +70,7 @@ class Hosting:
         self._args = args
         self._trunks: dict | None = None
         self._kept: KeptInputs | None = None
+        self._model: nn.Module | None = None
         self.needs = self._plan.needs
         _require_agreement(args, self.needs)
         data = training_data(config, self._plan)
@@ -136,7 +138,7 @@ class Hosting:
                 vocabulary=vocabulary,
             )
         )
-        self._kept = KeptInputs(loss, model)
+        self._model, self._kept = model, KeptInputs(loss, model)
         return loss
 
     def restore(self, loss: Objective, checkpoint: dict, path: str) -> list[str]:
@@ -169,10 +171,20 @@ class Hosting:
         out = run_on_views(model, self._trunks, image, text, image_aug, text_aug)
         if "text_tokens" in self.needs:
             out["text_tokens"] = text
-        if torch.is_grad_enabled() and "encoded_again" in self.needs:
-            assert self._kept is not None  # since `build`
-            out |= self._kept.features([{"image": image, "text": text}], lambda image, text: dict(model(image, text)))
         return out
+
+    def encode_again(self, batches: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+        """What the loss is given in some steps beside the features of the step: those of a batch it asked to keep.
+
+        Args:
+            batches: images and texts, in this order, of all batches that count as one step.
+        """
+        if "encoded_again" not in self.needs:
+            return {}
+        assert self._kept is not None and self._model is not None  # since `build`
+        model = self._model
+        inputs = [{"image": image, "text": text} for image, text, *_ in batches]
+        return self._kept.features(inputs, lambda image, text: dict(model(image, text)))
 
     def create_task(self, args: argparse.Namespace, model: nn.Module, *, teacher: nn.Module | None = None):
         """OpenCLIP 4's `TrainingTask` with this loss, which does all that a loop has to.
@@ -229,11 +241,6 @@ def _require_agreement(args: argparse.Namespace, needs: frozenset[str]) -> None:
     """Raises UserError: flags of OpenCLIP's own loop that do not go with the loss."""
     if args.siglip and args.loss != "siglip":
         raise UserError(f"--siglip --loss {args.loss}: these exclude each other; drop one")
-    if "encoded_again" in needs and args.accum_freq > 1:
-        raise UserError(
-            f"--accum-freq {args.accum_freq}: OpenCLIP's loop does not go with recent_batches there; drop one, or use "
-            "openclip-ext train"
-        )
     if getattr(args, "horovod", False):
         raise UserError(f"--horovod --loss {args.loss}: does not average the loss's gradients; use torchrun")
     for name in ("torchcompile", "torchscript"):

@@ -156,7 +156,7 @@ class LossTask(CLIPTask):
 
     @torch.compiler.disable  # it holds state, and is small beside the model
     def _objective(self, model_out: dict[str, Tensor], batches: list[dict]) -> dict[str, Tensor]:
-        given = dict(model_out)
+        given = model_out | self.hosted.encode_again([(batch["image"], batch["text"]) for batch in batches])
         given["logit_scale"] = given["logit_scale"].mean()  # FSDP2 makes it (1,)
         if "sample_ids" in self.hosted.needs:
             given["sample_ids"] = torch.cat([batch["sample_ids"] for batch in batches])

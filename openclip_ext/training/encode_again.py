@@ -54,16 +54,19 @@ def _first_views(inputs: Inputs) -> Inputs:
 
 @contextlib.contextmanager
 def settled(model: nn.Module) -> Iterator[None]:
-    """The model without dropout of any kind; BatchNorm as in training, its running statistics put back afterwards."""
+    """The model without dropout of any kind; BatchNorm as in training, but for its running statistics, which stay."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    running = {module for module, training in modes if training and isinstance(module, _BatchNorm)}
+    # Copies take their place: a forward pass of before, whose backward pass is to come, holds on to them.
+    statistics = [(module, name, buffer) for module in running for name, buffer in module.named_buffers(recurse=False)]
+    for module, name, buffer in statistics:
+        setattr(module, name, buffer.clone())
     for module, _ in modes:
-        module.training = isinstance(module, _BatchNorm) and module.training
+        module.training = module in running
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        for module, name, buffer in statistics:
+            setattr(module, name, buffer)

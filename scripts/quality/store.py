@@ -12,9 +12,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from .loop import Run, score
-from .tasks import Setting
-
-Files = tuple[str, str] | None
+from .tasks import Files, Setting
 
 
 class Store:

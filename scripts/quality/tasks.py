@@ -10,6 +10,8 @@ from torch.nn.functional import normalize
 
 from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
 
+Files = tuple[str, ...] | None  #: What a task is read from; None: from nothing.
+
 EMBED = 64
 HELD_OUT = 4000  # pairs each to choose a learning rate on and to score, of a simulated stream
 FLICKR_VALIDATION = 1000  # photographs, the last of the training file

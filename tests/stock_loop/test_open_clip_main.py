@@ -36,7 +36,8 @@ PARITY = {
 }
 # An epoch is one optimizer step of 32 pairs, whatever their order.
 ONE_STEP = (
-    "--loss gamma_decomp --loss-term brownian_bridge=0.25 --loss-term feature_separation=0.5 "
+    "--loss gamma_decomp --loss-arg recent_batches=0 --loss-term brownian_bridge=0.25 "
+    "--loss-term feature_separation=0.5 "
     "--loss-term caption_words=1 --opt timm/sgd --lr 0.05 --epochs 6 --save-frequency 6 --grad-clip-norm 5"
 )
 PLAIN = "--accum-freq 2 --precision amp"

@@ -158,6 +158,7 @@ def test_a_loss_that_cannot_be_built_is_one_line(run_patched, tmp_path, capsys):
         "--loss siglip --loss-term brownian_bridge=0.2,sample=true",
         "--loss dcl",
         "--loss batch_corrected",
+        "--loss dcl --loss-arg recent_batches=2 --loss-arg recent_limit=9",
         "--loss sogclr --precision amp_bf16",
         "--loss clip --dataset-type synthetic --train-num-samples 64",
     ],
@@ -178,9 +179,9 @@ def test_a_teacher_and_captions_are_terms_as_in_ours(monkeypatch, patched, run_p
     assert "distill_loss" in rows[0]
     assert_equal_losses(rows, run_ours(*pupil, "--name", "ours"))
     flags = coca_flags(tmp_path)
-    flags += ["--loss", "gamma_decomp", "--accum-freq", "2"]
+    flags += ["--loss", "gamma_decomp", "--accum-freq", "2", *RECENT]
     rows = run_patched(*flags, "--name", "patched-coca")
-    assert "caption_loss" in rows[0]
+    assert "caption_loss" in rows[0] and rows[-1]["recent_batches_used"] == 2
     assert_equal_losses(rows, run_ours(*flags, "--name", "ours-coca"))
 
 
@@ -192,6 +193,10 @@ def test_a_step_that_the_scaler_skips_is_not_committed(monkeypatch, patched, run
     assert content["loss"]["terms.brownian_bridge.steps_taken"] == taken and 0 < taken < len(rows)
 
 
+#: Pairs of two recent steps, which join however far the model has moved.
+RECENT = ("--loss-arg", "recent_batches=2", "--loss-arg", "recent_limit=99")
+
+
 @pytest.fixture
 def two_shards(tmp_path, pairs):
     """Two shards of 16: an epoch is one optimizer step of 32 pairs, whatever their order."""
@@ -201,8 +206,9 @@ def two_shards(tmp_path, pairs):
 
 # No weight decay: with a timm optimizer OpenCLIP decays positional embeddings on several ranks, and not on one.
 ONE_STEP_PER_EPOCH = (
-    "--loss gamma_decomp --loss-term brownian_bridge=0.25 --loss-term feature_separation=0.5 --opt timm/sgd --eps 1e-8 "
-    "--lr 0.01 --wd 0 --epochs 20 --save-frequency 20 --workers 0"
+    "--loss gamma_decomp --loss-arg recent_batches=0 --loss-term brownian_bridge=0.25 "
+    "--loss-term feature_separation=0.5 "
+    "--opt timm/sgd --eps 1e-8 --lr 0.01 --wd 0 --epochs 20 --save-frequency 20 --workers 0"
 )
 
 
@@ -239,6 +245,8 @@ def assert_equal_runs(tmp_path, epoch):
     one, two = (checkpoint(tmp_path, name, epoch) for name in ("one", "two"))
     weights = {key.removeprefix("module."): value for key, value in two["state_dict"].items()}
     torch.testing.assert_close(weights, one["state_dict"], rtol=1e-4, atol=1e-5)
+    for content in (one, two):  # each rank measures how far the model has moved on its own pairs
+        content["loss"].pop("base.recent.error", None)
     torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
@@ -253,10 +261,10 @@ def test_two_processes_equal_one(run_ours, run_two_processes, two_shards, tmp_pa
 def test_two_processes_draw_the_chains_of_one(run_ours, run_two_processes, tmp_path):
     """The draws of `emc2` are among the gathered pairs in their order, so both runs have the same one."""
     flags = "--loss emc2 --loss-arg bank_dtype=float32 --opt timm/sgd --eps 1e-8 --lr 0.01 --wd 0 --epochs 3"
-    flags = flags.split()
+    flags = [*flags.split(), *RECENT]
     reference = run_ours(*flags, "--batch-size", 8, "--accum-freq", 4, "--name", "one")
     rows = run_two_processes(*flags, "--batch-size", 8, "--accum-freq", 2, "--name", "two", batches="ours")
-    assert len(rows) == 24 and rows[-1]["stored_weight"] > 0
+    assert len(rows) == 24 and rows[-1]["stored_weight"] > 0 and rows[-1]["recent_batches_used"] == 2
     assert_equal_losses(rows, reference)
     assert_equal_runs(tmp_path, 3)
 
