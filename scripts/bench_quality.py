@@ -8,10 +8,11 @@
 
 Small towers are trained on a simulated stream of pairs (`stream`, and `stream2` with other constants), or on features
 of photographs and their captions (`flickr`). Two more tasks go through `openclip-ext train`: a small CLIP from scratch
-on handwritten digits (`digits`), and a checkpoint that is fine-tuned on pictures (`photos`). The learning rate is chosen
-per method, batch size and logit scale, on a validation split, by climbing one grid from its middle; at the best one,
-every seed is trained and scored on the test split. All methods of a seed see the same pairs in the same order from the
-same initial parameters.
+on handwritten digits (`digits`), and a checkpoint that is fine-tuned on pictures (`photos`).
+
+The learning rate is chosen per method, batch size and logit scale, on a validation split, by climbing one grid from its
+middle; at the best one, every seed is trained and scored on the test split. All methods of a seed see the same pairs in
+the same order from the same initial parameters.
 
 A method is `NAME[+OPTION=VALUE…]`: `dcl+recent=8` has pairs of eight recent steps, `clip+accumulate=1024` makes one
 step of 1,024 pairs out of batches that are encoded twice, `gamma_decomp+gamma=0.5` sets an option of the loss.
