@@ -23,19 +23,21 @@ flags, only what is missing is done. A change of the code is not noticed; take a
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import os
-import sys
 
-from quality.loop import Run
+from quality.loop import Run, score
 from quality.methods import Method
-from quality.store import Row, Store, finish
+from quality.store import Row, open_store
 from quality.summary import draw, markdown, summarise
 from quality.tasks import FLICKR_VALIDATION, Setting
 from quality.trained import digit_splits, photo_splits
+from runs.pool import finish
+from runs.script import add_arguments, carry_out
+from runs.store import Store
 
-from openclip_ext.errors import UserError
-from openclip_ext.files import atomic, make_out_folder, write_json
+from openclip_ext.files import write_json
 
 TASKS = {
     "stream": Setting(pairs=50_000, epochs=6, scale=30.0, decay=0.01),
@@ -66,23 +68,15 @@ QUICK_SETTING = Setting(pairs=20_000, epochs=4, scale=30.0, decay=0.01)
 
 def main() -> None:
     args = parse()
-    try:
-        make_out_folder(args.out)
-        store = Store(os.path.join(args.out, "runs.jsonl"))
-        if not args.table:
-            for task in args.task:
-                rows = plan(task, args)
-                files = getattr(args, task, None)  # of those that are read from files
-                finish(rows, store, files, args.jobs, lambda: report(store, args.out))
-        text = markdown(report(store, args.out))
-        if isinstance(args.table, str):
-            put_between_marks(text, args.table)
-        else:
-            print(text)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+    store = open_store(os.path.join(args.out, "runs.jsonl"))
+    carry_out(args, lambda: train(args, store), lambda: markdown(report(store, args.out)), MARKS)
+
+
+def train(args: argparse.Namespace, store: Store) -> None:
+    for task in args.task:
+        # Some tasks are read from files.
+        work = functools.partial(score, files=getattr(args, task, None))
+        finish(plan(task, args), store, work, args.jobs, lambda: report(store, args.out), title)
 
 
 def parse() -> argparse.Namespace:
@@ -98,13 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scales", nargs="+", choices=["fixed", "learned"], default=["fixed", "learned"])
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core")
-    parser.add_argument("--out", default="runs/quality", help="folder of runs.jsonl, results.json and pictures")
-    parser.add_argument(
-        "--table", nargs="?", const=True, metavar="FILE",
-        help=f"train nothing: print what is in --out, or put it into FILE between {MARKS[0]} and {MARKS[1]}",
-    )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="a small stream in five minutes; most flags do not count")
+    add_arguments(parser, "runs/quality", MARKS, quick="a small stream in five minutes; most flags do not count")
     args = parser.parse_args()
     for task in ("flickr", "photos"):
         if task in args.task and not (getattr(args, task) or args.table):
@@ -139,18 +127,8 @@ def report(store: Store, out: str) -> list[dict]:
     return records
 
 
-def put_between_marks(text: str, path: str) -> None:
-    """Replace what stands between the marks of a file. Raises UserError: no such file, or no such marks."""
-    try:
-        with open(path) as file:
-            before, start, rest = file.read().partition(MARKS[0])
-        _, end, after = rest.partition(MARKS[1])
-    except OSError as error:
-        raise UserError(f"--table {path}: {error.strerror}") from error
-    if not (start and end):
-        raise UserError(f"--table {path}: must hold the lines {MARKS[0]} and {MARKS[1]}, between which tables go")
-    with atomic(path) as partial, open(partial, "w") as file:
-        file.write(f"{before}{start}\n{text}\n{end}{after}")
+def title(run: Run) -> str:
+    return f"{run.method} at {run.batch_size}, {run.scale} scale"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from quality.loop import Run, take_gradient, visits
 from quality.methods import Method
-from quality.store import Row, Store
+from quality.store import Row, open_store
 from quality.summary import markdown, summarise
 from quality.tasks import Setting, TwoTowers, perceptron
 
@@ -25,7 +25,7 @@ def found(score, **more):
 
 def filled(path, scores, validation=((0.1, 20.0), (0.2, 30.0))):
     """A store of rows with these scores by seed, by method."""
-    store = Store(path)
+    store = open_store(path)
     for method, values in scores.items():
         more = {"recent": 2.5} if "recent" in method else {}
         row = Row(base=dataclasses.replace(BASE, method=method), rates=tuple(lr for lr, _ in validation), seeds=3)
@@ -41,13 +41,13 @@ def filled(path, scores, validation=((0.1, 20.0), (0.2, 30.0))):
 def test_what_is_done_is_read_again_without_a_line_that_was_cut_off(tmp_path):
     path = str(tmp_path / "runs.jsonl")
     first, second = BASE, dataclasses.replace(BASE, seed=1)
-    Store(path).add(first, found(50.0))
+    open_store(path).add(first, found(50.0))
     with open(path, "a") as file:
         file.write(json.dumps({"run": dataclasses.asdict(second)})[:-9])
-    store = Store(path)
+    store = open_store(path)
     assert store.get(first)["score"] == 50.0 and store.get(second) is None
     store.add(second, found(60.0))
-    assert [Store(path).get(run)["score"] for run in (first, second)] == [50.0, 60.0]
+    assert [open_store(path).get(run)["score"] for run in (first, second)] == [50.0, 60.0]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_what_is_done_is_read_again_without_a_line_that_was_cut_off(tmp_path):
     [{"lr": 0.5}, {"batch_size": 16}, {"scale": "learned"}, {"setting": dataclasses.replace(BASE.setting, epochs=2)}],
 )
 def test_a_run_of_another_configuration_is_another_run(tmp_path, other):
-    store = Store(str(tmp_path / "runs.jsonl"))
+    store = open_store(str(tmp_path / "runs.jsonl"))
     store.add(BASE, found(50.0))
     assert store.get(dataclasses.replace(BASE, **other)) is None
 
@@ -63,7 +63,7 @@ def test_a_run_of_another_configuration_is_another_run(tmp_path, other):
 def test_the_learning_rate_is_climbed_to_and_the_test_split_used_at_its_top(tmp_path):
     row = Row(base=BASE, rates=(0.1, 0.2, 0.4, 0.8, 1.6), seeds=2)
     scores = {0.1: 29.0, 0.2: 30.0, 0.4: 25.0, 0.8: 20.0, 1.6: 99.0}
-    store = Store(str(tmp_path / "runs.jsonl"))
+    store = open_store(str(tmp_path / "runs.jsonl"))
     tried = []
     while (runs := row.wanted(store))[0].split == "val":
         assert row.left(store) >= len(runs) + 2 and {run.seed for run in runs}.isdisjoint({0, 1})

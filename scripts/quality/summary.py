@@ -8,12 +8,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from runs.store import Store
 
 from openclip_ext.files import atomic
 from openclip_ext.report.intervals import half_width
 
 from .methods import Method
-from .store import Row, Store, finished_rows
+from .store import Row, finished_rows
 
 
 def summarise(store: Store) -> list[dict]:
