@@ -1,0 +1,1 @@
+"""What scripts that do many runs have in common: runs that are done, runs at a time, tables in a file, flags."""

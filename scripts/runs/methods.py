@@ -1,0 +1,11 @@
+"""Losses and their options as one word."""
+
+#: Short for options that are named often.
+SHORT = {"recent": "recent_batches", "check": "recent_check", "limit": "recent_limit"}
+
+
+def parse_method(text: str) -> tuple[str, dict[str, str]]:
+    """Name and options of `NAME[+OPTION=VALUE…]`."""
+    name, *parts = text.split("+")
+    options = [part.partition("=") for part in parts]
+    return name, {SHORT.get(key, key): value for key, _, value in options}
