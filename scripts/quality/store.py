@@ -75,7 +75,8 @@ def finished_rows(store: Store) -> list[Row]:
     rows = []
     for base, own in itertools.groupby(sorted(store.runs(), key=repr), key=_base):
         runs = list(own)
-        row = Row(base=base, rates=tuple(sorted({run.lr for run in runs})), seeds=max(run.seed for run in runs) + 1)
+        seeds = max((run.seed for run in runs if run.split == "test"), default=-1) + 1
+        row = Row(base=base, rates=tuple(sorted({run.lr for run in runs})), seeds=seeds)
         if row.validation(store) and row.scored(store):
             rows.append(row)
     return rows
