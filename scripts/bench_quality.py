@@ -4,7 +4,7 @@
     python scripts/bench_quality.py --task stream --out runs/quality --jobs 2
     python scripts/bench_quality.py --task flickr --flickr train.npz test.npz --methods clip dcl dcl+recent=8
     python scripts/bench_quality.py --task photos --photos pairs.csv start.pt model.json --batch-sizes 64
-    python scripts/bench_quality.py --out runs/quality --table scripts/README.md
+    python scripts/bench_quality.py --out runs/quality --publish
 
 Small towers are trained on a simulated stream of pairs (`stream`, and `stream2` with other constants), or on features
 of photographs and their captions (`flickr`). Two more tasks go through `openclip-ext train`: a small CLIP from scratch
@@ -29,6 +29,7 @@ import os
 
 from quality.loop import Run, score
 from quality.methods import Method
+from quality.published import MARKS, publish
 from quality.store import Row, open_store
 from quality.summary import draw, markdown, summarise
 from quality.tasks import FLICKR_VALIDATION, Setting
@@ -62,13 +63,14 @@ QUICK = {
     "rates": [2e-3, 4e-3],
     "seeds": 2,
 }
-MARKS = ("<!-- quality -->", "<!-- /quality -->")
 QUICK_SETTING = Setting(pairs=20_000, epochs=4, scale=30.0, decay=0.01)
 
 
 def main() -> None:
     args = parse()
     store = open_store(os.path.join(args.out, "runs.jsonl"))
+    if args.publish:
+        return publish(summarise(store))
     carry_out(args, lambda: train(args, store), lambda: markdown(report(store, args.out)), MARKS)
 
 
@@ -92,10 +94,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scales", nargs="+", choices=["fixed", "learned"], default=["fixed", "learned"])
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--publish", action="store_true",
+        help="train nothing: keep what is in --out in quality/results.json, and make the READMEs and pictures of that",
+    )  # fmt: skip
     add_arguments(parser, "runs/quality", MARKS, quick="a small stream in five minutes; most flags do not count")
     args = parser.parse_args()
     for task in ("flickr", "photos"):
-        if task in args.task and not (getattr(args, task) or args.table):
+        if task in args.task and not (getattr(args, task) or args.table or args.publish):
             parser.error(f"--task {task}: name what it is read from, --{task} …")
     return argparse.Namespace(**vars(args) | QUICK) if args.quick else args
 

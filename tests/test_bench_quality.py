@@ -7,6 +7,7 @@ import pytest
 import torch
 from quality.loop import Run, take_gradient, visits
 from quality.methods import Method
+from quality.published import short_table
 from quality.store import Row, open_store
 from quality.summary import markdown, summarise
 from quality.tasks import Setting, TwoTowers, perceptron
@@ -94,6 +95,15 @@ def test_differences_are_taken_seed_by_seed_to_the_best_baseline_and_to_the_same
     assert records["clip"]["against_best"] is None and records["dcl"]["against_without"] is None
     assert records["emc2"]["against_best"][0] == pytest.approx(35.0)  # of the seeds that both have
     assert "| 8 | `dcl+recent=8` | 61.0 ± 24.8 | +1.0 ± 0.0 | +11.0 ± 0.0 | 0.2 (edge) | 2.5 |" in markdown([recent])
+
+
+def test_the_short_table_has_what_was_measured_and_dashes(tmp_path):
+    store = filled(str(tmp_path / "runs.jsonl"), {"clip": [50.0, 60.0, 70.0], "emc2": [1.0, 2.0]})
+    (clip, emc2) = summarise(store)
+    head, rule, *rows = short_table([clip | {"batch_size": 64}, emc2]).splitlines()
+    at = head.split("|").index(" 64 ")
+    assert [row.split("|")[at].strip() for row in rows] == ["60.0 ± 24.8", "–", "–", "–", "–", "–"]
+    assert "emc2" not in "".join(rows) and {row.count("|") for row in (head, rule, *rows)} == {head.count("|")}
 
 
 def test_methods_are_read_and_refused():

@@ -90,7 +90,7 @@ def _line(record: dict) -> str:
     cells = [
         record["batch_size"],
         f"`{record['method']}`",
-        _interval(record["score"], record["half_width"]),
+        format_interval(record["score"], record["half_width"]),
         "best" if record["best_baseline"] == record["method"] else _signed(record["against_best"]),
         _signed(record["against_without"]),
         f"{record['lr']:g}{edge}",
@@ -102,12 +102,13 @@ def _line(record: dict) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _interval(mean: float, width: float | None, sign: str = "") -> str:
+def format_interval(mean: float, width: float | None, sign: str = "") -> str:
+    """`81.9 ± 0.2`."""
     return f"{mean:{sign}.1f}" + ("" if width is None else f" ± {width:.1f}")
 
 
 def _signed(difference: list | None) -> str:
-    return "" if difference is None else _interval(difference[0], difference[1], sign="+")
+    return "" if difference is None else format_interval(difference[0], difference[1], sign="+")
 
 
 def draw(records: list[dict], path: str) -> None:

@@ -1,0 +1,61 @@
+"""What the READMEs say of the results: the short table, the full ones, and the picture, all from one JSON."""
+
+import itertools
+import json
+import os
+
+from runs.marks import put_between_marks
+
+from openclip_ext.files import write_json
+
+from .summary import draw, format_interval, markdown
+
+SCRIPTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RESULTS = os.path.join(SCRIPTS, "quality", "results.json")
+MARKS = ("<!-- quality -->", "<!-- /quality -->")
+SHORT_MARKS = ("<!-- measured -->", "<!-- /measured -->")
+
+#: Rows of the short table, and what they are called.
+ROWS = {
+    "clip": "`clip`",
+    "dcl": "`dcl`",
+    "batch_corrected": "`batch_corrected`",
+    "gamma_decomp": "`gamma_decomp`",
+    "clip+accumulate=1024": "`clip`, 1,024 by accumulation",
+    "dcl+accumulate=1024": "`dcl`, 1,024 by accumulation",
+}
+#: Its columns: task, batch size, and what it is called.
+COLUMNS = (
+    ("stream", 16, "stream, 16"),
+    ("stream", 64, "64"),
+    ("stream", 256, "256"),
+    ("stream2", 32, "stream2, 32"),
+    ("flickr", 64, "features, 64"),
+    ("photos", 64, "fine-tuning, 64"),
+)
+
+
+def publish(records: list[dict]) -> None:
+    """Write records, unless there are none, to `results.json` beside this file; from it, the READMEs and pictures."""
+    if records:
+        write_json(records, RESULTS)
+    with open(RESULTS) as file:
+        records = json.load(file)
+    put_between_marks(markdown(records), os.path.join(SCRIPTS, "README.md"), MARKS)
+    put_between_marks(short_table(records), os.path.join(os.path.dirname(SCRIPTS), "README.md"), SHORT_MARKS)
+    for task, of_task in itertools.groupby(records, key=lambda record: record["task"]):
+        draw(list(of_task), os.path.join(os.path.dirname(RESULTS), f"{task}.png"))
+
+
+def short_table(records: list[dict]) -> str:
+    """One line per method of `ROWS`, one column per entry of `COLUMNS`; a dash where nothing was measured."""
+    scores = {
+        (record["task"], record["batch_size"], record["method"]): format_interval(record["score"], record["half_width"])
+        for record in records
+        if record["scale"] == "fixed" or record["task"] == "photos"
+    }
+    lines = ["| | " + " | ".join(name for *_, name in COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    for method, name in ROWS.items():
+        cells = (scores.get((task, size, method), "–") for task, size, _ in COLUMNS)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
