@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from openclip_ext.losses.base import Loss, LossContext, PairLoss, Vocabulary, Widths
+from openclip_ext.losses.base import Loss, PairLoss
+from openclip_ext.losses.context import LossContext, Vocabulary, Widths
 from openclip_ext.losses.objective import Objective
 from openclip_ext.losses.plan import ObjectivePlan
 

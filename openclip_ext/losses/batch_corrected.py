@@ -5,7 +5,8 @@ import dataclasses
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from openclip_ext.losses.base import LossContext, PairLoss
+from openclip_ext.losses.base import PairLoss
+from openclip_ext.losses.context import LossContext
 from openclip_ext.losses.recent import RecentOptions, recent_needs
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec

@@ -3,7 +3,8 @@
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from openclip_ext.losses.base import Loss, LossContext, PairLoss
+from openclip_ext.losses.base import Loss, PairLoss
+from openclip_ext.losses.context import LossContext
 from openclip_ext.losses.recent import RecentOptions, recent_needs
 from openclip_ext.losses.wrapped import WrappedLoss
 from openclip_ext.registry import LossSpec

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from openclip_ext.losses.base import LossContext
+from openclip_ext.losses.context import LossContext
 from openclip_ext.losses.placement import named_flags, require_placement
 from openclip_ext.losses.rates import RateLoss
 from openclip_ext.losses.recent import RecentOptions, recent_batches, recent_needs

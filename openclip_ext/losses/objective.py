@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from openclip_ext.errors import UserError
-from openclip_ext.losses.base import Loss, LossContext
+from openclip_ext.losses.base import Loss
+from openclip_ext.losses.context import LossContext
 from openclip_ext.losses.weights import Weight
 from openclip_ext.registry import NEEDS, OPTIONAL, arguments
 

@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from openclip_ext.errors import UserError
-from openclip_ext.losses.base import Loss, LossContext
+from openclip_ext.losses.base import Loss
+from openclip_ext.losses.context import LossContext
 from openclip_ext.losses.objective import Objective
 from openclip_ext.losses.weights import Weight, parse_weight
 from openclip_ext.options import build_options
@@ -60,7 +61,7 @@ class ObjectivePlan:
             UserError: the context lacks something that a part needs, or there is no room for a part's state.
         """
         if "num_samples" in self.needs:
-            _require_num_samples(context.num_samples, self.spec.name)
+            context.require_num_samples(f"loss {self.spec.name}")
         objective = Objective(self.spec.name, self._part(self.spec, self.options, context), self._base_needs, context,
                               self.weight)  # fmt: skip
         for term, weight, options in self.terms:
@@ -81,13 +82,6 @@ class ObjectivePlan:
                 "nobody would call: derive it from openclip_ext.Loss"
             )
         return part
-
-
-def _require_num_samples(given: Any, name: str) -> None:
-    if given is None:
-        raise UserError(f"loss {name} needs the pairs in the training set: give create_loss(…, num_samples=N)")
-    if isinstance(given, bool) or not isinstance(given, int) or given < 2:
-        raise UserError(f"num_samples={given!r}: must be a whole number of at least 2, the pairs in the training set")
 
 
 def _weight(term: str, given: Any) -> Weight:

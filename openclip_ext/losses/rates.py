@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openclip_ext.losses.base import LossContext, PairLoss
+from openclip_ext.losses.base import PairLoss
+from openclip_ext.losses.context import LossContext
 from openclip_ext.ops.pairs import PairBatch, log_mean_ratio
 from openclip_ext.state.rate_table import RateTable
 from openclip_ext.state.table import Placement

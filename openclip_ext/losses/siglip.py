@@ -1,6 +1,6 @@
 """OpenCLIP's own sigmoid loss, as it is."""
 
-from openclip_ext.losses.base import LossContext
+from openclip_ext.losses.context import LossContext
 from openclip_ext.losses.wrapped import WrappedLoss
 from openclip_ext.options import NoOptions
 from openclip_ext.registry import LossSpec

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from openclip_ext.losses.base import Loss, LossContext
+from openclip_ext.losses.base import Loss
+from openclip_ext.losses.context import LossContext
 from openclip_ext.ops.counter_random import uniform
 from openclip_ext.ops.gather import gather_sizes, global_mean
 from openclip_ext.ops.precision import promoted

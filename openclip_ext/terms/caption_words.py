@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from openclip_ext.errors import UserError
-from openclip_ext.losses.base import Loss, LossContext, require_vocabulary, require_widths
+from openclip_ext.losses.base import Loss
+from openclip_ext.losses.context import LossContext, require_vocabulary, require_widths
 from openclip_ext.ops.gather import global_mean, sum_over_ranks
 from openclip_ext.ops.precision import promoted
 from openclip_ext.options import NoOptions

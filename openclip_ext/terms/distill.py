@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from openclip_ext.losses.base import Loss, LossContext
+from openclip_ext.losses.base import Loss
+from openclip_ext.losses.context import LossContext
 from openclip_ext.ops.gather import with_global_value
 from openclip_ext.ops.precision import promoted
 from openclip_ext.options import NoOptions

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from openclip_ext.losses.base import Loss, LossContext, require_widths
+from openclip_ext.losses.base import Loss
+from openclip_ext.losses.context import LossContext, require_widths
 from openclip_ext.ops.gather import gather_rows, gather_rows_with_grad, gather_sizes, global_mean
 from openclip_ext.ops.precision import promoted
 from openclip_ext.options import NoOptions

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from openclip_ext.errors import UserError
-from openclip_ext.losses.base import LossContext, PairLoss, require_widths
+from openclip_ext.losses.base import PairLoss
+from openclip_ext.losses.context import LossContext, require_widths
 from openclip_ext.losses.emc2.chain import Chain, chain_report
 from openclip_ext.losses.emc2.kernels import Visit, metropolis_hastings, resampled
 from openclip_ext.losses.placement import named_flags, require_placement

@@ -1,0 +1,114 @@
+"""What a loss is built from, besides its options: sizes of the data and of the model, and its place among processes."""
+
+import dataclasses
+import math
+
+import torch
+
+from openclip_ext.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Widths of what the model gives a loss.
+
+    Attributes:
+        embed: D, of `image_features` and `text_features`.
+        image_trunk: of `image_trunk_features`, the image tower's pooled output before its projection.
+        text_trunk: of `text_trunk_features`.
+    """
+
+    embed: int | None = None
+    image_trunk: int | None = None
+    text_trunk: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What the token ids of captions mean.
+
+    Attributes:
+        size: V; ids run from 0 to V - 1.
+        special_ids: those that are no words: where captions begin and end, what is unknown, and padding.
+        end_id: what follows it in a caption is padding, whatever its id; None: padding is one of `special_ids`.
+    """
+
+    size: int
+    special_ids: frozenset[int]
+    end_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossContext:
+    """Everything a loss is built from, besides its options.
+
+    Attributes:
+        num_samples: N, pairs in the training set; None: not known, which only a loss that does not need it accepts.
+        num_ids: sample ids run from 0 to `num_ids` - 1, where that is not N. None: N.
+        rank: of this process.
+        world_size: number of processes.
+        device: where the loss's state is kept.
+        widths: None: not known, which only a loss that does not need them accepts.
+        vocabulary: likewise.
+    """
+
+    num_samples: int | None = None
+    num_ids: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    widths: Widths | None = None
+    vocabulary: Vocabulary | None = None
+
+    def log_negatives(self, negatives: int = 0) -> float:
+        """log K for K `negatives` in the target loss; 0: all others of the training set, N - 1."""
+        return math.log(negatives or self.require_num_samples() - 1)
+
+    def require_num_samples(self, owner: str = "this loss") -> int:
+        """N. Raises UserError: it is not known, or no number of pairs; `owner` is what needs it, for the message."""
+        given = self.num_samples
+        if given is None:
+            raise UserError(f"{owner} needs the pairs in the training set: give create_loss(…, num_samples=N)")
+        if isinstance(given, bool) or not isinstance(given, int) or given < 2:
+            raise UserError(
+                f"num_samples={given!r}: must be a whole number of at least 2, the pairs in the training set"
+            )
+        return given
+
+    def require_num_ids(self) -> int:
+        """How many ids there are. Raises UserError: it is not known."""
+        return self.require_num_samples() if self.num_ids is None else self.num_ids
+
+
+def require_widths(context: LossContext, owner: str, *names: str) -> Widths:
+    """The context's widths.
+
+    Raises:
+        UserError: one of `names` is not known; `owner` is what needs it, for the message.
+    """
+    missing = [name for name in names if getattr(context.widths, name, None) is None]
+    if missing or context.widths is None:
+        wanted = ", ".join(f"{name}_dim=…" for name in missing)
+        raise UserError(f"{owner} needs the widths of the model's features: give create_loss(…, {wanted})")
+    return context.widths
+
+
+def require_vocabulary(context: LossContext, owner: str) -> Vocabulary:
+    """The context's vocabulary.
+
+    Raises:
+        UserError: it is not known, or its size is none or below a special id; `owner` is what needs it.
+    """
+    vocabulary = context.vocabulary
+    if vocabulary is None:
+        raise UserError(
+            f"{owner} needs the vocabulary of the captions: give create_loss(…, vocab_size=…, special_token_ids=…)"
+        )
+    size = vocabulary.size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UserError(f"vocab_size={size!r}: must be a whole number of at least 1, how many ids the tokenizer has")
+    marks = vocabulary.special_ids if vocabulary.end_id is None else vocabulary.special_ids | {vocabulary.end_id}
+    for token in marks:
+        if not 0 <= token < size:
+            raise UserError(f"vocab_size={size}: holds no special id {token}; give how many ids the tokenizer has")
+    return vocabulary
