@@ -68,9 +68,10 @@ QUICK_SETTING = Setting(pairs=20_000, epochs=4, scale=30.0, decay=0.01)
 
 def main() -> None:
     args = parse()
-    store = open_store(os.path.join(args.out, "runs.jsonl"))
+    runs = os.path.join(args.out, "runs.jsonl")
     if args.publish:
-        return publish(summarise(store))
+        return publish(runs)
+    store = open_store(runs)
     carry_out(args, lambda: train(args, store), lambda: markdown(report(store, args.out)), MARKS)
 
 
@@ -96,7 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument(
         "--publish", action="store_true",
-        help="train nothing: keep what is in --out in quality/results.json, and make the READMEs and pictures of that",
+        help="train nothing: keep the runs of --out in quality/runs.jsonl, and make the READMEs and pictures of those",
     )  # fmt: skip
     add_arguments(parser, "runs/quality", MARKS, quick="a small stream in five minutes; most flags do not count")
     args = parser.parse_args()

@@ -24,6 +24,7 @@ def create_loss(
     vocab_size: int | None = None,
     special_token_ids: Collection[int] | None = None,
     end_token_id: int | None = None,
+    loss_tile: int | None = None,
     terms: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Objective:
@@ -41,6 +42,8 @@ def create_loss(
         vocab_size: V, token ids of captions run from 0 to V - 1. For `caption_words`.
         special_token_ids: those that are no words; padding too, if it has an id of its own.
         end_token_id: what follows it in a caption is padding, as in CLIP's, which pads with 0: the id of `!`.
+        loss_tile: columns whose scores with this rank's anchors are formed at once; None: chosen by their number. Not for
+            `emc2`, which forms all.
         terms: term name to its options, among them `weight` (default 1), a number or a line over training, such as
             `{"brownian_bridge": {"weight": 0.25}, "geometric_consistency": {"weight": "0:0.1@0.5"}}`.
         **options: options of the loss; strings are converted to the declared type.
@@ -65,7 +68,7 @@ def create_loss(
     context = LossContext(
         num_samples=num_samples, rank=rank, world_size=world_size, device=torch.device(device),
         widths=Widths(embed=embed_dim, image_trunk=image_trunk_dim, text_trunk=text_trunk_dim),
-        vocabulary=_vocabulary(vocab_size, special_token_ids, end_token_id),
+        vocabulary=_vocabulary(vocab_size, special_token_ids, end_token_id), loss_tile=loss_tile,
     )  # fmt: skip
     return ObjectivePlan(name, options, terms, flag="option").build(context)
 

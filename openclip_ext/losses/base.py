@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from openclip_ext.losses.context import LossContext
 from openclip_ext.losses.recent import recent_pairs
-from openclip_ext.ops.pairs import PairBatch, gather_pairs, log_mean_ratio, pair_loss
+from openclip_ext.ops.pair_sums import log_mean_ratio, pair_loss, stored_standing
+from openclip_ext.ops.pairs import PairBatch, gather_pairs
 from openclip_ext.state.recent_pairs import RecentPairs
 
 
@@ -135,7 +136,10 @@ class PairLoss(Loss):
         pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
         log_mean = log_mean_ratio(pairs)
         value, log_weight = self.anchor_terms(pairs, log_mean)
-        of_stored = None if pairs.stored is None else self.terms(*pairs.stored_standing)[1]
+        of_stored = None
+        if pairs.stored is not None:
+            stored_mean, stored_count = stored_standing(pairs)
+            of_stored = self.terms(stored_mean, stored_count)[1] - stored_count
         loss = pair_loss(pairs, value=value, log_weight=log_weight, stored_log_weight=of_stored)
         if self.recent is not None:
             self.recent.visit(pairs, log_mean, image_features_again, text_features_again)
@@ -147,8 +151,9 @@ class PairLoss(Loss):
         """The global batch, with the stored pairs that may join it. A collective call over several ranks."""
         context, stored = self.context, None if self.recent is None else self.recent.joining()
         return gather_pairs(
-            image_features, text_features, logit_scale, sample_ids, context.rank, context.world_size, stored
-        )
+            image_features, text_features, logit_scale, sample_ids, context.rank, context.world_size, stored,
+            context.loss_tile,
+        )  # fmt: skip
 
     def terms(self, log_mean: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
         """Value and log weight of anchors, by what is seen of their negatives now; elementwise.

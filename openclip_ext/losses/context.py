@@ -50,6 +50,7 @@ class LossContext:
         device: where the loss's state is kept.
         widths: None: not known, which only a loss that does not need them accepts.
         vocabulary: likewise.
+        loss_tile: columns whose scores with this rank's anchors are formed at once; None: chosen by their number.
     """
 
     num_samples: int | None = None
@@ -59,6 +60,12 @@ class LossContext:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     widths: Widths | None = None
     vocabulary: Vocabulary | None = None
+    loss_tile: int | None = None
+
+    def __post_init__(self) -> None:
+        tile = self.loss_tile
+        if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
+            raise UserError(f"--loss-tile {tile}: must be a whole number of at least 1, columns of a tile")
 
     def log_negatives(self, negatives: int = 0) -> float:
         """log K for K `negatives` in the target loss; 0: all others of the training set, N - 1."""

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from openclip_ext.losses.base import PairLoss
 from openclip_ext.losses.context import LossContext
-from openclip_ext.ops.pairs import PairBatch, log_mean_ratio
+from openclip_ext.ops.pair_sums import log_mean_ratio
+from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.state.rate_table import RateTable
 from openclip_ext.state.table import Placement
 

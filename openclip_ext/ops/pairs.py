@@ -1,7 +1,4 @@
-"""Sums over all pairs of the global batch, in both directions, and the gradient of weighted pair sums.
-
-This is the only place that sees scores of pairs; a loss asks for sums over its anchors' negatives and hands back one
-weight per anchor.
+"""The pairs of the global batch and of recent steps, and their scores tile by tile.
 
     B   pairs on this rank          D   width of the embeddings
     G   pairs of all ranks          W   ranks
@@ -17,15 +14,68 @@ and their anchors have the batch's columns as negatives. Every rank holds all of
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from openclip_ext.ops.gather import exchange_columns, gather_rows, gather_sizes
+from openclip_ext.ops.gather import gather_rows, gather_sizes
 from openclip_ext.ops.precision import promoted
+
+#: Scores that are formed at once, about: 4 MiB of the CPU's memory in float32, where more would leave its caches, and
+#: 256 MiB of a GPU's, whose products are slow if small.
+SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+
+
+def fitting_tile(rows: int, device: torch.device) -> int:
+    """How many columns of `rows` anchors make a tile, at least 32."""
+    return max(32, SCORES_AT_ONCE.get(device.type, 2**26) // max(1, rows))
+
+
+class Columns:
+    """Columns that this rank's anchors of one direction meet.
+
+    Iterating gives, per tile of T columns, where it lies, its scores (B, T) and whether anchor and column are one
+    sample (B, T). Scores of a single tile are kept, those of several formed anew each time.
+
+    Args:
+        anchors: (B, D).
+        columns: (C, D).
+        ids: (B,) sample ids of the anchors.
+        column_ids: (C,).
+        logit_scale: ().
+        tile: T; None: by `fitting_tile`.
+    """
+
+    def __init__(
+        self, anchors: Tensor, columns: Tensor, ids: Tensor, column_ids: Tensor, logit_scale: Tensor, tile: int | None
+    ) -> None:
+        self.columns, self._column_ids = columns, column_ids
+        self.anchors, self._ids, self._logit_scale = anchors.detach(), ids, logit_scale.detach()
+        self._tile = tile or fitting_tile(len(anchors), anchors.device)
+        self._kept: tuple[slice, Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        if len(self) <= self._tile or self._kept is not None:
+            yield self.whole
+            return
+        for start in range(0, len(self), self._tile):
+            yield self._form(slice(start, min(start + self._tile, len(self))))
+
+    @property
+    def whole(self) -> tuple[slice, Tensor, Tensor]:
+        """All columns as one tile, which is kept."""
+        if self._kept is None:
+            self._kept = self._form(slice(0, len(self)))
+        return self._kept
+
+    def _form(self, place: slice) -> tuple[slice, Tensor, Tensor]:
+        scores = self.anchors @ (self._logit_scale * self.columns[place]).T
+        return place, scores, self._ids[:, None] == self._column_ids[place]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +104,13 @@ class PairBatch:
     sizes: tuple[int, ...]  # rows on each rank
     rank: int
     stored: StoredPairs | None = None
+    tile: int | None = None  # columns whose scores are formed at once; None: by `fitting_tile`
 
     @property
     def own_rows(self) -> slice:
         """Where this rank's pairs sit among the gathered ones."""
         start = sum(self.sizes[: self.rank])
         return slice(start, start + self.sizes[self.rank])
-
-    @cached_property
-    def same(self) -> Tensor:
-        """Whether an own anchor and a column are one sample, (B, G): those are no negatives."""
-        return self.ids[:, None] == self.all_ids
 
     @property
     def joined(self) -> StoredPairs:
@@ -73,15 +119,28 @@ class PairBatch:
         return self.stored
 
     @cached_property
-    def same_stored(self) -> Tensor:
-        """Whether an own pair and a stored one are one sample, (B, S)."""
-        return self.ids[:, None] == self.joined.ids
+    def in_batch(self) -> tuple[Columns, Columns]:
+        """Own anchors of each direction and the columns of the batch."""
+        common = self.ids, self.all_ids, self.logit_scale, self.tile
+        return Columns(self.image, self.all_text, *common), Columns(self.text, self.all_image, *common)
+
+    @cached_property
+    def in_stored(self) -> tuple[Columns, Columns]:
+        """Own anchors of each direction and stored columns."""
+        common = self.ids, self.joined.ids, self.logit_scale, self.tile
+        return Columns(self.image, self.joined.text, *common), Columns(self.text, self.joined.image, *common)
+
+    @cached_property
+    def batch_count(self) -> Tensor:
+        """The number of negatives of each own anchor in the batch, (B,)."""
+        return len(self.all_ids) - occurrences(self.ids, self.all_ids)
 
     @cached_property
     def count(self) -> Tensor:
         """The number of negatives of each own anchor, (B,)."""
-        count = (~self.same).sum(1)
-        return count if self.stored is None else count + (~self.same_stored).sum(1)
+        if self.stored is None:
+            return self.batch_count
+        return self.batch_count + len(self.stored.ids) - occurrences(self.ids, self.stored.ids)
 
     @cached_property
     def log_count(self) -> Tensor:
@@ -90,51 +149,19 @@ class PairBatch:
 
     @cached_property
     @torch.no_grad()
-    def scores(self) -> tuple[Tensor, Tensor]:
-        """s_ij of own anchors and all columns, (B, G) per direction."""
-        of_images = self.logit_scale * self.image @ self.all_text.T
-        if len(self.sizes) == 1:  # a copy costs a tenth of a product
-            return of_images, of_images.T.contiguous()
-        return of_images, self.logit_scale * self.text @ self.all_image.T
-
-    @cached_property
-    @torch.no_grad()
-    def stored_scores(self) -> tuple[Tensor, Tensor]:
-        """Scores of own images with stored texts, and of own texts with stored images, (B, S) each."""
-        return self.logit_scale * self.image @ self.joined.text.T, self.logit_scale * self.text @ self.joined.image.T
-
-    @cached_property
-    @torch.no_grad()
     def positive(self) -> Tensor:
         """s_ii of own pairs, (B,)."""
-        return self.logit_scale * (self.image * self.text).sum(1)
-
-    @cached_property
-    @torch.no_grad()
-    def stored_standing(self) -> tuple[Tensor, Tensor]:
-        """`log mean_j r_aj` of each stored anchor a, and log of the number of its negatives j, (2, S) each.
-
-        Its negatives are those that it had when it was stored, as they were, and those it has among the batch's columns
-        now. So no weight made of it is above what it would be in the batch alone, however far features have moved. A
-        collective call over several ranks.
-        """
-        stored, ranks = self.joined, (1,) * len(self.sizes)
-        # An anchor of direction 0 is a stored image, whose columns are the batch's texts.
-        own = torch.stack([_stored_log_sum(self, 1 - direction, dim=0) for direction in range(2)])
-        log_sums = torch.cat([gather_rows(own[None], ranks), stored.log_sum.to(own.dtype)[None]])
-        log_sum = log_sums.logsumexp(0)
-        count = stored.count + gather_rows((~self.same_stored).sum(0)[None], ranks).sum(0)
-        log_count = count.clamp_min(1).to(own.dtype).log().expand_as(log_sum)
-        return log_sum - stored.positive - log_count, log_count
+        return self.logit_scale * torch.linalg.vecdot(self.image, self.text)
 
     def gathered(self, values: Tensor) -> Tensor:
         """Values of own anchors (n, B) as those of all, (n, G), detached. A collective call over several ranks."""
         return gather_rows(values.T.contiguous(), self.sizes).T
 
-    def directions(self):
-        """(anchors, columns, all anchors, all columns), images as anchors first."""
-        yield self.image, self.text, self.all_image, self.all_text
-        yield self.text, self.image, self.all_text, self.all_image
+
+def occurrences(ids: Tensor, among: Tensor) -> Tensor:
+    """How often each of `ids` (B,) is found in `among`, (B,)."""
+    in_order = among.sort().values
+    return torch.searchsorted(in_order, ids, right=True) - torch.searchsorted(in_order, ids)
 
 
 def gather_pairs(
@@ -145,6 +172,7 @@ def gather_pairs(
     rank: int,
     world_size: int,
     stored: StoredPairs | None = None,
+    tile: int | None = None,
 ) -> PairBatch:
     """Gather the global batch. A collective call when `world_size > 1`.
 
@@ -163,7 +191,10 @@ def gather_pairs(
     sizes = gather_sizes(len(image), world_size, image.device)
     if sum(sizes) < 2:
         raise ValueError("a contrastive loss needs at least two pairs in the global batch; raise --batch-size")
-    all_image, all_text = gather_rows(torch.cat([image, text], dim=1), sizes).chunk(2, dim=1)
+    if world_size == 1:
+        all_image, all_text = image.detach(), text.detach()
+    else:
+        all_image, all_text = gather_rows(torch.cat([image, text], dim=1), sizes).chunk(2, dim=1)
     if sample_ids is None:
         all_ids = torch.arange(sum(sizes), device=image.device)
         start = sum(sizes[:rank])
@@ -172,130 +203,4 @@ def gather_pairs(
         ids = sample_ids.to(image.device)
         all_ids = gather_rows(ids, sizes)
     logit_scale = logit_scale.to(image.dtype)
-    return PairBatch(image, text, logit_scale, all_image, all_text, ids, all_ids, sizes, rank, stored)
-
-
-@torch.no_grad()
-def log_mean_ratio(pairs: PairBatch) -> Tensor:
-    """`log mean_j r_ij` over the negatives j of each anchor of this rank, shape (2, B), detached.
-
-    -inf for an anchor without any negative.
-    """
-    log_sum = torch.stack([scores.masked_fill(pairs.same, -torch.inf).logsumexp(1) for scores in pairs.scores])
-    if pairs.stored is not None:
-        log_sum = torch.logaddexp(log_sum, torch.stack([_stored_log_sum(pairs, d, dim=1) for d in range(2)]))
-    return log_sum - pairs.positive - pairs.log_count
-
-
-def _stored_log_sum(pairs: PairBatch, direction: int, dim: int) -> Tensor:
-    """log of the sum of exp(score) over stored partners (dim 1, (B,)) or own ones (dim 0, (S,))."""
-    return pairs.stored_scores[direction].masked_fill(pairs.same_stored, -torch.inf).logsumexp(dim)
-
-
-def pair_loss(
-    pairs: PairBatch, *, value: Tensor, log_weight: Tensor, stored_log_weight: Tensor | None = None
-) -> Tensor:
-    """A scalar with a given value and the gradient of a sum over pairs, weighted by their ratios.
-
-        value:     mean over both directions and all G anchors of `value_i`
-        gradient:  mean over both directions and all G anchors of  sum_j w_ij grad q_ij,
-                   w_ij = exp(q_ij + log_weight_i) / (negatives of i), held constant
-
-    The gradient on each rank covers its own anchors against all columns and all other anchors against its own
-    columns, times W, so that averaging it over ranks gives the gradient of one process on the concatenated batch.
-    No tensor of width D is communicated. A collective call when there is more than one rank.
-
-    Stored pairs add to the gradient, and nothing to the number that sums are divided by: as columns of the batch's
-    anchors, and as anchors `sum_j w_ij grad s_ij` over the batch's columns j, the logit scale held constant.
-
-    Args:
-        pairs: the global batch.
-        value: (2, B), the value of each own anchor.
-        log_weight: (2, B), the log weight of each own anchor.
-        stored_log_weight: (2, S), the log weight of each stored anchor, whose standing `stored_standing` tells. All
-            are detached.
-    """
-    factor = log_weight - pairs.log_count - pairs.positive
-    scalars = torch.cat([value.masked_fill(pairs.same.all(1), 0.0), factor]).detach()
-    all_value, all_factor = pairs.gathered(scalars).chunk(2)
-
-    def weights():
-        own = [_weights(pairs.same, scores, log[:, None]) for scores, log in zip(pairs.scores, factor, strict=True)]
-        if len(pairs.sizes) == 1:
-            return own, [weight.T for weight in own]
-        # The score of any anchor with an own column is that of this column, as an anchor of the other direction.
-        return own, [_weights(pairs.same, pairs.scores[1 - d], all_factor[d]) for d in range(2)]
-
-    def stored_weights():
-        if stored_log_weight is None:
-            return None
-        stored_factor = stored_log_weight - pairs.stored_standing[1] - pairs.joined.positive
-        scores, same = pairs.stored_scores, pairs.same_stored
-        on_stored = [_weights(same, scores[d], factor[d][:, None]) for d in range(2)]
-        by_stored = [_weights(same, scores[1 - d], stored_factor[d]) for d in range(2)]
-        return on_stored, by_stored
-
-    return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), weights, stored_weights, pairs)
-
-
-def weighted_pair_loss(pairs: PairBatch, *, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """As `pair_loss`, with the weights w_ij of own anchors and all columns given, (B, G) per direction, detached."""
-    all_value = pairs.gathered(value.masked_fill(pairs.same.all(1), 0.0))
-
-    def both():
-        return weights, [exchange_columns(weight, pairs.sizes, pairs.rank) for weight in weights]
-
-    return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), both, lambda: None, pairs)
-
-
-def _weights(same: Tensor, scores: Tensor, log_factor: Tensor) -> Tensor:
-    """`exp(s_ij + log factor)`, 0 where both are one sample."""
-    # Masked after the exponential: a row without negatives has an infinite weight.
-    return (scores + log_factor).exp_().masked_fill_(same, 0.0)
-
-
-class _PairLoss(torch.autograd.Function):
-    """Computes the gradient with the value, so that no score of a pair is kept for the backward pass.
-
-    `weights()` gives, per direction, those of own anchors and all columns (B, G), and those of own columns and all
-    anchors (B, G). `stored_weights()` gives the same of stored columns and anchors, (B, S) per direction; or None.
-    """
-
-    @staticmethod
-    def forward(ctx, image, text, logit_scale, value, weights, stored_weights, pairs):
-        if any(ctx.needs_input_grad):
-            as_anchors, as_columns = weights()
-            ctx.save_for_backward(*_gradients(pairs, as_anchors, as_columns, stored_weights()))
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_value):
-        return *(grad_value * gradient for gradient in ctx.saved_tensors), None, None, None, None
-
-
-def _gradients(pairs: PairBatch, as_anchors, as_columns, stored_weights) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to this rank's image features, text features, and the logit scale."""
-    positive = as_anchors[0].sum(1) + as_anchors[1].sum(1)
-    # An own image meets all texts twice: as an anchor of direction 0 and as a column of direction 1.
-    image_weights = as_anchors[0] + as_columns[1]
-    text_weights = image_weights.T if len(pairs.sizes) == 1 else as_anchors[1] + as_columns[0]
-    image_gradient = image_weights @ pairs.all_text
-    text_gradient = text_weights @ pairs.all_image
-    scale_gradient = (pairs.image * image_gradient).sum()
-    if stored_weights is not None:
-        on_stored, by_stored = stored_weights
-        positive = positive + on_stored[0].sum(1) + on_stored[1].sum(1)
-        image_gradient += (on_stored[0] + by_stored[1]) @ pairs.joined.text
-        text_gradient += (on_stored[1] + by_stored[0]) @ pairs.joined.image
-        gaps = zip(on_stored, pairs.stored_scores, strict=True)
-        scale_gradient = scale_gradient + sum((weights * scores).sum() for weights, scores in gaps) / pairs.logit_scale
-    image_gradient -= positive[:, None] * pairs.text
-    text_gradient -= positive[:, None] * pairs.image
-    scale_gradient = scale_gradient - (positive * (pairs.image * pairs.text).sum(1)).sum()
-    factor = len(pairs.sizes) / (2 * len(pairs.all_ids))
-    return (
-        factor * pairs.logit_scale * image_gradient,
-        factor * pairs.logit_scale * text_gradient,
-        factor * scale_gradient,
-    )
+    return PairBatch(image, text, logit_scale, all_image, all_text, ids, all_ids, sizes, rank, stored, tile)

@@ -1,17 +1,16 @@
-"""What the READMEs say of the results: the short table, the full ones, and the picture, all from one JSON."""
+"""What the READMEs say of the results: the short table, the full ones, and the pictures, of the runs kept here."""
 
 import itertools
-import json
 import os
+import shutil
 
 from runs.marks import put_between_marks
 
-from openclip_ext.files import write_json
-
-from .summary import draw, format_interval, markdown
+from .store import open_store
+from .summary import draw, format_interval, markdown, summarise
 
 SCRIPTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RESULTS = os.path.join(SCRIPTS, "quality", "results.json")
+RUNS = os.path.join(SCRIPTS, "quality", "runs.jsonl")
 MARKS = ("<!-- quality -->", "<!-- /quality -->")
 SHORT_MARKS = ("<!-- measured -->", "<!-- /measured -->")
 
@@ -35,16 +34,15 @@ COLUMNS = (
 )
 
 
-def publish(records: list[dict]) -> None:
-    """Write records, unless there are none, to `results.json` beside this file; from it, the READMEs and pictures."""
-    if records:
-        write_json(records, RESULTS)
-    with open(RESULTS) as file:
-        records = json.load(file)
+def publish(runs: str) -> None:
+    """Keep the runs of a file, if there is one, in `runs.jsonl` beside this; make READMEs and pictures of those."""
+    if os.path.exists(runs):
+        shutil.copyfile(runs, RUNS)
+    records = summarise(open_store(RUNS))
     put_between_marks(markdown(records), os.path.join(SCRIPTS, "README.md"), MARKS)
     put_between_marks(short_table(records), os.path.join(os.path.dirname(SCRIPTS), "README.md"), SHORT_MARKS)
     for task, of_task in itertools.groupby(records, key=lambda record: record["task"]):
-        draw(list(of_task), os.path.join(os.path.dirname(RESULTS), f"{task}.png"))
+        draw(list(of_task), os.path.join(os.path.dirname(RUNS), f"{task}.png"))
 
 
 def short_table(records: list[dict]) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from openclip_ext.losses.emc2.kernels import Visit
 from openclip_ext.ops.gather import gather_rows, mean_over_ranks
+from openclip_ext.ops.pair_matrix import scores_in_batch, scores_with_stored
 from openclip_ext.ops.pairs import PairBatch
 
 
@@ -32,7 +33,7 @@ class Chain:
     """
 
     def __init__(self, pairs: PairBatch, direction: int, stored_ids: Tensor, stored: Tensor) -> None:
-        anchors, partners, _, _ = list(pairs.directions())[direction]
+        anchors, partners = (pairs.text, pairs.image) if direction else (pairs.image, pairs.text)
         self._pairs, self._direction = pairs, direction
         self._anchors = anchors
         self.own = torch.arange(len(anchors), device=anchors.device)[:, None] + pairs.own_rows.start
@@ -42,13 +43,14 @@ class Chain:
         self.waiting = (stored_ids >= 0) & (column < 0)
         self.stored_gap = torch.where(self.waiting, stored_score - self._positive, 0.0)
         with torch.no_grad():
-            scores = pairs.scores[direction].masked_fill(pairs.same, -torch.inf)
+            in_batch, same = scores_in_batch(pairs, direction)
+            scores = in_batch.masked_fill(same, -torch.inf)
             held = torch.where(self.waiting, stored_score, -torch.inf)[:, None]
             self.scores = scores.scatter_(1, self.own, held)
             if pairs.stored is not None:
                 # A recent column of the sample that waits would be that candidate twice.
-                same = pairs.same_stored | (pairs.stored.ids == stored_ids[:, None])
-                recent = pairs.stored_scores[direction].masked_fill(same, -torch.inf)
+                recent, same = scores_with_stored(pairs, direction)
+                recent = recent.masked_fill(same | (pairs.stored.ids == stored_ids[:, None]), -torch.inf)
                 self.scores = torch.cat([self.scores, recent], dim=1)
             self.start = torch.where(self.waiting, self.own[:, 0], column)
 

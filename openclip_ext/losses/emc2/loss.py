@@ -15,7 +15,9 @@ from openclip_ext.losses.placement import named_flags, require_placement
 from openclip_ext.losses.recent import RecentOptions, recent_needs
 from openclip_ext.ops.counter_random import uniform
 from openclip_ext.ops.gather import global_mean
-from openclip_ext.ops.pairs import PairBatch, log_mean_ratio, weighted_pair_loss
+from openclip_ext.ops.pair_matrix import weighted_pair_loss
+from openclip_ext.ops.pair_sums import log_mean_ratio
+from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
 from openclip_ext.state.negative_bank import NegativeBank

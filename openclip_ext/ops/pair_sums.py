@@ -1,0 +1,172 @@
+"""Sums over all pairs, in both directions, and the gradient of weighted pair sums. Letters as in `ops/pairs.py`.
+
+A loss asks for sums over its anchors' negatives and hands back one weight per anchor. Scores are formed tile by tile,
+once for the sums and, unless there is only one tile, once more for the gradient, so that memory grows with the batch
+and not with its square. In one process a tile serves both directions: anchors of one are columns of the other.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from openclip_ext.ops.gather import gather_rows
+from openclip_ext.ops.pairs import Columns, PairBatch, occurrences
+
+
+@torch.no_grad()
+def log_mean_ratio(pairs: PairBatch) -> Tensor:
+    """`log mean_j r_ij` over the negatives j of each anchor of this rank, shape (2, B), detached.
+
+    -inf for an anchor without any negative.
+    """
+    if len(pairs.sizes) == 1:
+        log_sum = torch.stack(_log_sums(pairs.in_batch[0]))
+    else:
+        log_sum = torch.stack([_log_sums(columns)[0] for columns in pairs.in_batch])
+    if pairs.stored is not None:
+        log_sum = torch.logaddexp(log_sum, torch.stack([_log_sums(columns)[0] for columns in pairs.in_stored]))
+    return log_sum - pairs.positive - pairs.log_count
+
+
+@torch.no_grad()
+def stored_standing(pairs: PairBatch) -> tuple[Tensor, Tensor]:
+    """`log mean_j r_aj` of each stored anchor a, and log of the number of its negatives j, (2, S) each.
+
+    Its negatives are those that it had when it was stored, as they were, and those it has among the batch's columns
+    now. So no weight made of it is above what it would be in the batch alone, however far features have moved. A
+    collective call over several ranks.
+    """
+    stored, ranks = pairs.joined, (1,) * len(pairs.sizes)
+    # An anchor of direction 0 is a stored image, whose columns are the batch's texts.
+    own = torch.stack([_log_sums(pairs.in_stored[1 - direction])[1] for direction in range(2)])
+    log_sums = torch.cat([gather_rows(own[None], ranks), stored.log_sum.to(own.dtype)[None]])
+    log_sum = log_sums.logsumexp(0)
+    own_count = len(pairs.ids) - occurrences(stored.ids, pairs.ids)
+    count = stored.count + gather_rows(own_count[None], ranks).sum(0)
+    log_count = count.clamp_min(1).to(own.dtype).log().expand_as(log_sum)
+    return log_sum - stored.positive - log_count, log_count
+
+
+def _log_sums(columns: Columns) -> tuple[Tensor, Tensor]:
+    """log of the sum of exp(score) over the columns of each anchor (B,), and over the anchors of each column (C,)."""
+    of_anchors, of_columns = [], []
+    for _, scores, same in columns:
+        scores = scores.masked_fill(same, -torch.inf)
+        of_anchors.append(scores.logsumexp(1))
+        of_columns.append(scores.logsumexp(0))
+    return torch.stack(of_anchors).logsumexp(0), torch.cat(of_columns)
+
+
+def pair_loss(
+    pairs: PairBatch, *, value: Tensor, log_weight: Tensor, stored_log_weight: Tensor | None = None
+) -> Tensor:
+    """A scalar with a given value and the gradient of a sum over pairs, weighted by their ratios.
+
+        value:     mean over both directions and all G anchors of `value_i`
+        gradient:  mean over both directions and all G anchors of  sum_j w_ij grad q_ij,
+                   w_ij = exp(q_ij + log_weight_i) / (negatives of i), held constant
+
+    The gradient on each rank covers its own anchors against all columns and all other anchors against its own
+    columns, times W, so that averaging it over ranks gives the gradient of one process on the concatenated batch.
+    No tensor of width D is communicated. A collective call when there is more than one rank.
+
+    Stored pairs add to the gradient, and nothing to the number that sums are divided by: as columns of the batch's
+    anchors, and as anchors `sum_j w_ij grad s_ij` over the batch's columns j, the logit scale held constant.
+
+    Args:
+        pairs: the global batch.
+        value: (2, B), the value of each own anchor.
+        log_weight: (2, B), the log weight of each own anchor.
+        stored_log_weight: (2, S), the log weight of each stored anchor, whose standing `stored_standing` tells, less
+            the log of the number of its negatives. All are detached.
+    """
+    factor = log_weight - pairs.log_count - pairs.positive
+    scalars = torch.cat([value.masked_fill(pairs.batch_count == 0, 0.0), factor]).detach()
+    all_value, all_factor = pairs.gathered(scalars).chunk(2)
+    stored_factor = None
+    if stored_log_weight is not None:
+        stored_factor = stored_log_weight - pairs.joined.positive
+    return _PairLoss.apply(
+        pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), factor, all_factor, stored_factor, pairs
+    )
+
+
+class _PairLoss(torch.autograd.Function):
+    """Computes the gradient with the value, so that no score of a pair is kept for the backward pass.
+
+    A pair's weight is `exp(s_ij + factor_i)`: of own anchors (2, B), of all (2, G), of stored ones (2, S) or None.
+    """
+
+    @staticmethod
+    def forward(ctx, image, text, logit_scale, value, factor, all_factor, stored_factor, pairs):
+        if any(ctx.needs_input_grad):
+            sums = _Sums(pairs)
+            if len(pairs.sizes) == 1:
+                sums.add_both_directions(pairs.in_batch[0], factor)
+            else:
+                for direction, columns in enumerate(pairs.in_batch):
+                    sums.add(direction, columns, factor[direction], all_factor[1 - direction])
+            sums.scale = torch.linalg.vecdot(pairs.image, sums.features[0]).sum()
+            if stored_factor is not None:
+                for direction, columns in enumerate(pairs.in_stored):
+                    sums.add(direction, columns, factor[direction], stored_factor[1 - direction])
+                    sums.add_scale(columns, factor[direction], pairs.logit_scale)
+            ctx.save_for_backward(*sums.gradients(pairs))
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_value):
+        return *(grad_value * gradient for gradient in ctx.saved_tensors), None, None, None, None, None
+
+
+class _Sums:
+    """What the gradient is made of, added up tile by tile.
+
+    Attributes:
+        features: per direction, `sum_j w_ij y_j` over all that own anchors meet, as anchors and as columns, (B, D).
+        positive: the weight of the own pairs' positives, both directions together, (B,).
+        scale: `sum_ij w_ij <x_i, y_j>`, ().
+    """
+
+    def __init__(self, pairs: PairBatch) -> None:
+        self.features = [torch.zeros_like(pairs.image), torch.zeros_like(pairs.text)]
+        self.positive = torch.zeros_like(pairs.image[:, 0])
+        self.scale = torch.zeros_like(pairs.logit_scale)
+
+    def add_both_directions(self, columns: Columns, factor: Tensor) -> None:
+        """All pairs of one process, as columns of the first direction; `factor` is (2, B)."""
+        for place, scores, same in columns:
+            weights, as_columns = _weights(scores, same, factor[0][:, None]), _weights(scores, same, factor[1][place])
+            self.positive += weights.sum(1)
+            self.positive[place] += as_columns.sum(0)
+            weights += as_columns
+            self.features[0].addmm_(weights, columns.columns[place])
+            self.features[1][place].addmm_(weights.T, columns.anchors)
+
+    def add(self, direction: int, columns: Columns, factor: Tensor, column_factor: Tensor) -> None:
+        """Own anchors (B,) with all columns (C,), each of which is an anchor of the other direction too."""
+        for place, scores, same in columns:
+            weights = _weights(scores, same, factor[:, None])
+            self.positive += weights.sum(1)
+            weights += _weights(scores, same, column_factor[place])
+            self.features[direction].addmm_(weights, columns.columns[place])
+
+    def add_scale(self, columns: Columns, factor: Tensor, logit_scale: Tensor) -> None:
+        """The logit scale's share of own anchors alone."""
+        for _, scores, same in columns:
+            self.scale += (_weights(scores, same, factor[:, None]) * scores).sum() / logit_scale
+
+    def gradients(self, pairs: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """With respect to this rank's image features, text features, and the logit scale."""
+        factor = len(pairs.sizes) / (2 * len(pairs.all_ids))
+        scale = self.scale - (self.positive * torch.linalg.vecdot(pairs.image, pairs.text)).sum()
+        of_features = zip(self.features, (pairs.text, pairs.image), strict=True)
+        image, text = (sums.addcmul_(self.positive[:, None], partners, value=-1) for sums, partners in of_features)
+        return image.mul_(factor * pairs.logit_scale), text.mul_(factor * pairs.logit_scale), factor * scale
+
+
+def _weights(scores: Tensor, same: Tensor, log_factor: Tensor) -> Tensor:
+    """`exp(s_ij + log factor)`, 0 where both are one sample."""
+    # Masked after the exponential: a row without negatives has an infinite weight.
+    return (scores + log_factor).exp_().masked_fill_(same, 0.0)
