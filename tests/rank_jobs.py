@@ -168,3 +168,20 @@ def recent_steps(rank, num_ranks, name, size):
         "used": used,
         "state": state,
     }
+
+
+def tiled_steps(rank, num_ranks, sizes, tile):
+    """Gradients of this rank's features, images and texts, under losses whose scores are formed in tiles."""
+    import oracles
+    from openclip_ext import create_loss
+
+    image, text = oracles.unit(2, sum(sizes), 4, seed=3)
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    gradients = []
+    for name in ("clip", "dcl", "batch_corrected"):
+        loss = create_loss(name, num_samples=99, rank=rank, world_size=num_ranks, loss_tile=tile)
+        leaves = [x[own].clone().requires_grad_() for x in (image, text)]
+        ids = (torch.arange(sum(sizes)) % 10)[own]
+        value = loss(*leaves, torch.tensor(5.0, dtype=torch.float64), sample_ids=ids, output_dict=False)
+        gradients += torch.autograd.grad(value, leaves)
+    return gradients
