@@ -178,10 +178,11 @@ def tiled_steps(rank, num_ranks, sizes, tile):
     image, text = oracles.unit(2, sum(sizes), 4, seed=3)
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     gradients = []
-    for name in ("clip", "dcl", "batch_corrected"):
+    ids = (torch.arange(sum(sizes)) % 10)[own]
+    scale, bias = torch.tensor([5.0, -1.0], dtype=torch.float64)
+    for name in ("clip", "dcl", "batch_corrected", "siglip"):
         loss = create_loss(name, num_samples=99, rank=rank, world_size=num_ranks, loss_tile=tile)
         leaves = [x[own].clone().requires_grad_() for x in (image, text)]
-        ids = (torch.arange(sum(sizes)) % 10)[own]
-        value = loss(*leaves, torch.tensor(5.0, dtype=torch.float64), sample_ids=ids, output_dict=False)
+        value = loss(*leaves, scale, sample_ids=ids, logit_bias=bias, output_dict=False)
         gradients += torch.autograd.grad(value, leaves)
     return gradients

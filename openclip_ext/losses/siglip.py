@@ -1,24 +1,36 @@
-"""OpenCLIP's own sigmoid loss, as it is."""
+"""The sigmoid loss of SigLIP."""
 
-from openclip_ext.losses.context import LossContext
-from openclip_ext.losses.wrapped import WrappedLoss
-from openclip_ext.options import NoOptions
+from torch import Tensor
+
+from openclip_ext.losses.base import Loss
+from openclip_ext.ops.pair_sigmoid import sigmoid_pair_loss
+from openclip_ext.ops.pairs import gather_pairs
 from openclip_ext.registry import LossSpec
-from openclip_ext.upstream import siglip_loss
 
 
-def build(options: NoOptions, context: LossContext) -> WrappedLoss:
-    """`open_clip.loss.SigLipLoss`, averaged over ranks.
+class SigmoidLoss(Loss):
+    """`-1/G sum_ij log sigmoid(y_ij (logit_scale <v_i, t_j> + logit_bias))`, y_ij = 1 for i = j, else -1.
 
-    Value: `-1/G sum_ij log sigmoid(y_ij (logit_scale <v_i, t_j> + logit_bias))`, y_ij = 1 for i = j, else -1.
+    It is `open_clip.loss.SigLipLoss`, over the global batch.
+
+    Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
     """
-    return WrappedLoss(siglip_loss(rank=context.rank, world_size=context.world_size), context)
+
+    def compute(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, logit_bias: Tensor, **extra: Tensor
+    ) -> dict[str, Tensor]:
+        """`contrastive_loss`."""
+        context = self.context
+        pairs = gather_pairs(
+            image_features, text_features, logit_scale, None, context.rank, context.world_size, tile=context.loss_tile
+        )
+        return {"contrastive_loss": sigmoid_pair_loss(pairs, logit_bias)}
 
 
 SPEC = LossSpec(
     name="siglip",
-    summary="OpenCLIP's SigLipLoss: a logistic loss on every pair, no normaliser",
+    summary="as OpenCLIP's SigLipLoss: a logistic loss on every pair, no normaliser",
     paper="Zhai et al., ICCV 2023",
     needs=frozenset({"logit_bias"}),
-    build=build,
+    build=SigmoidLoss,
 )

@@ -13,7 +13,7 @@ from openclip_ext.upstream.export import model_card, save_pretrained
 from openclip_ext.upstream.flags import Flags, Role, flags_with, role_of
 from openclip_ext.upstream.layers import adaptable_layers, plain_name, tower_layers, tower_parameters
 from openclip_ext.upstream.loop import autocast, create_schedule, input_dtype, start_remote_sync
-from openclip_ext.upstream.losses import clip_loss, distill_loss, siglip_loss
+from openclip_ext.upstream.losses import distill_loss
 from openclip_ext.upstream.models import (
     create_teacher,
     example_inputs,
@@ -61,7 +61,6 @@ __all__ = [
     "autocast",
     "build_parser",
     "checkpoint_from_state",
-    "clip_loss",
     "create_model",
     "create_optimizer",
     "create_schedule",
@@ -87,7 +86,6 @@ __all__ = [
     "require_supported",
     "role_of",
     "save_pretrained",
-    "siglip_loss",
     "start_remote_sync",
     "tower_layers",
     "tower_parameters",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 
 import oracles
 import rank_jobs
@@ -64,6 +64,16 @@ def test_clip_is_openclips_loss(tile):
     torch.testing.assert_close(*values)
     gradients = [torch.autograd.grad(value, (image, text, scale)) for value in values]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("tile", [None, *TILES])
+def test_siglip_is_openclips_loss(tile):
+    image, text = (x.requires_grad_() for x in oracles.unit(2, G, D, seed=2))
+    leaves = image, text, *(torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (9.0, -2.0))
+    loss = create_loss("siglip", loss_tile=tile)
+    values = loss(*leaves[:3], logit_bias=leaves[3], output_dict=False), SigLipLoss()(*leaves)
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*[torch.autograd.grad(value, leaves) for value in values], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
