@@ -7,7 +7,7 @@ import re
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from openclip_ext.errors import UserError
@@ -36,8 +36,13 @@ def write_json(content: Any, path: str | os.PathLike) -> None:
         json.dump(content, file, indent=1)
 
 
-def latest_checkpoint(folder: str, most_recent: bool) -> str | None:
-    """The checkpoint that `--resume latest` means, None if there is none.
+def step_file(epoch: int, step: int) -> str:
+    """The name of a checkpoint from within an epoch: how many are completed, and steps taken in the run."""
+    return f"epoch_{epoch}_step_{step}.pt"
+
+
+def checkpoints(folder: str, most_recent: bool = False) -> list[str]:
+    """The checkpoints that `--resume latest` may mean, the newest first.
 
     Args:
         folder: where the run keeps its checkpoints.
@@ -45,16 +50,44 @@ def latest_checkpoint(folder: str, most_recent: bool) -> str | None:
     """
     if most_recent:
         path = os.path.join(folder, LATEST)
-        return path if os.path.exists(path) else None
+        return [path] if os.path.exists(path) else []
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    epochs = {int(match[1]): name for name in names if (match := re.fullmatch(r"epoch_(\d+)\.pt", name))}
-    return os.path.join(folder, epochs[max(epochs)]) if epochs else None
+    times = {
+        (int(match[1]), int(match[2] or 0)): name
+        for name in names
+        if (match := re.fullmatch(r"epoch_(\d+)(?:_step_(\d+))?\.pt", name))
+    }
+    return [os.path.join(folder, times[time]) for time in sorted(times, reverse=True)]
+
+
+def step_files(folder: str) -> list[str]:
+    """The checkpoints from within epochs, the newest first."""
+    return [path for path in checkpoints(folder) if "_step_" in os.path.basename(path)]
+
+
+def latest_checkpoint(folder: str, most_recent: bool) -> str | None:
+    """The first of `checkpoints`, None if there is none."""
+    return next(iter(checkpoints(folder, most_recent)), None)
 
 
 def last_checkpoint(run: str) -> str | None:
-    """The checkpoint of a run's last epoch, None if it keeps none."""
+    """The checkpoint of a run's last epoch, or where it keeps none of an epoch, its newest; None: there is none."""
     folder = os.path.join(run, "checkpoints")
-    return latest_checkpoint(folder, most_recent=False) or latest_checkpoint(folder, most_recent=True)
+    within = set(step_files(folder))
+    paths = [path for path in checkpoints(folder) if path not in within]
+    return next(iter([*paths, *checkpoints(folder), *checkpoints(folder, most_recent=True)]), None)
+
+
+def keep_rows(path: str | os.PathLike, wanted: Callable[[dict], bool]) -> None:
+    """Leave out of a JSONL file the rows that are not wanted, and a last line that was never finished."""
+    if not os.path.exists(path):
+        return
+    with open(path) as file:
+        lines = [line for line in file if line.endswith("\n")]
+    kept = [line for line in lines if wanted(json.loads(line))]
+    if len(kept) < len(lines):
+        with atomic(path) as partial, open(partial, "w") as file:
+            file.writelines(kept)
 
 
 def load_tensors(path: str, flag: str, *, mapped: bool = False) -> dict[str, Any]:

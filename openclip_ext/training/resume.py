@@ -73,7 +73,7 @@ def find_resumed(config: RunConfig, folder: str | None, accelerator: Accelerator
     checkpoint = load_checkpoint(path)
     run = os.path.dirname(os.path.dirname(os.path.abspath(path)))
     record = _of_first_rank(read_record(run) if accelerator.is_main_process else None, accelerator)
-    return Resumed(checkpoint, record and record.as_of(checkpoint.epoch))
+    return Resumed(checkpoint, record and record.as_of(checkpoint.epoch, checkpoint.step))
 
 
 def _of_first_rank(value: Any, accelerator: Accelerator) -> Any:
