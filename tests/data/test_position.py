@@ -60,7 +60,7 @@ def test_other_rows_go_on(shards, changes):
 
 def test_several_sources_go_on_and_so_do_passes_that_start_over(shards):
     sources = f"{shards}/00000.tar::{shards}/{{00002,00003}}.tar"
-    whole = check(config(sources), num_samples=640, after=(1, 11, 12, 13, 24, 25, 39))
+    whole = check(config(sources), num_samples=640, after=(1, 11, 12, 13, 25, 39))
     numbers = [state["places"][0][0][0] for _, state in whole]
     assert numbers[-1] == 3 and numbers == sorted(numbers)
 
@@ -71,8 +71,7 @@ def faulty(tmp_path, shards):
     with tarfile.open(f"{shards}/00000.tar") as source, tarfile.open(tmp_path / "0.tar", "w") as target:
         for number, member in enumerate(source.getmembers()):
             content = source.extractfile(member)
-            if number % 9 == 0:
-                member.size = 20
+            member.size = min(member.size, 20) if number % 9 == 0 else member.size
             target.addfile(member, content)
     whole = pathlib.Path(shards, "00001.tar").read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 2])
