@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import torch
@@ -180,5 +181,12 @@ def _loader(dataset: Dataset, workers: int, pin_memory: bool, **options) -> Data
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else it draws from the training process's
+        worker_init_fn=outlive_first_signal,
         **options,
     )
+
+
+def outlive_first_signal(worker: int) -> None:
+    """Let a data worker go on when its process group is asked to end: the training process finishes its step first."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))

@@ -26,6 +26,7 @@ from openclip_ext.training.encode_again import KeptInputs
 from openclip_ext.training.image_only import MomentumEncoder
 from openclip_ext.training.log import EpochLog
 from openclip_ext.training.lora import Adapters
+from openclip_ext.training.stopping import GO_ON, Stop
 
 MAX_SKIPPED_STEPS = 100
 _MODEL_INPUTS = ("image", "text", *sorted(batch_keys() - {"sample_ids"}))
@@ -54,6 +55,8 @@ class Trainer:
         momentum_encoder: an average of the model, which follows each step taken; None: there is none.
         average: of the weights, likewise, for evaluation.
         adapters: of LoRA, in the model.
+        stop: asks this process to stop.
+        stop_reason: of a rank that is to stop, the same on all, as of the last step.
     """
 
     accelerator: Accelerator
@@ -73,6 +76,8 @@ class Trainer:
     momentum_encoder: MomentumEncoder | None = None
     average: WeightAverage | None = None
     adapters: Adapters | None = None
+    stop: Stop = dataclasses.field(default_factory=lambda: Stop(None))
+    stop_reason: int = GO_ON
     skipped_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -214,7 +219,7 @@ class Trainer:
         """Step the optimizer and commit the loss's state, or do neither where something is not finite."""
         self._average_gradients()
         outputs["grad_norm"] = self._gradient_norm()
-        finite = _finite_on_all_ranks(total_loss(outputs), self.accelerator.num_processes)
+        finite = self._agree(total_loss(outputs).isfinite())
         if self.accelerator.scaler is None:  # which looks at the gradients itself, and expects infinite ones
             finite = finite and bool(outputs["grad_norm"].isfinite())
         if finite:
@@ -235,6 +240,16 @@ class Trainer:
                 f"the loss or its gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row; lower --lr, raise "
                 "--warmup, or use --grad-clip-norm 1 or --precision fp32"
             )
+
+    def _agree(self, finite: Tensor) -> bool:
+        """Whether it is so on all ranks; and whether one of them is to stop."""
+        stop = torch.tensor(-self.stop.reason, device=finite.device)
+        told = torch.stack([finite.to(stop.dtype), stop])
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(told, dist.ReduceOp.MIN)
+        all_finite, stop_reason = told.tolist()
+        self.stop_reason = -stop_reason
+        return bool(all_finite)
 
     def _gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients, before they are clipped if they are to be."""
@@ -268,13 +283,6 @@ def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Per-sample tensors of several batches as one; of scalars, which are equal, the last."""
     keys = [key for key, value in parts[0].items() if value is not None]
     return {key: torch.cat([part[key] for part in parts]) if parts[0][key].ndim else parts[-1][key] for key in keys}
-
-
-def _finite_on_all_ranks(value: Tensor, world_size: int) -> bool:
-    finite = value.isfinite().to(torch.float32)
-    if world_size > 1:
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
-    return bool(finite)
 
 
 def _random_state(device: torch.device) -> tuple:

@@ -1,8 +1,10 @@
 """A training run from its flags to its last checkpoint."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
+import signal
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -27,6 +29,8 @@ from openclip_ext.training.loop import Trainer
 from openclip_ext.training.objective import plan_objective
 from openclip_ext.training.record import Record
 from openclip_ext.training.resume import Resumed, find_resumed, say_changes
+from openclip_ext.training.stopping import GO_ON, Stop
+from openclip_ext.training.stopping import describe as describe_stop
 from openclip_ext.training.warm_start import warm_start_pass
 
 METRICS, RESULTS = "metrics.jsonl", os.path.join("checkpoints", "results.jsonl")
@@ -37,7 +41,9 @@ def train(config: RunConfig) -> dict[str, float]:
 
     Raises:
         UserError: see each flag. Nothing has been written then, unless it came up during training.
+        KeyboardInterrupt: SIGINT ended it, after a checkpoint was kept.
     """
+    stop = Stop(config.max_minutes)
     require_metric(config)
     plan = plan_objective(config)
     data = training_data(config, plan)
@@ -70,11 +76,15 @@ def train(config: RunConfig) -> dict[str, float]:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
     elif config.resume:
         remarks.append(f"--resume {config.resume}: no checkpoint of this run yet: it starts from the beginning")
-    with _Run(config, trainer, folder, record) as run:
+    with stop, _Run(config, trainer, folder, record) as run:
+        trainer.stop = stop
         run.say_start(data, checkpoint, remarks)
         if config.warm_start_pass and new_memory and trainer.clock.epoch < config.epochs:
             run.warm_start()
-        return run.epochs(evaluator, keeper)
+        metrics = run.epochs(evaluator, keeper)
+    if trainer.stop_reason == signal.SIGINT:
+        raise KeyboardInterrupt
+    return metrics
 
 
 class _Run:
@@ -182,14 +192,16 @@ class _Run:
         report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, when)
 
     def epochs(self, evaluator: Evaluator, keeper: Keeper | None) -> dict[str, float]:
-        """Train to the last epoch; the metrics of the last evaluation."""
+        """Train to the last epoch, or until it is to stop; the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
         clock = self.clock
         if clock.epoch >= self.config.epochs:
             logger.warning("nothing to train: the checkpoint has %s and --epochs is %d",
                            counted(clock.epoch, "epoch"), self.config.epochs)  # fmt: skip
         while clock.epoch < self.config.epochs:
-            self._steps(keeper)
+            if self._steps(keeper):
+                self._say_stop(keeper)
+                break
             done, last = clock.epoch + 1, clock.epoch + 1 == self.config.epochs
             measured = self._evaluate(evaluator, done, last) if evaluator.due(done, last) else {}
             metrics = measured or metrics
@@ -198,6 +210,15 @@ class _Run:
                 keeper.keep(done, last, measured)
             self.accelerator.wait_for_everyone()
         return metrics
+
+    def _say_stop(self, keeper: Keeper | None) -> None:
+        """Keep a checkpoint and say how to go on."""
+        if keeper:
+            go_on = f"kept as {keeper.keep_step()}; to go on, give the same command with --resume latest"
+        else:
+            go_on = "nothing is kept, with --logs none"
+        logger.warning("stopped by %s after step %d of %d; %s", describe_stop(self.trainer.stop_reason),
+                       self.clock.step, self.clock.total_steps, go_on)  # fmt: skip
 
     def _evaluate(self, evaluator: Evaluator, epoch: int, last: bool) -> dict[str, float]:
         """Metrics after `epoch` completed epochs; they go to the logs too."""
@@ -208,8 +229,8 @@ class _Run:
         self._track("val", metrics, self.clock.step)
         return metrics
 
-    def _steps(self, keeper: Keeper | None) -> None:
-        """Those that are left of the epoch."""
+    def _steps(self, keeper: Keeper | None) -> bool:
+        """Those that are left of the epoch; whether the run is to stop before they are taken, or what comes after."""
         clock, every = self.clock, self.config.save_every_steps
         log = EpochLog(
             epoch=clock.epoch,
@@ -221,12 +242,12 @@ class _Run:
             write=self._write_row if self.folder else None,
             show=self.main,
         )
-        try:
-            for _ in self.trainer.steps(log):
+        with contextlib.closing(log), contextlib.closing(self.trainer.steps(log)) as steps:
+            for _ in steps:
+                if self.trainer.stop_reason != GO_ON:
+                    return True
                 if keeper and every and clock.step % every == 0:
                     keeper.keep_step()
-        finally:
-            log.close()
         self._report_skips(clock.skipped, f"epoch {clock.epoch + 1}")
         if self.trainer.hash_ids and self.trainer.hash_ids.collisions:
             visits = counted(self.trainer.hash_ids.collisions, "visit")
@@ -234,6 +255,7 @@ class _Run:
                 "%s so far of samples beyond the %d that there is room for, which share ids; raise --sample-id-table",
                 visits, self.trainer.hash_ids.num_ids,
             )  # fmt: skip
+        return False
 
     def _write_row(self, row: dict) -> None:
         self._began = True
