@@ -9,8 +9,9 @@ from accelerate.utils import gather_object
 
 from openclip_ext import upstream
 from openclip_ext.data.listing import ShardListing
-from openclip_ext.errors import counted
+from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.during_training import Evaluator
+from openclip_ext.files import Rows
 from openclip_ext.training.accelerator import choose_precision, make_accelerator
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.build import build_trainer, seed_all
@@ -21,12 +22,14 @@ from openclip_ext.training.evaluator import make_evaluator
 from openclip_ext.training.folder import choose_name, entries, make_run_folder, remove_new_entries, run_folder
 from openclip_ext.training.keep import Keeper, require_metric
 from openclip_ext.training.learning_rates import describe
-from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
+from openclip_ext.training.log import EpochLog, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.objective import plan_objective
 from openclip_ext.training.record import Record
 from openclip_ext.training.resume import Resumed, find_resumed, say_changes
 from openclip_ext.training.warm_start import warm_start_pass
+
+METRICS, RESULTS = "metrics.jsonl", os.path.join("checkpoints", "results.jsonl")
 
 
 def train(config: RunConfig) -> dict[str, float]:
@@ -63,6 +66,7 @@ def train(config: RunConfig) -> dict[str, float]:
     start = checkpoint.epoch if checkpoint else 0
     new_memory = not (resumed and resumed.has_loss_state)
     record = _record(config, resumed, start * trainer.steps_per_epoch, remarks)
+    remarks += resumed.remarks if resumed else ()
     keeper = Keeper(config, trainer, folder, checkpoint.content.get("best") if checkpoint else None) if folder else None
     if checkpoint:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
@@ -87,6 +91,8 @@ class _Run:
         self._finish_sync = None
         self._began = False
         self._before: set[str] | None = None
+        self._rows: dict[str, Rows] = {}
+        self._full: set[str] = set()  # files whose rows wait
 
     def __enter__(self) -> "_Run":
         try:
@@ -186,8 +192,8 @@ class _Run:
         metrics = evaluate(evaluator, self.trainer.paired, epoch, last, self.trainer.average)
         steps = epoch * self.trainer.steps_per_epoch
         if self.folder:
-            append_json(os.path.join(self.folder, "checkpoints", "results.jsonl"), {"epoch": epoch, **metrics})
-            self._append({"kind": "validation", "step": steps, "epoch": epoch, **metrics})
+            self._append(RESULTS, {"epoch": epoch, **metrics})
+            self._append(METRICS, {"kind": "validation", "step": steps, "epoch": epoch, **metrics})
         self._track("val", metrics, steps)
         return metrics
 
@@ -215,12 +221,19 @@ class _Run:
 
     def _write_row(self, row: dict) -> None:
         self._began = True
-        self._append(row)
+        self._append(METRICS, row)
         self._track("train", row, row["step"])
 
-    def _append(self, row: dict) -> None:
+    def _append(self, name: str, row: dict) -> None:
+        """Add a row to a file of the run; where the disk is full, it waits in memory for the next one."""
         assert self.folder is not None
-        append_json(os.path.join(self.folder, "metrics.jsonl"), row)
+        rows = self._rows.setdefault(name, Rows(os.path.join(self.folder, name)))
+        error = rows.append(row)
+        if error and name not in self._full:
+            logger.error("%s: cannot be written (%s); its rows wait in memory", rows.path, error.strerror)
+            self._full.add(name)
+        elif not error:
+            self._full.discard(name)
 
     def _track(self, prefix: str, values: dict, step: int) -> None:
         if self.config.report_to:
@@ -238,9 +251,14 @@ def _record(config: RunConfig, resumed: Resumed | None, steps: int, remarks: lis
 
 
 def _make_folder(config: RunConfig, folder: str, record: Record) -> None:
-    """Make the run's folder and write the record."""
+    """Make the run's folder and write the record. Raises UserError: that cannot be done."""
     make_run_folder(folder)
-    record.write(folder)
+    try:
+        record.write(folder)
+    except OSError as error:
+        raise UserError(
+            f"--logs: {folder} cannot be written to ({error.strerror}); make room, or give another"
+        ) from error
     if config.copy_codebase:
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         target = os.path.join(folder, "code", os.path.basename(package))
