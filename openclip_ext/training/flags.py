@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Keep the checkpoint at which this metric was best so far as checkpoints/best.pt, such as "
         "imagenet-zeroshot-val-top1; names are those in results.jsonl. Losses and ranks are best where they are least.",
     )
+    _add_safety_flags(ours)
     _add_data_flags(ours)
     _add_image_flags(ours)
     zero_shot = parser.add_argument_group("added by openclip-ext for evaluation every --zeroshot-frequency epochs")
@@ -62,6 +63,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_classes_argument(zero_shot, "--imagenet-val and --imagenet-v2 must have all")
     _add_tuning_flags(parser.add_argument_group("added by openclip-ext for fine-tuning"))
     return parser
+
+
+def _add_safety_flags(ours) -> None:
+    ours.add_argument(
+        "--rank-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="End a process within this time after another one of the run has died, with a line that names it; 0: "
+        "wait. Default: %(default)g.",
+    )
 
 
 def _add_data_flags(ours) -> None:
@@ -197,6 +209,8 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
     for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if not config.rank_timeout >= 0:
+        raise UserError(f"--rank-timeout {config.rank_timeout}: must be a number of seconds, or 0 to wait for ever")
     if config.ddp_static_graph and config.accum_freq > 1:
         raise UserError("--ddp-static-graph: cannot be combined with --accum-freq; drop one")
     _require_views_agree(config)

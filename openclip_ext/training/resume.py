@@ -76,8 +76,9 @@ def find_resumed(config: RunConfig, folder: str | None, accelerator: Accelerator
     if path is None:
         return None
     checkpoint = load_checkpoint(path)
-    if config.resume != "latest" and not path.endswith(".safetensors"):
-        if fault := _of_first_rank(damage(path) if main else None, accelerator):
+    if config.resume != "latest":
+        fault = _of_first_rank(damage(path) if main and not path.endswith(".safetensors") else None, accelerator)
+        if fault:
             raise UserError(f"--resume {path}: is damaged ({fault}); give an older checkpoint, or a whole copy of it")
     run = os.path.dirname(os.path.dirname(os.path.abspath(path)))
     record = _of_first_rank(read_record(run) if accelerator.is_main_process else None, accelerator)

@@ -12,6 +12,7 @@ from openclip_ext.data.listing import ShardListing
 from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.files import Rows
+from openclip_ext.losses import ObjectivePlan
 from openclip_ext.training.accelerator import choose_precision, make_accelerator
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.build import build_trainer, seed_all
@@ -28,6 +29,7 @@ from openclip_ext.training.objective import plan_objective
 from openclip_ext.training.record import Record
 from openclip_ext.training.resume import Resumed, find_resumed, say_changes
 from openclip_ext.training.warm_start import warm_start_pass
+from openclip_ext.training.watch import watched
 
 METRICS, RESULTS = "metrics.jsonl", os.path.join("checkpoints", "results.jsonl")
 
@@ -45,6 +47,14 @@ def train(config: RunConfig) -> dict[str, float]:
         upstream.register_model_config(config.model_config)
     config = config.decided(precision=choose_precision(config))
     accelerator = make_accelerator(config)
+    with watched(accelerator.process_index, accelerator.num_processes, config.rank_timeout):
+        return _train(config, plan, data, accelerator)
+
+
+def _train(
+    config: RunConfig, plan: ObjectivePlan, data: TrainingData | None, accelerator: Accelerator
+) -> dict[str, float]:
+    """The same, once processes know of each other."""
     config = config.decided(name=choose_name(config, accelerator))
     folder = run_folder(config, accelerator)
     resumed = find_resumed(config, folder, accelerator)

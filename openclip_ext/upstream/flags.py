@@ -48,7 +48,7 @@ ROLES: dict[str, Role] = {
          "resume_other_loss", "report_to", "wandb", "wandb_notes", "wandb_project_name", "tensorboard", "debug",
          "save_logs", "save_frequency", "save_most_recent", "save_best", "delete_previous_checkpoint",
          "copy_codebase", "log_every_n_steps", "remote_sync", "remote_sync_frequency", "remote_sync_protocol",
-         "cache_dir", "rank", "local_rank"),
+         "cache_dir", "rank", "local_rank", "rank_timeout"),
         Role.BOOKKEEPING,
     ),
     **dict.fromkeys(
