@@ -9,7 +9,7 @@ import re
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from openclip_ext.errors import UserError
@@ -88,7 +88,12 @@ class Rows:
         return None
 
 
-def checkpoints(folder: str, most_recent: bool) -> list[str]:
+def step_file(epoch: int, step: int) -> str:
+    """The name of a checkpoint from within an epoch: how many are completed, and steps taken in the run."""
+    return f"epoch_{epoch}_step_{step}.pt"
+
+
+def checkpoints(folder: str, most_recent: bool = False) -> list[str]:
     """The checkpoints that `--resume latest` may mean, the newest first.
 
     Args:
@@ -99,8 +104,17 @@ def checkpoints(folder: str, most_recent: bool) -> list[str]:
         path = os.path.join(folder, LATEST)
         return [path] if os.path.exists(path) else []
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    epochs = {int(match[1]): name for name in names if (match := re.fullmatch(r"epoch_(\d+)\.pt", name))}
-    return [os.path.join(folder, epochs[epoch]) for epoch in sorted(epochs, reverse=True)]
+    times = {
+        (int(match[1]), int(match[2] or 0)): name
+        for name in names
+        if (match := re.fullmatch(r"epoch_(\d+)(?:_step_(\d+))?\.pt", name))
+    }
+    return [os.path.join(folder, times[time]) for time in sorted(times, reverse=True)]
+
+
+def step_files(folder: str) -> list[str]:
+    """The checkpoints from within epochs, the newest first."""
+    return [path for path in checkpoints(folder) if "_step_" in os.path.basename(path)]
 
 
 def latest_checkpoint(folder: str, most_recent: bool) -> str | None:
@@ -109,9 +123,23 @@ def latest_checkpoint(folder: str, most_recent: bool) -> str | None:
 
 
 def last_checkpoint(run: str) -> str | None:
-    """The checkpoint of a run's last epoch, None if it keeps none."""
+    """The checkpoint of a run's last epoch, or where it keeps none of an epoch, its newest; None: there is none."""
     folder = os.path.join(run, "checkpoints")
-    return latest_checkpoint(folder, most_recent=False) or latest_checkpoint(folder, most_recent=True)
+    within = set(step_files(folder))
+    paths = [path for path in checkpoints(folder) if path not in within]
+    return next(iter([*paths, *checkpoints(folder), *checkpoints(folder, most_recent=True)]), None)
+
+
+def keep_rows(path: str | os.PathLike, wanted: Callable[[dict], bool]) -> None:
+    """Leave out of a JSONL file the rows that are not wanted, and a last line that was never finished."""
+    if not os.path.exists(path):
+        return
+    with open(path) as file:
+        lines = [line for line in file if line.endswith("\n")]
+    kept = [line for line in lines if wanted(json.loads(line))]
+    if len(kept) < len(lines):
+        with atomic(path) as partial, open(partial, "w") as file:
+            file.writelines(kept)
 
 
 def save_tensors(content: Mapping[str, Any], path: str | os.PathLike) -> None:

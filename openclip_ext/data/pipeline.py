@@ -1,14 +1,18 @@
 """Loaders over the streams: how many batches an epoch has, and whether the data can give them."""
 
+import copy
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from openclip_ext.data.listing import ShardListing
-from openclip_ext.data.streams import EvalStream, StreamConfig, TableStream, TrainStream
+from openclip_ext.data.position import Layout, Position
+from openclip_ext.data.streams import EvalStream, Start, StreamConfig, TableStream, TrainStream
 from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError, counted
 
@@ -19,18 +23,34 @@ class TrainLoader:
 
     Attributes:
         set_epoch: to be called before each pass over `batches`.
-        batches: iterable over the batches of this rank.
+        batches: iterable over the batches of this rank; in the epoch of `start` those that are left.
         num_batches: batches per epoch on each rank.
         num_samples: samples per epoch on all ranks, rounded up to whole batches.
+        layout: who reads how much at once.
+        start: where to go on; None: from the beginning of whichever epoch.
     """
 
     set_epoch: Callable[[int], None]
     batches: DataLoader
     num_batches: int
     num_samples: int
+    layout: Layout
+    start: Start | None = None
+
+    def position(self, epoch: int) -> Position:
+        """Where an epoch begins."""
+        if self.start is None or self.start.epoch != epoch:
+            return Position(self.layout)
+        return copy.deepcopy(self.start.position)
+
+    def batches_left(self, epoch: int) -> int:
+        """How many batches an epoch has for each rank."""
+        return self.num_batches - self.position(epoch).batches
 
 
-def train_loader(config: StreamConfig, *, num_samples: int, workers: int, pin_memory: bool = False) -> TrainLoader:
+def train_loader(
+    config: StreamConfig, *, num_samples: int, workers: int, pin_memory: bool = False, start: Start | None = None
+) -> TrainLoader:
     """Batches of training epochs; see `TrainStream` and `TableStream`.
 
     Args:
@@ -38,16 +58,19 @@ def train_loader(config: StreamConfig, *, num_samples: int, workers: int, pin_me
         num_samples: per epoch and over all ranks, for shards; a table's epoch is the table.
         workers: processes that load data; 0: this one.
         pin_memory: for copies to a GPU.
+        start: where to go on.
 
     Raises:
         UserError: there are fewer shards than data workers over all ranks, or less than a batch.
     """
     if isinstance(config.source, Table):
-        return _table_train_loader(config, workers, pin_memory)
-    return _shard_train_loader(config, num_samples, workers, pin_memory)
+        return _table_train_loader(config, workers, pin_memory, start)
+    return _shard_train_loader(config, num_samples, workers, pin_memory, start)
 
 
-def _shard_train_loader(config: StreamConfig, num_samples: int, workers: int, pin_memory: bool) -> TrainLoader:
+def _shard_train_loader(
+    config: StreamConfig, num_samples: int, workers: int, pin_memory: bool, start: Start | None
+) -> TrainLoader:
     """Rounded up, so that all ranks and workers give as many batches."""
     assert isinstance(config.source, ShardListing)
     readers = max(1, workers) * config.world_size
@@ -59,21 +82,32 @@ def _shard_train_loader(config: StreamConfig, num_samples: int, workers: int, pi
             f"{counted(config.world_size, 'process')}, and there are {len(config.source.urls)}; use "
             f"{fewer}--dataset-resampled, or more and smaller shards"
         )
-    global_batch = config.batch_size * config.world_size
-    batches_per_worker = math.ceil(math.ceil(num_samples / global_batch) / max(1, workers))
-    num_batches = batches_per_worker * max(1, workers)
-    stream = TrainStream(config, batches_per_worker)
+    layout = Layout(config.world_size, max(1, workers), config.batch_size, _data_name(config))
+    batches_per_worker = math.ceil(math.ceil(num_samples / layout.global_batch) / layout.workers)
+    num_batches = batches_per_worker * layout.workers
+    stream = TrainStream(config, batches_per_worker, start)
     batches = _loader(stream, workers, pin_memory, batch_size=None)
-    return TrainLoader(stream.set_epoch, batches, num_batches, num_batches * global_batch)
+    num_samples = num_batches * layout.global_batch
+    return TrainLoader(stream.set_epoch, batches, num_batches, num_samples, layout, start)
 
 
-def _table_train_loader(config: StreamConfig, workers: int, pin_memory: bool) -> TrainLoader:
+def _data_name(config: StreamConfig) -> str:
+    """The same for the same samples in the same order, wherever they are."""
+    source = config.source
+    parts: tuple = (config.seed, config.resampled)
+    if isinstance(source, ShardListing):
+        parts += (tuple(os.path.basename(url) for url in source.urls), source.weights, source.sizes)
+    else:
+        parts += (len(source),)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def _table_train_loader(config: StreamConfig, workers: int, pin_memory: bool, start: Start | None) -> TrainLoader:
     """Rounded down, as OpenCLIP does for CSV files: what fills no batch on each rank waits for another epoch."""
     stream = TableStream(config, training=True)
     assert isinstance(config.source, Table)
-    sampler: DistributedSampler = DistributedSampler(
-        stream, num_replicas=config.world_size, rank=config.rank, shuffle=True, seed=config.seed, drop_last=True
-    )
+    layout = Layout(config.world_size, max(1, workers), config.batch_size, _data_name(config))
+    sampler = RowOrder(len(config.source), config, start)
 
     def set_epoch(epoch: int) -> None:
         stream.set_epoch(epoch)
@@ -83,12 +117,41 @@ def _table_train_loader(config: StreamConfig, workers: int, pin_memory: bool) ->
         stream, workers, pin_memory,
         batch_size=config.batch_size, sampler=sampler, collate_fn=stream.collate, drop_last=True,
     )  # fmt: skip
-    if len(batches) == 0:
+    num_batches = len(config.source) // layout.global_batch
+    if num_batches == 0:
         raise UserError(
             f"--batch-size {config.batch_size}: the data has only {counted(len(config.source), 'pair')} for "
             f"{counted(config.world_size, 'process')}; use a smaller --batch-size"
         )
-    return TrainLoader(set_epoch, batches, len(batches), len(batches) * config.batch_size * config.world_size)
+    return TrainLoader(set_epoch, batches, num_batches, num_batches * layout.global_batch, layout, start)
+
+
+class RowOrder(Sampler[int]):
+    """This rank's rows of a table in an epoch, or of what is left of it; in the order of torch's `DistributedSampler`.
+
+    All ranks have as many.
+    """
+
+    def __init__(self, num_rows: int, config: StreamConfig, start: Start | None) -> None:
+        self._num_rows, self._config, self._start, self._epoch = num_rows, config, start, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def _left(self) -> range:
+        """Places in the epoch's order of all ranks."""
+        done = self._start.position.samples if self._start and self._start.epoch == self._epoch else 0
+        world_size = self._config.world_size
+        return range(done, done + (self._num_rows - done) // world_size * world_size)
+
+    def __len__(self) -> int:
+        return len(self._left()) // self._config.world_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._config.seed + self._epoch)
+        order = torch.randperm(self._num_rows, generator=generator).tolist()
+        left = self._left()
+        return iter(order[left.start + self._config.rank : left.stop : self._config.world_size])
 
 
 def eval_loader(config: StreamConfig, *, workers: int, pin_memory: bool = False) -> DataLoader:

@@ -1,12 +1,15 @@
 """Streams of batches from shards, whose order is a function of seed, epoch, rank and worker."""
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import hashlib
 import multiprocessing
 import random
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import islice
+from typing import NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -14,13 +17,14 @@ from webdataset.filters import _shuffle
 
 from openclip_ext.data import tar
 from openclip_ext.data.listing import ShardListing
+from openclip_ext.data.passes import Place, ShardPass
+from openclip_ext.data.position import Position
 from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
 from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
 
-# OpenCLIP's buffers: (size, filled before the first sample leaves).
+#: OpenCLIP's, for shards: size, and how far it is filled before the first one leaves.
 SHARD_BUFFER = (2000, 500)
-SAMPLE_BUFFER = (5000, 1000)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,19 +50,32 @@ class StreamConfig(RowFormat):
     world_size: int = 1
 
 
+class Start(NamedTuple):
+    """An epoch that goes on from where it was left.
+
+    Attributes:
+        epoch: which.
+        position: there.
+    """
+
+    epoch: int
+    position: Position
+
+
 class TrainStream(IterableDataset):
     """Batches of one epoch: dicts of `image` (B, 3, H, W), `text` (B, L), and `skipped`; no `text` without
     captions.
 
     If asked for, they hold second views, `image_aug` and `text_aug`, and `sample_ids` (B,). `skipped` lists (kind,
-    shard, count) of what could not be used since the last batch, each fault once per epoch and worker. A worker whose
-    shards hold no full batch yields `{"error": message}`. Batches are always full; a worker that runs out starts over
-    in another order, as in OpenCLIP.
+    shard, count) of what could not be used since the last batch, each fault once per epoch and worker. `place` is what
+    `Position.advance` takes. A worker whose shards hold no full batch yields `{"error": message}`. Batches are always
+    full; a worker that runs out starts over in another order, as in OpenCLIP.
     """
 
-    def __init__(self, config: StreamConfig, batches_per_worker: int) -> None:
+    def __init__(self, config: StreamConfig, batches_per_worker: int, start: Start | None = None) -> None:
         self.config = config
         self.batches_per_worker = batches_per_worker
+        self._start = start
         # Shared, since workers persist over epochs.
         self._epoch = multiprocessing.Value("i", 0)
 
@@ -68,8 +85,13 @@ class TrainStream(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        epoch = self._epoch.value
-        batches = islice(self._passes(epoch, worker, num_workers), self.batches_per_worker)
+        epoch, left, place = self._epoch.value, self.batches_per_worker, Place()
+        if self._start and self._start.epoch == epoch:
+            # Batches come from workers by turns, beginning with the first: it is to be the one whose turn it is.
+            worker = (worker + self._start.position.batches) % num_workers
+            left -= len(range(worker, self._start.position.batches, num_workers))
+            place = copy.deepcopy(self._start.position.places[self.config.rank][worker])
+        batches = islice(self._passes(epoch, worker, num_workers, place), left)
         while True:
             # Without workers this runs in the training process, whose random state must not depend on it.
             with contextlib.nullcontext() if info else random_state_kept():
@@ -78,21 +100,33 @@ class TrainStream(IterableDataset):
                 return
             yield batch
 
-    def _passes(self, epoch: int, worker: int, num_workers: int) -> Iterator[dict]:
+    def _passes(self, epoch: int, worker: int, num_workers: int, place: Place) -> Iterator[dict]:
+        """Batches from a place on."""
         skips = tar.Skips()
-        for number in count():
-            rng = random.Random(f"{self.config.seed} {epoch} {self.config.rank} {worker} {number}")
-            urls = self._urls(epoch, worker, num_workers, rng)
-            samples = (sample for url in urls for sample in self._numbered(url, skips.record))
-            shuffled = _shuffle(samples, *SAMPLE_BUFFER, rng)
-            decoded = filter(None, (self._decode(sample, epoch, skips.record) for sample in shuffled))
-            batches = 0
+        while True:
+            rng = random.Random(f"{self.config.seed} {epoch} {self.config.rank} {worker} {place.number}")
+            urls = list(self._urls(epoch, worker, num_workers, rng))
+            anew, told = place.drawn == 0, len(place.sizes)
+            samples = ShardPass(len(urls), functools.partial(self._read, urls, skips.record), rng, place)
+            decoded = filter(None, (self._decode(sample, epoch, skips.record) for sample in samples))
             while len(rows := list(islice(decoded, self.config.batch_size))) == self.config.batch_size:
-                batches += 1
-                yield self.config.batch(rows) | {"skipped": skips.flush()}
-            if batches == 0:
+                anew = False
+                moved = (worker, place.number, place.drawn, place.sizes[told:])
+                told = len(place.sizes)
+                yield self.config.batch(rows) | {"skipped": skips.flush(), "place": moved}
+            if anew:
                 yield {"error": self._no_batch(len(rows), num_workers, skips), "skipped": skips.flush()}
                 return
+            place = Place(place.number + 1)
+
+    def _read(self, urls: list[str], record: tar.Record, number: int, told: int | None) -> Iterator[dict]:
+        """Samples of a shard of a pass, as `ShardPass` asks for them."""
+
+        def untold(kind: str, url: str, ordinal: int | None) -> None:
+            if kind == tar.UNREADABLE_SHARD or (told is not None and (ordinal is None or ordinal >= told)):
+                record(kind, url, ordinal)
+
+        return self._numbered(urls[number], untold)
 
     def _urls(self, epoch: int, worker: int, num_workers: int, rng: random.Random) -> Iterator[str]:
         """This worker's shards in this pass."""

@@ -116,6 +116,8 @@ class RunConfig:
     save_frequency: int
     save_most_recent: bool
     save_best: str | None = None
+    save_every_steps: int | None = None
+    keep_last: int = 2
     delete_previous_checkpoint: bool
     copy_codebase: bool
     remote_sync: str | None

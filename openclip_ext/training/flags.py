@@ -55,6 +55,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="Keep the checkpoint at which this metric was best so far as checkpoints/best.pt, such as "
         "imagenet-zeroshot-val-top1; names are those in results.jsonl. Losses and ranks are best where they are least.",
     )
+    ours.add_argument(
+        "--save-every-steps",
+        type=int,
+        metavar="K",
+        help="Keep a checkpoint every K optimizer steps too, as epoch_N_step_S.pt (with --save-most-recent as "
+        "epoch_latest.pt): --resume latest goes on from there as if the run had not stopped.",
+    )
+    ours.add_argument(
+        "--keep-last",
+        type=int,
+        default=2,
+        metavar="N",
+        help="How many checkpoints from within epochs to keep, the newest (default: %(default)s; 0: all).",
+    )
     _add_safety_flags(ours)
     _add_data_flags(ours)
     _add_image_flags(ours)
@@ -213,6 +227,10 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
         raise UserError(f"--rank-timeout {config.rank_timeout}: must be a number of seconds, or 0 to wait for ever")
     if config.ddp_static_graph and config.accum_freq > 1:
         raise UserError("--ddp-static-graph: cannot be combined with --accum-freq; drop one")
+    if config.save_every_steps is not None and config.save_every_steps < 1:
+        raise UserError(f"--save-every-steps {config.save_every_steps}: must be at least 1")
+    if config.keep_last < 0:
+        raise UserError(f"--keep-last {config.keep_last}: must be at least 0, which keeps all")
     _require_views_agree(config)
     if bool(config.probe_train) != bool(config.probe_val):
         raise UserError("--probe-train, --probe-val: give both or neither")

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from openclip_ext.errors import UserError
-from openclip_ext.files import LATEST, checkpoints, remove_partial
+from openclip_ext.files import LATEST, checkpoints, remove_partial, step_file, step_files
 from openclip_ext.training.checkpoint import save_checkpoint
 from openclip_ext.training.config import RunConfig
 from openclip_ext.training.evaluator import metric_names
@@ -31,7 +31,8 @@ class Keeper:
     """Writes and removes a run's checkpoints as flags say. All ranks take part; the first one writes.
 
     Args:
-        config: `--save-frequency`, `--save-most-recent`, `--save-best`, `--delete-previous-checkpoint`.
+        config: `--save-frequency`, `--save-every-steps`, `--keep-last`, `--save-most-recent`, `--save-best`,
+            `--delete-previous-checkpoint`.
         trainer: what a checkpoint holds.
         folder: the run's.
         best: what the checkpoint that the run goes on from says of the best one; None: nothing.
@@ -77,6 +78,16 @@ class Keeper:
                 "room, and go on with --resume latest"
             )
 
+    def keep_step(self) -> str:
+        """Within an epoch; the path of what is kept."""
+        clock, most_recent = self.trainer.clock, self.config.save_most_recent
+        name = LATEST if most_recent else step_file(clock.epoch, clock.step)
+        self._save(name, clock.epoch)
+        older = step_files(self.folder)[self.config.keep_last :] if self.main and self.config.keep_last else []
+        for path in older:
+            os.remove(path)
+        return os.path.join(self.folder, name)
+
     def _is_best(self, epoch: int, metrics: dict[str, float]) -> bool:
         """On all ranks, as the first one finds."""
         metric = self.config.save_best
@@ -118,6 +129,7 @@ class Keeper:
             average=trainer.average,
             adapters=trainer.adapters,
             hash_ids=trainer.hash_ids,
+            clock=trainer.time_state(),
             distributed=trainer.accelerator.num_processes > 1,
             notes={"loss_name": self.config.loss} | ({"best": self.best} if self.best else {}),
         )

@@ -73,6 +73,7 @@ class EpochLog:
         steps: of an epoch.
         epochs: of the run.
         samples_per_step: on all ranks.
+        done: steps of the epoch that were taken before.
         every: steps between rows, and between lines of the log.
         write: what takes a row; None: nothing does.
         show: this rank speaks: lines, and where they would be in the way, on a terminal, a progress bar.
@@ -85,6 +86,7 @@ class EpochLog:
         steps: int,
         epochs: int,
         samples_per_step: int,
+        done: int = 0,
         every: int,
         write: Callable[[dict], None] | None,
         show: bool,
@@ -94,12 +96,13 @@ class EpochLog:
         self._write, self._show = write, show
         self._bar = tqdm(
             total=steps * samples_per_step,
+            initial=done * samples_per_step,
             unit="sample",
             desc=f"epoch {epoch + 1}",
             disable=not (show and sys.stderr.isatty()),
         )
         self._start = self._window_start = time.perf_counter()
-        self._window_steps = 0
+        self._window_steps, self._done = 0, done
         self._shown_at = -math.inf
         self._sums: collections.Counter[str] = collections.Counter()
         self._lines = 0
@@ -141,7 +144,7 @@ class EpochLog:
             f"Train Epoch: {self.epoch} [{seen:>{len(str(samples))}}/{samples} ({percent:.0f}%)] "
             f"Batch (t): {seconds:.3f}, {values['samples_per_second']:#.5g}/s LR: {values['lr']:.6g} "
             f"Logit Scale: {values['logit_scale']:.3f} {' '.join(losses)} "
-            f"ETA: {datetime.timedelta(seconds=round(left * (now - self._start) / (index + 1)))}"
+            f"ETA: {datetime.timedelta(seconds=round(left * (now - self._start) / (index + 1 - self._done)))}"
         )
 
     def close(self) -> None:

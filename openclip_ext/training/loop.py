@@ -1,4 +1,4 @@
-"""One epoch on Accelerate. The loop does not know which loss it runs."""
+"""Optimizer steps on Accelerate. The loop does not know which loss it runs."""
 
 import contextlib
 import dataclasses
@@ -21,6 +21,7 @@ from openclip_ext.losses.base import Loss, total_loss
 from openclip_ext.registry import batch_keys
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.clock import Clock
 from openclip_ext.training.encode_again import KeptInputs
 from openclip_ext.training.image_only import MomentumEncoder
 from openclip_ext.training.log import EpochLog
@@ -47,8 +48,7 @@ class Trainer:
         input_dtype: of images; None: as loaded.
         accum_freq: batches per optimizer step.
         grad_clip_norm: None: no clipping.
-        total_steps: of the whole run.
-        seed: of random draws in the model.
+        clock: the time, which a step taken moves on.
         teacher: of distillation; None: there is none.
         hash_ids: numbers samples by hashes of their keys; None: batches hold ids.
         momentum_encoder: an average of the model, which follows each step taken; None: there is none.
@@ -67,8 +67,7 @@ class Trainer:
     input_dtype: torch.dtype | None
     accum_freq: int
     grad_clip_norm: float | None
-    total_steps: int
-    seed: int
+    clock: Clock
     teacher: nn.Module | None = None
     hash_ids: HashIds | None = None
     momentum_encoder: MomentumEncoder | None = None
@@ -79,51 +78,58 @@ class Trainer:
     def __post_init__(self) -> None:
         self.kept_inputs = KeptInputs(self.loss, self.paired)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.loader.num_batches // self.accum_freq
+    def time_state(self) -> dict[str, Any]:
+        """What a run that goes on from here needs besides weights and states of optimizer and loss.
 
-    def train_epoch(self, epoch: int, log: EpochLog) -> list[tuple[str, str, int]]:
-        """Train for one epoch; returns (kind, shard, count) of what this rank could not use.
+        Complete on the first rank. A collective call.
+        """
+        return self.clock.state_dict(kept_inputs=self.kept_inputs.state(), skipped_steps=self.skipped_steps)
+
+    def restore_time(self, state: dict[str, Any]) -> None:
+        """Inverse of `time_state`, but for what the clock was made with."""
+        own = self.clock.load_state_dict(state)
+        self.skipped_steps = own.get("skipped_steps", 0)
+        self.kept_inputs.restore(own.get("kept_inputs"), self.accelerator.device)
+
+    def steps(self, log: EpochLog) -> Iterator[None]:
+        """Take the steps that are left of the clock's epoch; pauses after each, when a checkpoint can be kept.
 
         Raises:
             UserError: the data holds no full batch, or the loss stays non-finite.
         """
-        # By epoch, so that a resumed run draws what an uninterrupted one does.
-        torch.manual_seed(hash((self.seed, epoch, self.accelerator.process_index)))
+        clock = self.clock
         self.model.train()
         self.loss.train()
-        self.loader.set_epoch(epoch)
-        self.kept_inputs.forget()
-        skipped: list[tuple[str, str, int]] = []
-        batches = self.batches(skipped)
-        for index in range(self.steps_per_epoch):
-            step = epoch * self.steps_per_epoch + index
+        self.loader.set_epoch(clock.epoch)
+        batches = self.batches(clock.read)
+        while not clock.epoch_is_over:
+            clock.begin_step()
             if self.schedule is not None:
-                self.schedule(step)
-            self.loss.begin_step(step=step, total_steps=self.total_steps)
+                self.schedule(clock.step)
+            self.loss.begin_step(step=clock.step, total_steps=clock.total_steps)
             outputs = self._backward(list(itertools.islice(batches, self.accum_freq)))
             self._update(outputs)
             outputs["logit_scale"] = self.module.get_parameter("logit_scale").detach().exp()
-            log.step(index, step, outputs, lr=self._learning_rate(), skipped_steps=self.skipped_steps)
+            log.step(clock.index, clock.step, outputs, lr=self._learning_rate(), skipped_steps=self.skipped_steps)
+            clock.end_step()
+            yield
         for _ in batches:  # what does not fill a step, so that workers end their epoch
             pass
-        return skipped
 
     def _learning_rate(self) -> float:
         """The schedule's, whatever the first group makes of it."""
         group = self.optimizer.param_groups[0]
         return group["lr"] / group.get("lr_scale", 1.0)
 
-    def batches(self, skipped: list) -> Iterator[dict]:
-        """Batches on the device.
+    def batches(self, read: Callable[[dict], None]) -> Iterator[dict]:
+        """Batches on the device, each after `read` has taken out of it what is not data.
 
         Ranks agree on the first one of each data worker, so that none waits for another that has no data.
         """
         device = self.accelerator.device
         workers = max(1, self.loader.batches.num_workers)
         for number, batch in enumerate(self.loader.batches):
-            skipped += batch.pop("skipped")
+            read(batch)
             error = batch.get("error")
             if number < workers and self.accelerator.num_processes > 1:
                 error = next(filter(None, gather_object([error])), None)

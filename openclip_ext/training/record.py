@@ -28,13 +28,21 @@ class Record:
     flags: dict[str, Any]
     history: list[dict] = dataclasses.field(default_factory=list)
 
-    def as_of(self, epoch: int) -> "Record":
-        """How it was before the run first went on from this epoch: what it did from there on is about to be redone."""
-        flags = dict(self.flags)
+    def as_of(self, epoch: int, step: int | None = None) -> "Record":
+        """How it was before the run first went on from here: what it did from there on is about to be redone.
+
+        Args:
+            epoch: completed ones.
+            step: optimizer steps taken; None: those of these epochs.
+        """
+        flags, kept = dict(self.flags), []
         for entry in reversed(self.history):
-            if entry["epoch"] >= epoch:
-                flags |= {name: before for name, (before, _) in entry["changed"].items()}
-        return Record(flags, [entry for entry in self.history if entry["epoch"] < epoch])
+            before = entry["epoch"] < epoch or (step is not None and entry["epoch"] == epoch and entry["step"] < step)
+            if before:
+                kept.insert(0, entry)
+            else:
+                flags |= {name: value for name, (value, _) in entry["changed"].items()}
+        return Record(flags, kept)
 
     def changes(self, flags: Mapping[str, Any]) -> dict[str, list]:
         """[value before, value now] of the flags that differ, bookkeeping aside; those that only one side knows do not

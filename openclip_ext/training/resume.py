@@ -82,7 +82,7 @@ def find_resumed(config: RunConfig, folder: str | None, accelerator: Accelerator
             raise UserError(f"--resume {path}: is damaged ({fault}); give an older checkpoint, or a whole copy of it")
     run = os.path.dirname(os.path.dirname(os.path.abspath(path)))
     record = _of_first_rank(read_record(run) if accelerator.is_main_process else None, accelerator)
-    return Resumed(checkpoint, record and record.as_of(checkpoint.epoch), remarks)
+    return Resumed(checkpoint, record and record.as_of(checkpoint.epoch, checkpoint.step), remarks)
 
 
 def _newest_whole(paths: Sequence[str]) -> tuple[str | None, tuple[str, ...], str | None]:

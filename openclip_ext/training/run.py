@@ -11,7 +11,7 @@ from openclip_ext import upstream
 from openclip_ext.data.listing import ShardListing
 from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.during_training import Evaluator
-from openclip_ext.files import Rows
+from openclip_ext.files import Rows, keep_rows
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.training.accelerator import choose_precision, make_accelerator
 from openclip_ext.training.average import WeightAverage
@@ -73,9 +73,8 @@ def _train(
     if data is None:
         return _evaluate_only(config, accelerator, model, evaluator, checkpoint)
     trainer, remarks = build_trainer(config, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
-    start = checkpoint.epoch if checkpoint else 0
     new_memory = not (resumed and resumed.has_loss_state)
-    record = _record(config, resumed, start * trainer.steps_per_epoch, remarks)
+    record = _record(config, resumed, trainer.clock.step, remarks)
     remarks += resumed.remarks if resumed else ()
     keeper = Keeper(config, trainer, folder, checkpoint.content.get("best") if checkpoint else None) if folder else None
     if checkpoint:
@@ -84,9 +83,9 @@ def _train(
         remarks.append(f"--resume {config.resume}: no checkpoint of this run yet: it starts from the beginning")
     with _Run(config, trainer, folder, record) as run:
         run.say_start(data, checkpoint, remarks)
-        if config.warm_start_pass and new_memory and start < config.epochs:
+        if config.warm_start_pass and new_memory and trainer.clock.epoch < config.epochs:
             run.warm_start()
-        return run.epochs(start, evaluator, keeper)
+        return run.epochs(evaluator, keeper)
 
 
 class _Run:
@@ -95,6 +94,7 @@ class _Run:
     def __init__(self, config: RunConfig, trainer: Trainer, folder: str | None, record: Record) -> None:
         self.record = record
         self.config, self.trainer, self.accelerator = config, trainer, trainer.accelerator
+        self.clock = trainer.clock
         self.main = self.accelerator.is_main_process
         self.run_folder = folder
         self.folder = folder if self.main else None  # where this rank writes
@@ -117,6 +117,7 @@ class _Run:
         if self.folder:
             self._before = entries(self.folder)
             _make_folder(config, self.folder, self.record)
+            self._drop_rows_to_come()
         start_logging(self._log_path(), console=self.main, debug=config.debug)
         if self.folder and config.remote_sync:
             assert config.name is not None  # where there is a folder
@@ -135,6 +136,17 @@ class _Run:
             remove_new_entries(self.folder, self._before)
         if kind is None:  # ends trackers and the process group; after an error other ranks may not come here
             self.accelerator.end_training()
+
+    def _drop_rows_to_come(self) -> None:
+        """Of a run that went on from here before: so each step has one row."""
+
+        def before(row: dict) -> bool:
+            done = row["epoch"] <= self.clock.epoch  # of evaluations, completed epochs
+            return row["step"] < self.clock.step if "kind" not in row and "step" in row else done
+
+        assert self.folder is not None
+        for name in (METRICS, RESULTS):
+            keep_rows(os.path.join(self.folder, name), before)
 
     def _log_path(self) -> str | None:
         """One file for the run, or with `--log-local` one per machine."""
@@ -158,10 +170,11 @@ class _Run:
         if self.accelerator.is_fsdp2:
             logger.info("parameters, gradients and the optimizer's state are sharded (FSDP)")
         logger.info("loss %s over %s; %s of %s per epoch, %s",
-                    config.loss, counted(data.size, "sample"), counted(trainer.steps_per_epoch, "step"),
+                    config.loss, counted(data.size, "sample"), counted(self.clock.steps_per_epoch, "step"),
                     counted(self._pairs_per_step, "pair"), counted(config.epochs, "epoch"))  # fmt: skip
         if checkpoint:
-            logger.info("resumed from %s after epoch %d", checkpoint.path, checkpoint.epoch)
+            within = f" and {counted(self.clock.index, 'step')}" if self.clock.index else ""
+            logger.info("resumed from %s after epoch %d%s", checkpoint.path, checkpoint.epoch, within)
         for remark in remarks:
             logger.warning(remark)
 
@@ -181,17 +194,19 @@ class _Run:
     def _report_skips(self, skipped: list[tuple[str, str, int]], when: str) -> None:
         report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, when)
 
-    def epochs(self, start: int, evaluator: Evaluator, keeper: Keeper | None) -> dict[str, float]:
-        """Train from epoch `start` to the last; the metrics of the last evaluation."""
+    def epochs(self, evaluator: Evaluator, keeper: Keeper | None) -> dict[str, float]:
+        """Train to the last epoch; the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
-        if start >= self.config.epochs:
+        clock = self.clock
+        if clock.epoch >= self.config.epochs:
             logger.warning("nothing to train: the checkpoint has %s and --epochs is %d",
-                           counted(start, "epoch"), self.config.epochs)  # fmt: skip
-        for epoch in range(start, self.config.epochs):
-            self._epoch(epoch)
-            done, last = epoch + 1, epoch + 1 == self.config.epochs
+                           counted(clock.epoch, "epoch"), self.config.epochs)  # fmt: skip
+        while clock.epoch < self.config.epochs:
+            self._steps(keeper)
+            done, last = clock.epoch + 1, clock.epoch + 1 == self.config.epochs
             measured = self._evaluate(evaluator, done, last) if evaluator.due(done, last) else {}
             metrics = measured or metrics
+            clock.end_epoch()
             if keeper:
                 keeper.keep(done, last, measured)
             self.accelerator.wait_for_everyone()
@@ -200,17 +215,19 @@ class _Run:
     def _evaluate(self, evaluator: Evaluator, epoch: int, last: bool) -> dict[str, float]:
         """Metrics after `epoch` completed epochs; they go to the logs too."""
         metrics = evaluate(evaluator, self.trainer.paired, epoch, last, self.trainer.average)
-        steps = epoch * self.trainer.steps_per_epoch
         if self.folder:
             self._append(RESULTS, {"epoch": epoch, **metrics})
-            self._append(METRICS, {"kind": "validation", "step": steps, "epoch": epoch, **metrics})
-        self._track("val", metrics, steps)
+            self._append(METRICS, {"kind": "validation", "step": self.clock.step, "epoch": epoch, **metrics})
+        self._track("val", metrics, self.clock.step)
         return metrics
 
-    def _epoch(self, epoch: int) -> None:
+    def _steps(self, keeper: Keeper | None) -> None:
+        """Those that are left of the epoch."""
+        clock, every = self.clock, self.config.save_every_steps
         log = EpochLog(
-            epoch=epoch,
-            steps=self.trainer.steps_per_epoch,
+            epoch=clock.epoch,
+            steps=clock.steps_per_epoch,
+            done=clock.index,
             samples_per_step=self._pairs_per_step,
             epochs=self.config.epochs,
             every=self.config.log_every_n_steps,
@@ -218,10 +235,12 @@ class _Run:
             show=self.main,
         )
         try:
-            skipped = self.trainer.train_epoch(epoch, log)
+            for _ in self.trainer.steps(log):
+                if keeper and every and clock.step % every == 0:
+                    keeper.keep_step()
         finally:
             log.close()
-        self._report_skips(skipped, f"epoch {epoch + 1}")
+        self._report_skips(clock.skipped, f"epoch {clock.epoch + 1}")
         if self.trainer.hash_ids and self.trainer.hash_ids.collisions:
             visits = counted(self.trainer.hash_ids.collisions, "visit")
             logger.warning(

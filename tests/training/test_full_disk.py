@@ -102,13 +102,13 @@ def test_rows_that_a_full_disk_does_not_take_are_written_later(tmp_path):
 
 
 def test_a_run_goes_on_while_its_logs_cannot_be_written(train_flags, tmp_path, capsys, monkeypatch):
-    real = run.Trainer.train_epoch
+    real = run.Trainer.steps
 
-    def on_a_full_disk(self, epoch, log):
-        with full_disk(500) if epoch == 1 else contextlib.nullcontext():
-            return real(self, epoch, log)
+    def on_a_full_disk(self, log):
+        with full_disk(500) if self.clock.epoch == 1 else contextlib.nullcontext():
+            yield from real(self, log)
 
-    monkeypatch.setattr(run.Trainer, "train_epoch", on_a_full_disk)
+    monkeypatch.setattr(run.Trainer, "steps", on_a_full_disk)
     assert main(train_flags("--epochs", 3)) == 0
     errors = capsys.readouterr().err
     assert errors.count("metrics.jsonl: cannot be written (File too large); its rows wait in memory") == 1

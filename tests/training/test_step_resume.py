@@ -1,0 +1,136 @@
+"""Going on from within an epoch: as if the run had not stopped, bit for bit."""
+
+import json
+import shutil
+
+import open_clip
+import pytest
+import torch
+
+from launching import launch
+from openclip_ext.cli import main
+from openclip_ext.data import passes
+from ours import LOSSES
+
+#: What a resumed run measures anew.
+_TIMES = {"samples_per_second"}
+
+
+def checkpoint(tmp_path, name, file):
+    return torch.load(tmp_path / "logs" / name / "checkpoints" / f"{file}.pt", weights_only=True)
+
+
+def rows(tmp_path, name):
+    lines = (tmp_path / "logs" / name / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in _TIMES} for line in lines]
+
+
+def stopped_copy(tmp_path, file, name="again"):
+    """A copy of the run `whole` as a kill after this checkpoint leaves it; its log may have gone on."""
+    logs = tmp_path / "logs"
+    shutil.rmtree(logs / name, ignore_errors=True)
+    shutil.copytree(logs / "whole", logs / name)
+    time = (logs / "whole" / "checkpoints" / f"{file}.pt").stat().st_mtime_ns
+    for path in (logs / name / "checkpoints").glob("*.pt"):
+        if path.stat().st_mtime_ns > time:
+            path.unlink()
+
+
+def differing(found, expected, path=""):
+    """Where two checkpoints differ, if only in a bit."""
+    if isinstance(expected, dict) and found.keys() == expected.keys():
+        return [where for key in expected for where in differing(found[key], expected[key], f"{path}/{key}")]
+    if isinstance(expected, list | tuple) and len(found) == len(expected):
+        pairs = enumerate(zip(found, expected, strict=True))
+        return [where for number, pair in pairs for where in differing(*pair, f"{path}/{number}")]
+    if isinstance(expected, torch.Tensor):
+        same = found.dtype == expected.dtype and torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+        return [] if same and torch.equal(found.isnan(), expected.isnan()) else [path]
+    return [] if found == expected else [path]
+
+
+def assert_equal(tmp_path, name, file):
+    """The run's checkpoint and its metrics equal those of `whole`."""
+    found, expected = (checkpoint(tmp_path, run, file) for run in (name, "whole"))
+    assert differing(found, expected | {"name": name}) == []
+    assert rows(tmp_path, name) == rows(tmp_path, "whole")
+
+
+def check_resumes(train_flags, tmp_path, flags, steps, epochs=1, per_epoch=8):
+    """Train once, and again from each of `steps`."""
+    flags = ("--epochs", epochs, *flags)
+    saving = ("--save-every-steps", 1, "--keep-last", 0)
+    assert main(train_flags(*flags, *saving, "--name", "whole")) == 0
+    for step in steps:
+        stopped_copy(tmp_path, f"epoch_{(step - 1) // per_epoch}_step_{step}")
+        assert main(train_flags(*flags, "--name", "again", "--resume", "latest")) == 0
+        assert_equal(tmp_path, "again", f"epoch_{epochs}")
+
+
+#: So slow that recent pairs stay fresh, and checked so often that a check is under way at any time.
+RECENT = ("--recent-batches", 4, "--recent-check", 1, "--lr", 1e-5)
+TERMS = ("feature_separation=0.5", "brownian_bridge=0:0.25", "geometric_consistency=0.02", "caption_words=0.1")
+RUNS = {
+    "clip": ("--ema", 0.9, "--force-patch-dropout", 0.5, "--accum-freq", 2, "--batch-size", 16, "--grad-clip-norm", 1),
+    "siglip": ("--lora", "r=2,dropout=0.5", "--dataset-resampled"),
+    "dcl": ("--pairs", "views", "--momentum-encoder", 0.9, *RECENT),
+    "batch_corrected": (*RECENT, "--accum-freq", 2, "--batch-size", 16),
+    "sogclr": ("--sample-id", "hash", "--view-aug", "auto"),
+    "gamma_decomp": (*RECENT, "--loss-arg", "draws=2", *(word for term in TERMS for word in ("--loss-term", term))),
+    "emc2": (*RECENT, "--loss-arg", "kernel=mh"),
+}
+
+
+def test_every_loss_is_here():
+    assert sorted(RUNS) == LOSSES
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_goes_on_with_all_that_it_and_the_model_remember(train_flags, tmp_path, monkeypatch, loss):
+    monkeypatch.setattr(passes, "SAMPLE_BUFFER", (40, 20))
+    check_resumes(train_flags, tmp_path, ("--loss", loss, "--aug-cfg", "scale=(0.5,1.0)", *RUNS[loss]), [3])
+    if "--recent-batches" in RUNS[loss]:
+        kept = [checkpoint(tmp_path, "whole", f"epoch_0_step_{step}")["clock"]["ranks"][0] for step in (3, 5)]
+        assert all(rank["kept_inputs"] for rank in kept)
+        assert rows(tmp_path, "whole")[-1]["recent_batches_used"] == 4
+
+
+def test_a_table_goes_on(train_flags, tmp_path, pairs):
+    lines = ["filepath,title"]
+    for number, (image, caption) in enumerate(pairs[:100]):
+        (tmp_path / f"{number}.png").write_bytes(image)
+        lines.append(f"{number}.png,{caption}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    data = ("--train-data", tmp_path / "pairs.csv", "--batch-size", 16, "--csv-img-key", "filepath")
+    check_resumes(train_flags, tmp_path, ("--loss", "gamma_decomp", *data), [4, 9], epochs=2, per_epoch=6)
+
+
+def test_two_processes_go_on(train_flags, tmp_path):
+    flags = ("--loss", "dcl", "--workers", 1, "--batch-size", 16, "--precision", "fp32", *RECENT)
+    saving = ("--save-every-steps", 5, "--keep-last", 0)
+    for extra in ((*saving, "--name", "whole"), ("--name", "again", "--resume", "latest")):
+        finished = launch("torchrun", train_flags(*flags, *extra))
+        assert finished.returncode == 0, finished.stderr
+        if "whole" in extra:
+            stopped_copy(tmp_path, "epoch_0_step_5")
+    assert_equal(tmp_path, "again", "epoch_1")
+    kept = [
+        rank["kept_inputs"][0]["image"] for rank in checkpoint(tmp_path, "whole", "epoch_0_step_5")["clock"]["ranks"]
+    ]
+    assert len(kept) == 2 and not torch.equal(*kept)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_goes_on_with_and_without_data_workers(train_flags, tmp_path, workers, val_shards, monkeypatch):
+    monkeypatch.setattr(passes, "SAMPLE_BUFFER", (40, 20))
+    flags = ("--loss", "gamma_decomp", "--workers", workers, "--aug-cfg", "scale=(0.5,1.0)", "--val-data", val_shards)
+    check_resumes(train_flags, tmp_path, flags, [3, 8, 11], epochs=2)
+
+
+def test_a_checkpoint_from_within_an_epoch_loads_in_openclip(train_flags, tmp_path):
+    assert main(train_flags("--epochs", 2, "--save-every-steps", 11)) == 0
+    path = tmp_path / "logs" / "run" / "checkpoints" / "epoch_1_step_11.pt"
+    content = torch.load(path, weights_only=True)
+    assert content["epoch"] == 1 and content["clock"]["step"] == 11
+    model = open_clip.create_model("tiny-test", pretrained=str(path))
+    torch.testing.assert_close(model.state_dict(), content["state_dict"])
