@@ -4,12 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from openclip_ext import upstream
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.errors import UserError
-from openclip_ext.files import atomic, load_tensors
+from openclip_ext.files import load_tensors, save_tensors
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.lora import Adapters
@@ -43,6 +41,9 @@ def save_checkpoint(
     begun); and `notes`, plain values under their own keys, such as `loss_name`.
 
     A sharded model is gathered, so all ranks call this; those that write nothing pass None for `path`.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
     """
     keep = path is not None
     optimizer_state = sharding.whole(optimizer.state_dict(), keep)
@@ -66,8 +67,7 @@ def save_checkpoint(
         content["momentum_encoder"] = momentum_encoder.state_dict()
     if loss_optimizer is not None:
         content["loss_optimizer"] = loss_optimizer
-    with atomic(path) as partial:
-        torch.save(content, partial)
+    save_tensors(content, path)
 
 
 def _weights(model, average: WeightAverage | None, adapters: Adapters | None, distributed: bool, keep: bool) -> dict:

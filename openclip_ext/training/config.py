@@ -100,6 +100,7 @@ class RunConfig:
     dist_url: str | None
     dist_backend: str | None
     ddp_static_graph: bool
+    rank_timeout: float = 300.0
 
     # what is kept
     name: str | None

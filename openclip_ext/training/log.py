@@ -1,8 +1,8 @@
 """What a run says: a line for every so many steps, progress on a terminal, and a JSONL file with every scalar."""
 
 import collections
+import contextlib
 import datetime
-import json
 import logging
 import math
 import os
@@ -25,6 +25,17 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """Goes without lines that a full disk does not take: training goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: Python would print a traceback for each."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
     """Send this package's log to the console and to a file, each if wanted."""
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -38,7 +49,7 @@ def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
             terminal.addFilter(lambda record: record.name != step_logger.name)
         logger.addHandler(terminal)
     if path:
-        handler = logging.FileHandler(path)
+        handler = _LogFile(path)
         handler.setFormatter(
             logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%Y-%m-%d,%H:%M:%S")
         )
@@ -138,15 +149,6 @@ class EpochLog:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def append_json(path: str, row: dict) -> None:
-    """Add one line to a JSONL file. Values that JSON has no word for (NaN, infinity) become null."""
-    clean = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-    }
-    with open(path, "a") as file:
-        file.write(json.dumps(clean) + "\n")
 
 
 def report_skips(rows: list[tuple[str, str, int]], when: str) -> None:

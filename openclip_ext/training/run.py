@@ -11,20 +11,20 @@ from accelerate.utils import gather_object
 
 from openclip_ext import upstream
 from openclip_ext.data.listing import ShardListing
-from openclip_ext.errors import counted
+from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.during_training import Evaluator
-from openclip_ext.files import keep_rows
+from openclip_ext.files import Rows, keep_rows
+from openclip_ext.losses import ObjectivePlan
 from openclip_ext.training.accelerator import choose_precision, make_accelerator
-from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.build import build_trainer, seed_all
 from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import TrainingData, require_sizes, training_data
-from openclip_ext.training.evaluator import make_evaluator
+from openclip_ext.training.evaluator import evaluate, evaluate_only, make_evaluator
 from openclip_ext.training.folder import choose_name, entries, make_run_folder, remove_new_entries, run_folder
 from openclip_ext.training.keep import Keeper, require_metric
 from openclip_ext.training.learning_rates import describe
-from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
+from openclip_ext.training.log import EpochLog, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.objective import plan_objective
 from openclip_ext.training.record import Record
@@ -32,6 +32,7 @@ from openclip_ext.training.resume import Resumed, find_resumed, say_changes
 from openclip_ext.training.stopping import GO_ON, Stop
 from openclip_ext.training.stopping import describe as describe_stop
 from openclip_ext.training.warm_start import warm_start_pass
+from openclip_ext.training.watch import watched
 
 METRICS, RESULTS = "metrics.jsonl", os.path.join("checkpoints", "results.jsonl")
 
@@ -51,6 +52,14 @@ def train(config: RunConfig) -> dict[str, float]:
         upstream.register_model_config(config.model_config)
     config = config.decided(precision=choose_precision(config))
     accelerator = make_accelerator(config)
+    with watched(accelerator.process_index, accelerator.num_processes, config.rank_timeout):
+        return _train(config, plan, data, accelerator)
+
+
+def _train(
+    config: RunConfig, plan: ObjectivePlan, data: TrainingData | None, accelerator: Accelerator
+) -> dict[str, float]:
+    """The same, once processes know of each other."""
     config = config.decided(name=choose_name(config, accelerator))
     folder = run_folder(config, accelerator)
     resumed = find_resumed(config, folder, accelerator)
@@ -67,10 +76,11 @@ def train(config: RunConfig) -> dict[str, float]:
     evaluator = make_evaluator(config, accelerator, tokenizer, eval_transform)
     checkpoint = resumed.checkpoint if resumed else None
     if data is None:
-        return _evaluate_only(config, accelerator, model, evaluator, checkpoint)
+        return evaluate_only(config, accelerator, model, evaluator, checkpoint)
     trainer, remarks = build_trainer(config, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
     new_memory = not (resumed and resumed.has_loss_state)
     record = _record(config, resumed, trainer.clock.step, remarks)
+    remarks += resumed.remarks if resumed else ()
     keeper = Keeper(config, trainer, folder, checkpoint.content.get("best") if checkpoint else None) if folder else None
     if checkpoint:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
@@ -100,6 +110,8 @@ class _Run:
         self._finish_sync = None
         self._began = False
         self._before: set[str] | None = None
+        self._rows: dict[str, Rows] = {}
+        self._full: set[str] = set()  # files whose rows wait
 
     def __enter__(self) -> "_Run":
         try:
@@ -214,7 +226,7 @@ class _Run:
     def _say_stop(self, keeper: Keeper | None) -> None:
         """Keep a checkpoint and say how to go on."""
         if keeper:
-            go_on = f"kept as {keeper.keep_step()}; to go on, give the same command with --resume latest"
+            go_on = f"kept as {keeper.keep_step(last=True)}; to go on, give the same command with --resume latest"
         else:
             go_on = "nothing is kept, with --logs none"
         logger.warning("stopped by %s after step %d of %d; %s", describe_stop(self.trainer.stop_reason),
@@ -224,8 +236,8 @@ class _Run:
         """Metrics after `epoch` completed epochs; they go to the logs too."""
         metrics = evaluate(evaluator, self.trainer.paired, epoch, last, self.trainer.average)
         if self.folder:
-            append_json(os.path.join(self.folder, RESULTS), {"epoch": epoch, **metrics})
-            self._append({"kind": "validation", "step": self.clock.step, "epoch": epoch, **metrics})
+            self._append(RESULTS, {"epoch": epoch, **metrics})
+            self._append(METRICS, {"kind": "validation", "step": self.clock.step, "epoch": epoch, **metrics})
         self._track("val", metrics, self.clock.step)
         return metrics
 
@@ -259,12 +271,19 @@ class _Run:
 
     def _write_row(self, row: dict) -> None:
         self._began = True
-        self._append(row)
+        self._append(METRICS, row)
         self._track("train", row, row["step"])
 
-    def _append(self, row: dict) -> None:
+    def _append(self, name: str, row: dict) -> None:
+        """Add a row to a file of the run; where the disk is full, it waits in memory for the next one."""
         assert self.folder is not None
-        append_json(os.path.join(self.folder, METRICS), row)
+        rows = self._rows.setdefault(name, Rows(os.path.join(self.folder, name)))
+        error = rows.append(row)
+        if error and name not in self._full:
+            logger.error("%s: cannot be written (%s); its rows wait in memory", rows.path, error.strerror)
+            self._full.add(name)
+        elif not error:
+            self._full.discard(name)
 
     def _track(self, prefix: str, values: dict, step: int) -> None:
         if self.config.report_to:
@@ -282,9 +301,14 @@ def _record(config: RunConfig, resumed: Resumed | None, steps: int, remarks: lis
 
 
 def _make_folder(config: RunConfig, folder: str, record: Record) -> None:
-    """Make the run's folder and write the record."""
+    """Make the run's folder and write the record. Raises UserError: that cannot be done."""
     make_run_folder(folder)
-    record.write(folder)
+    try:
+        record.write(folder)
+    except OSError as error:
+        raise UserError(
+            f"--logs: {folder} cannot be written to ({error.strerror}); make room, or give another"
+        ) from error
     if config.copy_codebase:
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         target = os.path.join(folder, "code", os.path.basename(package))
@@ -300,34 +324,3 @@ def _start_trackers(config: RunConfig, accelerator: Accelerator, folder: str) ->
     accelerator.init_trackers(
         "tensorboard" if config.report_to == "tensorboard" else config.wandb_project_name, flags, {"wandb": wandb}
     )
-
-
-def _evaluate_only(
-    config: RunConfig, accelerator, model, evaluator: Evaluator, checkpoint: Checkpoint | None
-) -> dict[str, float]:
-    """Without training data: score the model, as OpenCLIP does, and with `--ema` the average in the checkpoint."""
-    if checkpoint:
-        checkpoint.restore_model(model, config.model)
-    average = None if config.ema is None else WeightAverage(model, config.ema)
-    remarks = checkpoint.restore_average(average) if checkpoint else []
-    start_logging(None, console=accelerator.is_main_process, debug=config.debug)
-    try:
-        for remark in remarks:
-            logger.warning("--resume %s: %s", config.resume, remark)
-        return evaluate(evaluator, model, checkpoint.epoch if checkpoint else 0, True, average)
-    finally:
-        stop_logging()
-
-
-def evaluate(
-    evaluator: Evaluator, model, epoch: int, last: bool, average: WeightAverage | None = None
-) -> dict[str, float]:
-    """Metrics of the model, and with `ema-` before their names those of the average of its weights."""
-    metrics = evaluator.evaluate(model, epoch, last)
-    report_skips(evaluator.skipped, "validation")
-    if average is not None:
-        with average.applied():
-            metrics |= {f"ema-{name}": value for name, value in evaluator.evaluate(model, epoch, last).items()}
-    shown = {name: value for name, value in metrics.items() if name.endswith(("R@1", "-top1", "clip_val_loss"))}
-    logger.info("after epoch %d: %s", epoch, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-    return metrics
