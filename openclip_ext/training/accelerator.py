@@ -109,6 +109,19 @@ def _trackers(report_to: str) -> list[str]:
     return wanted
 
 
+def start_trackers(config: RunConfig, accelerator: Accelerator, folder: str, step: int) -> None:
+    """TensorBoard below the run's folder, Weights & Biases under OpenCLIP's names; they are told from `step` on."""
+    accelerator.project_configuration.logging_dir = folder
+    resume = "auto" if config.resume == "latest" else None
+    wandb = {"name": config.name, "id": config.name, "notes": config.wandb_notes, "resume": resume}
+    flags = {name: value for name, value in vars(config.flags).items() if isinstance(value, int | float | str | bool)}
+    accelerator.init_trackers(
+        "tensorboard" if config.report_to == "tensorboard" else config.wandb_project_name,
+        flags,
+        {"wandb": wandb, "tensorboard": {"purge_step": step or None}},
+    )
+
+
 def _take_over_accumulation(config: RunConfig) -> None:
     """Raises UserError: Accelerate is configured for another number of accumulation steps."""
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")

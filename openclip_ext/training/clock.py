@@ -107,6 +107,5 @@ class Clock:
 
 def start_of(state: dict[str, Any] | None) -> Start | None:
     """Where the data of a run goes on that kept this state; None: where an epoch begins."""
-    if state is None or not state["position"]["batches"]:
-        return None
-    return Start(state["epoch"], Position.from_state_dict(state["position"]))
+    position = state and Position.from_state_dict(state["position"])
+    return Start(state["epoch"], position) if position and position.samples else None

@@ -26,6 +26,7 @@ from openclip_ext.training.encode_again import KeptInputs
 from openclip_ext.training.image_only import MomentumEncoder
 from openclip_ext.training.log import EpochLog
 from openclip_ext.training.lora import Adapters
+from openclip_ext.training.replay import random_state, replayed
 from openclip_ext.training.stopping import GO_ON, Stop
 
 MAX_SKIPPED_STEPS = 100
@@ -177,7 +178,7 @@ class Trainer:
         """
         random_states, parts = [], []
         for batch in batches:
-            random_states.append(_random_state(self.accelerator.device))
+            random_states.append(random_state(self.accelerator.device))
             with torch.no_grad():
                 parts.append(self.model(**model_inputs(batch)))
         leaves = {key: value.detach().clone() for key, value in concatenated(parts).items()}
@@ -191,7 +192,7 @@ class Trainer:
             last = number == len(batches) - 1
             # Gradients of a sharded model are averaged with every part: to wait with them takes room for all of them.
             average = last or self.accelerator.is_fsdp2
-            with contextlib.nullcontext() if average else self.accelerator.no_sync(self.model), _replayed(state):
+            with contextlib.nullcontext() if average else self.accelerator.no_sync(self.model), replayed(state):
                 again = self.model(**model_inputs(batch))
                 pairs = [(again[key], gradient[number]) for key, gradient in gradients.items()]
                 if last:  # scalars belong to no part
@@ -283,24 +284,3 @@ def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Per-sample tensors of several batches as one; of scalars, which are equal, the last."""
     keys = [key for key, value in parts[0].items() if value is not None]
     return {key: torch.cat([part[key] for part in parts]) if parts[0][key].ndim else parts[-1][key] for key in keys}
-
-
-def _random_state(device: torch.device) -> tuple:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def _replayed(state: tuple) -> Iterator[None]:
-    """Random draws as they were at `state`, and afterwards as if nothing had been drawn here."""
-    now = _random_state(torch.device("cuda") if state[1] is not None else torch.device("cpu"))
-    _set_random_state(state)
-    try:
-        yield
-    finally:
-        _set_random_state(now)
-
-
-def _set_random_state(state: tuple) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])

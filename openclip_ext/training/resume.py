@@ -106,6 +106,16 @@ def _of_first_rank(value: Any, accelerator: Accelerator) -> Any:
     return value
 
 
+def new_record(config: RunConfig, resumed: Resumed | None, steps: int, remarks: list[str]) -> Record:
+    """The flags of now, and what changed since the run that is resumed, which is added to the remarks."""
+    flags = vars(config.flags)
+    history = resumed.record.history if resumed and resumed.record else []
+    if resumed and (changed := resumed.changes(flags)):
+        remarks += say_changes(config.resume, changed)
+        history = [*history, {"epoch": resumed.checkpoint.epoch, "step": steps, "changed": changed}]
+    return Record(flags, history)
+
+
 def say_changes(resume: str | None, changed: dict[str, list]) -> list[str]:
     """A line for the log for each flag that changed."""
     return [f"--resume {resume}: {name} was {_shown(old)}, is {_shown(new)}" for name, (old, new) in changed.items()]

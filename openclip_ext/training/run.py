@@ -15,7 +15,7 @@ from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.files import Rows, keep_rows
 from openclip_ext.losses import ObjectivePlan
-from openclip_ext.training.accelerator import choose_precision, make_accelerator
+from openclip_ext.training.accelerator import choose_precision, make_accelerator, start_trackers
 from openclip_ext.training.build import build_trainer, seed_all
 from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.config import RunConfig
@@ -28,7 +28,7 @@ from openclip_ext.training.log import EpochLog, logger, report_skips, start_logg
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.objective import plan_objective
 from openclip_ext.training.record import Record
-from openclip_ext.training.resume import Resumed, find_resumed, say_changes
+from openclip_ext.training.resume import find_resumed, new_record
 from openclip_ext.training.stopping import GO_ON, Stop
 from openclip_ext.training.stopping import describe as describe_stop
 from openclip_ext.training.warm_start import warm_start_pass
@@ -44,7 +44,6 @@ def train(config: RunConfig) -> dict[str, float]:
         UserError: see each flag. Nothing has been written then, unless it came up during training.
         KeyboardInterrupt: SIGINT ended it, after a checkpoint was kept.
     """
-    stop = Stop(config.max_minutes)
     require_metric(config)
     plan = plan_objective(config)
     data = training_data(config, plan)
@@ -60,6 +59,7 @@ def _train(
     config: RunConfig, plan: ObjectivePlan, data: TrainingData | None, accelerator: Accelerator
 ) -> dict[str, float]:
     """The same, once processes know of each other."""
+    stop = Stop(config.max_minutes)
     config = config.decided(name=choose_name(config, accelerator))
     folder = run_folder(config, accelerator)
     resumed = find_resumed(config, folder, accelerator)
@@ -79,7 +79,7 @@ def _train(
         return evaluate_only(config, accelerator, model, evaluator, checkpoint)
     trainer, remarks = build_trainer(config, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
     new_memory = not (resumed and resumed.has_loss_state)
-    record = _record(config, resumed, trainer.clock.step, remarks)
+    record = new_record(config, resumed, trainer.clock.step, remarks)
     remarks += resumed.remarks if resumed else ()
     keeper = Keeper(config, trainer, folder, checkpoint.content.get("best") if checkpoint else None) if folder else None
     if checkpoint:
@@ -135,7 +135,7 @@ class _Run:
                 self.folder, remote, config.remote_sync_protocol, config.remote_sync_frequency
             )
         if config.report_to and self.folder:
-            _start_trackers(config, self.accelerator, self.folder)
+            start_trackers(config, self.accelerator, self.folder, self.clock.step)
 
     def __exit__(self, kind, *exception) -> None:
         if self._finish_sync:
@@ -290,16 +290,6 @@ class _Run:
             self.accelerator.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
 
 
-def _record(config: RunConfig, resumed: Resumed | None, steps: int, remarks: list[str]) -> Record:
-    """The flags of now, and what changed since the run that is resumed, which is added to the remarks."""
-    flags = vars(config.flags)
-    history = resumed.record.history if resumed and resumed.record else []
-    if resumed and (changed := resumed.changes(flags)):
-        remarks += say_changes(config.resume, changed)
-        history = [*history, {"epoch": resumed.checkpoint.epoch, "step": steps, "changed": changed}]
-    return Record(flags, history)
-
-
 def _make_folder(config: RunConfig, folder: str, record: Record) -> None:
     """Make the run's folder and write the record. Raises UserError: that cannot be done."""
     make_run_folder(folder)
@@ -313,14 +303,3 @@ def _make_folder(config: RunConfig, folder: str, record: Record) -> None:
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         target = os.path.join(folder, "code", os.path.basename(package))
         shutil.copytree(package, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-
-
-def _start_trackers(config: RunConfig, accelerator: Accelerator, folder: str) -> None:
-    """TensorBoard below the run's folder, Weights & Biases under OpenCLIP's names."""
-    accelerator.project_configuration.logging_dir = folder
-    resume = "auto" if config.resume == "latest" else None
-    wandb = {"name": config.name, "id": config.name, "notes": config.wandb_notes, "resume": resume}
-    flags = {name: value for name, value in vars(config.flags).items() if isinstance(value, int | float | str | bool)}
-    accelerator.init_trackers(
-        "tensorboard" if config.report_to == "tensorboard" else config.wandb_project_name, flags, {"wandb": wandb}
-    )

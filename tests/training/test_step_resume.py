@@ -142,6 +142,25 @@ def test_a_checkpoint_from_within_an_epoch_loads_in_openclip(train_flags, tmp_pa
     torch.testing.assert_close(model.state_dict(), content["state_dict"])
 
 
+def test_a_run_goes_on_with_another_batch_size_and_number_of_workers(train_flags, tmp_path):
+    """From the same number of samples on, each of which comes once in an epoch."""
+    flags = ("--loss", "sogclr", "--epochs", 2, "--warmup", 0)
+    assert main(train_flags(*flags, "--batch-size", 16, "--workers", 2, "--save-every-steps", 6, "--epochs", 1)) == 0
+    (tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt").unlink()
+    (tmp_path / "logs" / "run" / "checkpoints" / "epoch_0_step_12.pt").unlink()
+    assert main(train_flags(*flags, "--batch-size", 32, "--resume", "latest")) == 0
+    log = (tmp_path / "logs" / "run" / "out.log").read_text()
+    assert (
+        "--resume latest: epoch 1 was begun by 1 process x 2 workers x batch 16, and goes on with 1 process x 1 worker "
+        "x batch 32: of 160 samples left, 0 do not come, and 0 come again"
+    ) in log
+    assert "epoch_0_step_6.pt after epoch 0 and 3 steps" in log
+    found = rows(tmp_path, "run")
+    assert [row["step"] for row in found] == list(range(16))
+    # Each sample was visited once in the first epoch, before or after the stop.
+    assert all(row["first_visits"] == 1 for row in found[:8]) and all(row["first_visits"] == 0 for row in found[8:])
+
+
 @pytest.fixture
 def signalled(monkeypatch):
     """A function that lets a signal come in the optimizer step of a run that ends next, and maybe others with it."""
