@@ -55,6 +55,11 @@ class ShardListing:
         return range(self.offsets[url], self.offsets[url] + max(size, 1))
 
     @functools.cached_property
+    def number_of(self) -> dict[str, int]:
+        """Positions of shards in the listing."""
+        return {url: number for number, url in enumerate(self.urls)}
+
+    @functools.cached_property
     def size_of(self) -> dict[str, int]:
         return dict(zip(self.urls, self.sizes or (), strict=False))
 

@@ -67,7 +67,8 @@ class TrainStream(IterableDataset):
     """Batches of one epoch: dicts of `image` (B, 3, H, W), `text` (B, L), and `skipped`; no `text` without
     captions.
 
-    If asked for, they hold second views, `image_aug` and `text_aug`, and `sample_ids` (B,). `skipped` lists (kind,
+    If asked for, they hold second views, `image_aug` and `text_aug`, and `sample_ids` (B,). `origins` (B, 2) are the
+    number of a sample's shard in the listing, and its position there. `skipped` lists (kind,
     shard, count) of what could not be used since the last batch, each fault once per epoch and worker. `place` is what
     `Position.advance` takes. A worker whose shards hold no full batch yields `{"error": message}`. Batches are always
     full; a worker that runs out starts over in another order, as in OpenCLIP.
@@ -164,13 +165,17 @@ class TrainStream(IterableDataset):
             if size is not None and ordinal >= size:
                 record(tar.MORE_SAMPLES, url, ordinal)
             yield sample | {"sample_id": ids[ordinal % len(ids)]}
-        if size is not None and ordinal + 1 < size:
-            record(tar.FEWER_SAMPLES, url, None)
+        for missing in range(ordinal + 1, size or 0):
+            record(tar.FEWER_SAMPLES, url, missing)
 
     def _decode(self, sample: dict, epoch: int, record: tar.Record) -> dict | None:
         """A training row, None where the sample cannot be used."""
         pair = _decoded(sample, self.config, record)
-        return pair and _with_id(self.config, pair, epoch, sample["sample_id"])
+        if pair is None:
+            return None
+        assert isinstance(self.config.source, ShardListing)
+        origin = self.config.source.number_of[sample["__url__"]], sample["__ordinal__"]
+        return _with_id(self.config, pair, epoch, sample["sample_id"], origin)
 
     def _no_batch(self, usable: int, skips: tar.Skips) -> str:
         assert isinstance(self.config.source, ShardListing)
@@ -214,7 +219,7 @@ class TableStream(Dataset):
             if not self.training:
                 return self.config.evaluation_row(*pair) | {"position": index}
             with contextlib.nullcontext() if get_worker_info() else random_state_kept():
-                return _with_id(self.config, pair, self._epoch.value, row)
+                return _with_id(self.config, pair, self._epoch.value, row, (0, row))
         if not self.training:
             return None
         raise UserError(f"{self._table.name}: none of its images can be opened")
@@ -277,7 +282,9 @@ def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Im
     return None if image is None or captions is None else (image, captions)
 
 
-def _with_id(config: StreamConfig, pair: tuple[Image.Image, list[str]], epoch: int, sample_id: int) -> dict:
+def _with_id(
+    config: StreamConfig, pair: tuple[Image.Image, list[str]], epoch: int, sample_id: int, origin: tuple[int, int]
+) -> dict:
     """A training row: a function of seed, epoch and sample, on whichever worker and rank it is made."""
-    row = config.training_row(*pair, seed=row_seed(config.seed, epoch, sample_id))
+    row = config.training_row(*pair, seed=row_seed(config.seed, epoch, sample_id)) | {"origins": origin}
     return row | {"sample_ids": sample_id} if config.sample_id else row

@@ -20,6 +20,7 @@ from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.clock import Clock, start_of
 from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import TrainingData, row_format
+from openclip_ext.training.faults import Faults
 from openclip_ext.training.image_only import SymmetricObjective, ViewsModel
 from openclip_ext.training.learning_rates import describe, scale_learning_rates, scaled
 from openclip_ext.training.loop import Trainer
@@ -76,6 +77,14 @@ def build_trainer(
         accum_freq=config.accum_freq,
         grad_clip_norm=config.grad_clip_norm,
         clock=clock,
+        faults=Faults(
+            source=data.source,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            samples=loader.num_samples,
+            max_skipped=config.max_skipped,
+            max_bad=config.max_bad,
+        ),
         teacher=upstream.create_teacher(config.flags, accelerator.device) if config.distill_model else None,
         hash_ids=hash_ids,
         momentum_encoder=momentum_encoder,

@@ -102,6 +102,10 @@ class RunConfig:
     ddp_static_graph: bool
     rank_timeout: float = 300.0
 
+    # what may go wrong
+    max_skipped: int = 100
+    max_bad: float | None = None
+
     # what is kept
     name: str | None
     logs: str | None

@@ -13,6 +13,7 @@ from openclip_ext.evaluation.tasks.zero_shot import (
 )
 from openclip_ext.options import Parser
 from openclip_ext.training.config import RunConfig, run_config
+from openclip_ext.training.fault_flags import add_fault_flags, require_fault_limits
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Stop after the step at which the run has taken M minutes, and keep a checkpoint to go on from, as after "
         "SIGTERM, SIGUSR1 or SIGINT.",
     )
-    _add_safety_flags(ours)
+    add_fault_flags(ours)
     _add_data_flags(ours)
     _add_image_flags(ours)
     zero_shot = parser.add_argument_group("added by openclip-ext for evaluation every --zeroshot-frequency epochs")
@@ -84,17 +85,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_classes_argument(zero_shot, "--imagenet-val and --imagenet-v2 must have all")
     _add_tuning_flags(parser.add_argument_group("added by openclip-ext for fine-tuning"))
     return parser
-
-
-def _add_safety_flags(ours) -> None:
-    ours.add_argument(
-        "--rank-timeout",
-        type=float,
-        default=300.0,
-        metavar="SECONDS",
-        help="End a process within this time after another one of the run has died, with a line that names it; 0: "
-        "wait. Default: %(default)g.",
-    )
 
 
 def _add_data_flags(ours) -> None:
@@ -230,8 +220,7 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
     for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
-    if not config.rank_timeout >= 0:
-        raise UserError(f"--rank-timeout {config.rank_timeout}: must be a number of seconds, or 0 to wait for ever")
+    require_fault_limits(config.rank_timeout, config.max_skipped, config.max_bad)
     if config.ddp_static_graph and config.accum_freq > 1:
         raise UserError("--ddp-static-graph: cannot be combined with --accum-freq; drop one")
     if config.save_every_steps is not None and config.save_every_steps < 1:

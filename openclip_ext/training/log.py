@@ -8,10 +8,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
+
+from openclip_ext.files import Rows
 
 logger = logging.getLogger("openclip_ext")
 #: Takes a line for every so many steps, which a terminal shows as a progress bar.
@@ -149,6 +152,25 @@ class EpochLog:
 
     def close(self) -> None:
         self._bar.close()
+
+
+class RowFiles:
+    """JSONL files of a run in its folder; rows that a full disk does not take wait in memory."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._rows: dict[str, Rows] = {}
+        self._waiting: set[str] = set()
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add a row to a file; that it has to wait is said once."""
+        rows = self._rows.setdefault(name, Rows(os.path.join(self._folder, name)))
+        error = rows.append(row)
+        if error and name not in self._waiting:
+            logger.error("%s: cannot be written (%s); its rows wait in memory", rows.path, error.strerror)
+            self._waiting.add(name)
+        elif not error:
+            self._waiting.discard(name)
 
 
 def report_skips(rows: list[tuple[str, str, int]], when: str) -> None:

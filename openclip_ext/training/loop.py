@@ -23,13 +23,13 @@ from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.clock import Clock
 from openclip_ext.training.encode_again import KeptInputs
+from openclip_ext.training.faults import Faults
 from openclip_ext.training.image_only import MomentumEncoder
 from openclip_ext.training.log import EpochLog
 from openclip_ext.training.lora import Adapters
 from openclip_ext.training.replay import random_state, replayed
-from openclip_ext.training.stopping import GO_ON, Stop
+from openclip_ext.training.stopping import GO_ON, Stop, elected
 
-MAX_SKIPPED_STEPS = 100
 _MODEL_INPUTS = ("image", "text", *sorted(batch_keys() - {"sample_ids"}))
 
 
@@ -51,6 +51,7 @@ class Trainer:
         accum_freq: batches per optimizer step.
         grad_clip_norm: None: no clipping.
         clock: the time, which a step taken moves on.
+        faults: tells of steps that are not taken, and ends the run where there are too many.
         teacher: of distillation; None: there is none.
         hash_ids: numbers samples by hashes of their keys; None: batches hold ids.
         momentum_encoder: an average of the model, which follows each step taken; None: there is none.
@@ -72,6 +73,7 @@ class Trainer:
     accum_freq: int
     grad_clip_norm: float | None
     clock: Clock
+    faults: Faults
     teacher: nn.Module | None = None
     hash_ids: HashIds | None = None
     momentum_encoder: MomentumEncoder | None = None
@@ -113,8 +115,9 @@ class Trainer:
             if self.schedule is not None:
                 self.schedule(clock.step)
             self.loss.begin_step(step=clock.step, total_steps=clock.total_steps)
-            outputs = self._backward(list(itertools.islice(batches, self.accum_freq)))
-            self._update(outputs)
+            inputs = list(itertools.islice(batches, self.accum_freq))
+            outputs = self._backward(inputs)
+            self._update(outputs, inputs)
             outputs["logit_scale"] = self.module.get_parameter("logit_scale").detach().exp()
             log.step(clock.index, clock.step, outputs, lr=self._learning_rate(), skipped_steps=self.skipped_steps)
             clock.end_step()
@@ -214,15 +217,19 @@ class Trainer:
     def _loss(self, model_out: dict[str, Tensor], constants: dict[str, Tensor]) -> dict[str, Tensor]:
         features = dict(model_out)
         required = [features.pop(key) for key in ("image_features", "text_features", "logit_scale")]
+        self._features = [value.detach() for value in required[:2]]
         return self.loss(*required, **features, **constants)
 
-    def _update(self, outputs: dict[str, Tensor]) -> None:
+    def _update(self, outputs: dict[str, Tensor], batches: list[dict]) -> None:
         """Step the optimizer and commit the loss's state, or do neither where something is not finite."""
         self._average_gradients()
         outputs["grad_norm"] = self._gradient_norm()
-        finite = self._agree(total_loss(outputs).isfinite())
+        finite, votes = self.faults.is_finite(total_loss(outputs), self.clock.skipped, self.stop.votes())
+        self.stop_reason = elected(votes)
+        to_tell = not finite
         if self.accelerator.scaler is None:  # which looks at the gradients itself, and expects infinite ones
             finite = finite and bool(outputs["grad_norm"].isfinite())
+            to_tell = not finite
         if finite:
             self.optimizer.step()
         if finite and not self.optimizer.step_was_skipped:
@@ -236,21 +243,9 @@ class Trainer:
                 self.average.update()
             return
         self.skipped_steps += 1
-        if self.skipped_steps == MAX_SKIPPED_STEPS:
-            raise UserError(
-                f"the loss or its gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row; lower --lr, raise "
-                "--warmup, or use --grad-clip-norm 1 or --precision fp32"
-            )
-
-    def _agree(self, finite: Tensor) -> bool:
-        """Whether it is so on all ranks; and whether one of them is to stop."""
-        stop = torch.tensor(-self.stop.reason, device=finite.device)
-        told = torch.stack([finite.to(stop.dtype), stop])
-        if self.accelerator.num_processes > 1:
-            dist.all_reduce(told, dist.ReduceOp.MIN)
-        all_finite, stop_reason = told.tolist()
-        self.stop_reason = -stop_reason
-        return bool(all_finite)
+        if to_tell or self.skipped_steps >= self.faults.max_skipped:
+            when = self.clock.step, self.clock.epoch, self.skipped_steps
+            self.faults.skip_step(*when, outputs, batches, self._features)
 
     def _gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients, before they are clipped if they are to be."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from openclip_ext import upstream
 from openclip_ext.data.listing import ShardListing
 from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.during_training import Evaluator
-from openclip_ext.files import Rows, keep_rows
+from openclip_ext.files import keep_rows
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.training.accelerator import choose_precision, make_accelerator, start_trackers
 from openclip_ext.training.build import build_trainer, seed_all
@@ -24,7 +25,7 @@ from openclip_ext.training.evaluator import evaluate, evaluate_only, make_evalua
 from openclip_ext.training.folder import choose_name, entries, make_run_folder, remove_new_entries, run_folder
 from openclip_ext.training.keep import Keeper, require_metric
 from openclip_ext.training.learning_rates import describe
-from openclip_ext.training.log import EpochLog, logger, report_skips, start_logging, stop_logging
+from openclip_ext.training.log import EpochLog, RowFiles, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.objective import plan_objective
 from openclip_ext.training.record import Record
@@ -34,7 +35,7 @@ from openclip_ext.training.stopping import describe as describe_stop
 from openclip_ext.training.warm_start import warm_start_pass
 from openclip_ext.training.watch import watched
 
-METRICS, RESULTS = "metrics.jsonl", os.path.join("checkpoints", "results.jsonl")
+METRICS, RESULTS, SKIPPED = "metrics.jsonl", os.path.join("checkpoints", "results.jsonl"), "skipped.jsonl"
 
 
 def train(config: RunConfig) -> dict[str, float]:
@@ -110,8 +111,9 @@ class _Run:
         self._finish_sync = None
         self._began = False
         self._before: set[str] | None = None
-        self._rows: dict[str, Rows] = {}
-        self._full: set[str] = set()  # files whose rows wait
+        self._files = RowFiles(self.folder) if self.folder else None
+        if self._files:
+            trainer.faults.write = functools.partial(self._files.append, SKIPPED)
 
     def __enter__(self) -> "_Run":
         try:
@@ -154,7 +156,7 @@ class _Run:
             return row["step"] < self.clock.step if "kind" not in row and "step" in row else done
 
         assert self.folder is not None
-        for name in (METRICS, RESULTS):
+        for name in (METRICS, RESULTS, SKIPPED):
             keep_rows(os.path.join(self.folder, name), before)
 
     def _log_path(self) -> str | None:
@@ -235,9 +237,9 @@ class _Run:
     def _evaluate(self, evaluator: Evaluator, epoch: int, last: bool) -> dict[str, float]:
         """Metrics after `epoch` completed epochs; they go to the logs too."""
         metrics = evaluate(evaluator, self.trainer.paired, epoch, last, self.trainer.average)
-        if self.folder:
-            self._append(RESULTS, {"epoch": epoch, **metrics})
-            self._append(METRICS, {"kind": "validation", "step": self.clock.step, "epoch": epoch, **metrics})
+        if self._files:
+            self._files.append(RESULTS, {"epoch": epoch, **metrics})
+            self._files.append(METRICS, {"kind": "validation", "step": self.clock.step, "epoch": epoch, **metrics})
         self._track("val", metrics, self.clock.step)
         return metrics
 
@@ -271,19 +273,9 @@ class _Run:
 
     def _write_row(self, row: dict) -> None:
         self._began = True
-        self._append(METRICS, row)
+        assert self._files is not None  # of a rank that writes
+        self._files.append(METRICS, row)
         self._track("train", row, row["step"])
-
-    def _append(self, name: str, row: dict) -> None:
-        """Add a row to a file of the run; where the disk is full, it waits in memory for the next one."""
-        assert self.folder is not None
-        rows = self._rows.setdefault(name, Rows(os.path.join(self.folder, name)))
-        error = rows.append(row)
-        if error and name not in self._full:
-            logger.error("%s: cannot be written (%s); its rows wait in memory", rows.path, error.strerror)
-            self._full.add(name)
-        elif not error:
-            self._full.discard(name)
 
     def _track(self, prefix: str, values: dict, step: int) -> None:
         if self.config.report_to:

@@ -4,12 +4,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 #: Why a run stops, beside numbers of signals.
 GO_ON, TIME_IS_OVER = 0, 1000
+_REASONS = (*SIGNALS, TIME_IS_OVER)
 
 #: Seconds within which another signal is the same one: a launcher that gets it passes it on.
 _SAME = 1.0
@@ -34,6 +36,11 @@ class Stop:
             return TIME_IS_OVER
         return self._signal
 
+    def votes(self) -> list[int]:
+        """For each reason 1 or 0: summed over ranks, `elected` knows which they agree on."""
+        own = self.reason
+        return [int(reason == own) for reason in _REASONS]
+
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # no other may
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -51,6 +58,11 @@ class Stop:
         elif time.monotonic() - self._came > _SAME:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def elected(votes: Sequence[int]) -> int:
+    """The reason for which all ranks stop, by the votes of all, or `GO_ON`."""
+    return next((int(reason) for reason, count in zip(_REASONS, votes, strict=True) if count), GO_ON)
 
 
 def describe(reason: int) -> str:

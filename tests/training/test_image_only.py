@@ -171,7 +171,7 @@ def test_every_step_is_the_loss_of_the_towers_features(train_flags, tmp_path, mo
 
     def watched(self, batches):
         (batch,) = batches
-        assert batch.keys() == {"image", "image_aug"}
+        assert batch.keys() == {"image", "image_aug", "origins"}
         assert not torch.equal(batch["image"], batch["image_aug"])
         model, scale = copy.deepcopy(self.module).double(), self.module.logit_scale.double().exp()
         queries = [model.encode_image(batch[name].double(), normalize=True) for name in ("image", "image_aug")]

@@ -144,7 +144,7 @@ def test_a_checkpoint_from_within_an_epoch_loads_in_openclip(train_flags, tmp_pa
 
 def test_a_run_goes_on_with_another_batch_size_and_number_of_workers(train_flags, tmp_path):
     """From the same number of samples on, each of which comes once in an epoch."""
-    flags = ("--loss", "sogclr", "--epochs", 2, "--warmup", 0)
+    flags = ("--loss", "gamma_decomp", "--loss-arg", "gamma=0.5", "--epochs", 2)
     assert main(train_flags(*flags, "--batch-size", 16, "--workers", 2, "--save-every-steps", 6, "--epochs", 1)) == 0
     (tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt").unlink()
     (tmp_path / "logs" / "run" / "checkpoints" / "epoch_0_step_12.pt").unlink()
@@ -168,11 +168,11 @@ def signalled(monkeypatch):
     def at(step, *numbers):
         update = Trainer._update
 
-        def updated(self, outputs):
+        def updated(self, *given):
             if self.clock.step == step:
                 for number in numbers:
                     os.kill(os.getpid(), number)
-            update(self, outputs)
+            update(self, *given)
 
         monkeypatch.setattr(Trainer, "_update", updated)
 
