@@ -193,6 +193,19 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(train_flags, tmp_path
     assert_equal(tmp_path, "again", "epoch_2")
 
 
+def test_a_memory_in_files_goes_on_where_a_signal_ended_the_run(train_flags, tmp_path, signalled):
+    files = {}
+    for name in ("whole", "again"):
+        files[name] = tmp_path / f"bank_{name}"
+        flags = ("--loss", "emc2", "--loss-arg", "bank_device=mmap", "--loss-arg", f"bank_path={files[name]}")
+        if name == "again":
+            signalled(4, signal.SIGUSR1)
+        assert main(train_flags(*flags, "--name", name)) == 0
+    assert main(train_flags(*flags, "--name", "again", "--resume", "latest")) == 0
+    assert_equal(tmp_path, "again", "epoch_1")
+    assert files["again"].read_bytes() == files["whole"].read_bytes()
+
+
 def test_minutes_that_are_over_end_a_run_as_often_as_they_are(train_flags, tmp_path, val_shards):
     flags = ("--epochs", 2, "--batch-size", 128, "--val-data", val_shards)
     assert main(train_flags(*flags, "--name", "whole")) == 0
