@@ -90,7 +90,8 @@ def _shard_train_loader(
     layout = Layout(config.world_size, max(1, workers), config.batch_size, _data_name(config))
     batches_per_worker = layout.batches_per_worker(num_samples)
     num_batches = batches_per_worker * layout.workers
-    remarks, left = [], 0
+    remarks: list[str] = []
+    left = 0
     if start:
         start, remarks = _dealt(config, start, layout, num_samples)
         left = start.batches_per_worker * layout.workers - start.position.batches

@@ -87,14 +87,16 @@ class TrainStream(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
         worker, epoch = info.id if info else 0, self._epoch.value
-        left, place, parts = self.batches_per_worker, Place(), None
+        left, place = self.batches_per_worker, Place()
+        parts: list[Part] | None = None
         if self._start and self._start.epoch == epoch:
             # Batches come from workers by turns, beginning with the first: it is to be the one whose turn it is.
             done = self._start.position.batches
             worker = (worker + done) % self.layout.workers
             left = self._start.batches_per_worker - len(range(worker, done, self.layout.workers))
             place = copy.deepcopy(self._start.position.places[self.config.rank][worker])
-            parts = self._start.shares and self._start.shares[self.config.rank][worker]
+            if self._start.shares is not None:
+                parts = self._start.shares[self.config.rank][worker]
         batches = islice(self._passes(epoch, worker, place, parts), left)
         while True:
             # Without workers this runs in the training process, whose random state must not depend on it.

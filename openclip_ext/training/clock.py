@@ -107,5 +107,7 @@ class Clock:
 
 def start_of(state: dict[str, Any] | None) -> Start | None:
     """Where the data of a run goes on that kept this state; None: where an epoch begins."""
-    position = state and Position.from_state_dict(state["position"])
-    return Start(state["epoch"], position) if position and position.samples else None
+    if state is None:
+        return None
+    position = Position.from_state_dict(state["position"])
+    return Start(state["epoch"], position) if position.samples else None

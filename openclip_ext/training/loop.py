@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class Trainer:
         self.skipped_steps = own.get("skipped_steps", 0)
         self.kept_inputs.restore(own.get("kept_inputs"), self.accelerator.device)
 
-    def steps(self, log: EpochLog) -> Iterator[None]:
+    def steps(self, log: EpochLog) -> Generator[None]:
         """Take the steps that are left of the clock's epoch; pauses after each, when a checkpoint can be kept.
 
         Raises:

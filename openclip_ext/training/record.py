@@ -35,7 +35,8 @@ class Record:
             epoch: completed ones.
             step: optimizer steps taken; None: those of these epochs.
         """
-        flags, kept = dict(self.flags), []
+        flags = dict(self.flags)
+        kept: list[dict] = []
         for entry in reversed(self.history):
             before = entry["epoch"] < epoch or (step is not None and entry["epoch"] == epoch and entry["step"] < step)
             if before:
