@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import open_clip
 import pytest
 import torch
+from soak import differing
 
 from launching import launch
 from openclip_ext.cli import main
@@ -40,19 +42,6 @@ def stopped_copy(tmp_path, file, name="again"):
     for path in (logs / name / "checkpoints").glob("*.pt"):
         if path.stat().st_mtime_ns > time:
             path.unlink()
-
-
-def differing(found, expected, path=""):
-    """Where two checkpoints differ, if only in a bit."""
-    if isinstance(expected, dict) and found.keys() == expected.keys():
-        return [where for key in expected for where in differing(found[key], expected[key], f"{path}/{key}")]
-    if isinstance(expected, list | tuple) and len(found) == len(expected):
-        pairs = enumerate(zip(found, expected, strict=True))
-        return [where for number, pair in pairs for where in differing(*pair, f"{path}/{number}")]
-    if isinstance(expected, torch.Tensor):
-        same = found.dtype == expected.dtype and torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
-        return [] if same and torch.equal(found.isnan(), expected.isnan()) else [path]
-    return [] if found == expected else [path]
 
 
 def assert_equal(tmp_path, name, file):
@@ -177,6 +166,27 @@ def signalled(monkeypatch):
         monkeypatch.setattr(Trainer, "_update", updated)
 
     return at
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_at_random_steps_ends_as_one_that_was_not(
+    train_flags, tmp_path, monkeypatch, signalled, kills
+):
+    monkeypatch.setattr(passes, "SAMPLE_BUFFER", (40, 20))
+    epochs = 1 + kills // 2
+    flags = ("--loss", "gamma_decomp", *RECENT, "--epochs", epochs, "--save-every-steps", 3, "--ema", 0.9)
+    assert main(train_flags(*flags, "--name", "whole")) == 0
+    steps = sorted(random.sample(range(1, 8 * epochs), kills))
+    for step in steps:
+        child = os.fork()
+        if child == 0:
+            signalled(step, signal.SIGKILL)
+            os._exit(main(train_flags(*flags, "--name", "again", "--resume", "latest")))
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL, (steps, step)
+    assert main(train_flags(*flags, "--name", "again", "--resume", "latest")) == 0
+    assert_equal(tmp_path, "again", f"epoch_{epochs}")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
