@@ -14,6 +14,7 @@ from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.files import keep_rows
 from openclip_ext.losses import ObjectivePlan
+from openclip_ext.redact import redacted_values
 from openclip_ext.training.accelerator import choose_precision, make_accelerator
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.build import build_trainer, seed_all
@@ -263,7 +264,7 @@ class _Run:
 
 def _record(config: RunConfig, resumed: Resumed | None, steps: int, remarks: list[str]) -> Record:
     """The flags of now, and what changed since the run that is resumed, which is added to the remarks."""
-    flags = vars(config.flags)
+    flags = redacted_values(vars(config.flags))
     history = resumed.record.history if resumed and resumed.record else []
     if resumed and (changed := resumed.changes(flags)):
         remarks += say_changes(config.resume, changed)
@@ -291,7 +292,8 @@ def _start_trackers(config: RunConfig, accelerator: Accelerator, folder: str) ->
     accelerator.project_configuration.logging_dir = folder
     resume = "auto" if config.resume == "latest" else None
     wandb = {"name": config.name, "id": config.name, "notes": config.wandb_notes, "resume": resume}
-    flags = {name: value for name, value in vars(config.flags).items() if isinstance(value, int | float | str | bool)}
+    known = redacted_values(vars(config.flags))
+    flags = {name: value for name, value in known.items() if isinstance(value, int | float | str | bool)}
     accelerator.init_trackers(
         "tensorboard" if config.report_to == "tensorboard" else config.wandb_project_name, flags, {"wandb": wandb}
     )

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from openclip_ext.errors import RankError, UserError
+from openclip_ext.redact import redacted
 
 BEAT = 5.0  # seconds between two signs of life, or a tenth of the timeout
 EXIT_CODE = 2
@@ -177,7 +178,7 @@ def _has_left(state: str) -> bool:
 
 def _described(error: Exception) -> str:
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:200]
+    return redacted(" ".join(text.split()))[:200]
 
 
 def _line(cause: str, rank: int) -> str:

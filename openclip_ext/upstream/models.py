@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from openclip_ext.errors import UserError
+from openclip_ext.upstream.remote_code import without_remote_code
 from openclip_ext.upstream.weights import check_file
 
 
+@without_remote_code()
 def create_teacher(args: argparse.Namespace, device):
     """The model of `--distill-model` and `--distill-pretrained`, in evaluation mode.
 
