@@ -41,6 +41,8 @@ def bench_data(run, shards, tmp_path):
     flags = ("--image-size", 8, "--batch-size", 16, "--repeats", 1, "--workers", 0)
     (line,) = run("bench_data.py", "--shards", shards, *flags)
     assert line.startswith("workers 0: ours / bare ")
+    (line,) = run("bench_data.py", "--shards", shards, *flags, "--resume-at", 0.5)
+    assert line.startswith("after 128 samples, made in ") and line.endswith(" times as fast")
 
 
 def bench_eval(run, shards, tmp_path):

@@ -8,7 +8,7 @@ they are drawn. A shard whose samples were all drawn is not opened.
 import collections
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -65,6 +65,7 @@ class ShardPass:
         self._num_shards, self._read, self._place = num_shards, read, place
         self._finished = len(place.sizes)  # shards that were read to their end before
         self._passing = place.drawn > 0
+        self._taken = 0  # samples that the buffer took before of the shard after those
         self._waiting: dict[int, set[int]] = collections.defaultdict(set)  # by shard: created as `Unread`, not drawn
         self._found: dict[Unread, dict] = {}
         self._shuffled = _shuffle(self._undecoded(), *SAMPLE_BUFFER, rng)
@@ -75,6 +76,13 @@ class ShardPass:
             self._waiting[sample.shard].remove(sample.nth)
             yield sample
         self._passing = False
+
+    def undrawn(self, shard: int, size: int) -> Sequence[int]:
+        """After `pass_over`: which samples of a shard of this size were not drawn."""
+        if shard > self._finished:
+            return range(size)
+        rest = range(self._taken, size) if shard == self._finished else ()
+        return [*sorted(self._waiting.get(shard, ())), *rest]
 
     def __iter__(self) -> Iterator[dict]:
         collections.deque(self.pass_over(), maxlen=0)
@@ -91,11 +99,10 @@ class ShardPass:
                 for nth in range(self._place.sizes[shard]):
                     yield self._stand_in(shard, nth)
                 continue
-            before = 0
-            while self._passing:  # this one was being read: as many of its samples as the buffer had taken
-                yield self._stand_in(shard, before)
-                before += 1
-            count = before
+            while self._passing:  # this one was being read
+                self._taken += 1
+                yield self._stand_in(shard, self._taken - 1)
+            count = before = self._taken if shard == self._finished else 0
             for nth, sample in enumerate(self._read(shard, before)):
                 if nth >= before:
                     count = nth + 1

@@ -3,15 +3,16 @@
 import copy
 import dataclasses
 import hashlib
-import math
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from openclip_ext.data.listing import ShardListing
 from openclip_ext.data.position import Layout, Position
+from openclip_ext.data.shares import Part, shares
 from openclip_ext.data.streams import EvalStream, Start, StreamConfig, TableStream, TrainStream
 from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError, counted
@@ -28,6 +29,8 @@ class TrainLoader:
         num_samples: samples per epoch on all ranks, rounded up to whole batches.
         layout: who reads how much at once.
         start: where to go on; None: from the beginning of whichever epoch.
+        left: batches for each rank in that epoch.
+        remarks: for the log: what becomes of samples where others began that epoch.
     """
 
     set_epoch: Callable[[int], None]
@@ -36,6 +39,8 @@ class TrainLoader:
     num_samples: int
     layout: Layout
     start: Start | None = None
+    left: int = 0
+    remarks: Sequence[str] = ()
 
     def position(self, epoch: int) -> Position:
         """Where an epoch begins."""
@@ -45,7 +50,7 @@ class TrainLoader:
 
     def batches_left(self, epoch: int) -> int:
         """How many batches an epoch has for each rank."""
-        return self.num_batches - self.position(epoch).batches
+        return self.left if self.start and self.start.epoch == epoch else self.num_batches
 
 
 def train_loader(
@@ -83,12 +88,51 @@ def _shard_train_loader(
             f"{fewer}--dataset-resampled, or more and smaller shards"
         )
     layout = Layout(config.world_size, max(1, workers), config.batch_size, _data_name(config))
-    batches_per_worker = math.ceil(math.ceil(num_samples / layout.global_batch) / layout.workers)
+    batches_per_worker = layout.batches_per_worker(num_samples)
     num_batches = batches_per_worker * layout.workers
-    stream = TrainStream(config, batches_per_worker, start)
+    remarks: list[str] = []
+    left = 0
+    if start:
+        start, remarks = _dealt(config, start, layout, num_samples)
+        left = start.batches_per_worker * layout.workers - start.position.batches
+    stream = TrainStream(config, layout, batches_per_worker, start)
     batches = _loader(stream, workers, pin_memory, batch_size=None)
     num_samples = num_batches * layout.global_batch
-    return TrainLoader(stream.set_epoch, batches, num_batches, num_samples, layout, start)
+    return TrainLoader(stream.set_epoch, batches, num_batches, num_samples, layout, start, left, remarks)
+
+
+def _dealt(config: StreamConfig, start: Start, layout: Layout, num_samples: int) -> tuple[Start, list[str]]:
+    """Where this layout goes on; if it begins where another one left an epoch, what to say of that."""
+    assert isinstance(config.source, ShardListing)
+    position, source, remarks = start.position, config.source, []
+    begins = position.layout != layout
+    if begins:
+        position = Position(layout, position)
+    before = position.before
+    per_worker = layout.batches_per_worker(max(0, num_samples - (before.samples if before else 0)))
+    dealt = None
+    if before and position.of_one_order and source.sizes is not None and not config.resampled:
+        dealt = shares(source, config.seed, start.epoch, position)
+    if begins and before:
+        what = f"epoch {start.epoch + 1} was begun by {before.layout}, and goes on with {layout}: "
+        if dealt is None:
+            position = Position(layout, before, before.next_pass)
+            why = "the data is another" if not position.of_one_order else "its samples have no numbers"
+            why = "it is drawn with replacement" if config.resampled else why
+            remarks.append(what + f"{why}, so the rest of it comes from all samples, those seen too")
+        else:
+            remarks.append(what + _accounted(dealt, per_worker, layout.batch_size))
+    return Start(start.epoch, position, per_worker, dealt), remarks
+
+
+def _accounted(dealt: list[list[list[Part]]], per_worker: int, batch_size: int) -> str:
+    """How many samples are left, and how many of them come twice, to fill batches, or not at all."""
+    total = twice = never = 0
+    for of_worker in (worker for rank in dealt for worker in rank):
+        own = sum(len(part.ordinals or ()) for part in of_worker)
+        once = min(per_worker, own // batch_size) * batch_size
+        total, twice, never = total + own, twice + per_worker * batch_size - once, never + own - once
+    return f"of {counted(total, 'sample')} left, {never} do not come, and {twice} come again"
 
 
 def _data_name(config: StreamConfig) -> str:
@@ -107,6 +151,9 @@ def _table_train_loader(config: StreamConfig, workers: int, pin_memory: bool, st
     stream = TableStream(config, training=True)
     assert isinstance(config.source, Table)
     layout = Layout(config.world_size, max(1, workers), config.batch_size, _data_name(config))
+    if start and start.position.layout != layout:
+        start = Start(start.epoch, Position(layout, start.position))
+    left = (len(config.source) - start.position.samples) // layout.global_batch if start else 0
     sampler = RowOrder(len(config.source), config, start)
 
     def set_epoch(epoch: int) -> None:
@@ -123,7 +170,11 @@ def _table_train_loader(config: StreamConfig, workers: int, pin_memory: bool, st
             f"--batch-size {config.batch_size}: the data has only {counted(len(config.source), 'pair')} for "
             f"{counted(config.world_size, 'process')}; use a smaller --batch-size"
         )
-    return TrainLoader(set_epoch, batches, num_batches, num_batches * layout.global_batch, layout, start)
+    remarks = []
+    if start and not start.position.of_one_order:
+        remarks.append(f"epoch {start.epoch + 1} was begun with other data: of its rows some come twice or not at all")
+    num_samples = num_batches * layout.global_batch
+    return TrainLoader(set_epoch, batches, num_batches, num_samples, layout, start, left, remarks)
 
 
 class RowOrder(Sampler[int]):
@@ -180,5 +231,12 @@ def _loader(dataset: Dataset, workers: int, pin_memory: bool, **options) -> Data
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else it draws from the training process's
+        worker_init_fn=outlive_first_signal,
         **options,
     )
+
+
+def outlive_first_signal(worker: int) -> None:
+    """Let a data worker go on when its process group is asked to end: the training process finishes its step first."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))

@@ -1,9 +1,11 @@
 """How far an epoch of the data has been read, by every data worker of every rank."""
 
 import dataclasses
+import math
 from typing import Any
 
 from openclip_ext.data.passes import Place
+from openclip_ext.errors import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,13 @@ class Layout:
     def global_batch(self) -> int:
         return self.batch_size * self.world_size
 
+    def __str__(self) -> str:
+        return f"{counted(self.world_size, 'process')} x {counted(self.workers, 'worker')} x batch {self.batch_size}"
+
+    def batches_per_worker(self, samples: int) -> int:
+        """So that all workers of all ranks give as many full ones: rounded up."""
+        return math.ceil(math.ceil(samples / self.global_batch) / self.workers)
+
 
 class Position:
     """How far an epoch has been read.
@@ -34,16 +43,29 @@ class Position:
         layout: of those who read it.
         batches: that each rank has been given.
         places: by rank and worker; a rank follows its own.
+        before: where others left the epoch, who began it; None: nobody did.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout, self.batches = layout, 0
-        self.places = [[Place() for _ in range(layout.workers)] for _ in range(layout.world_size)]
+    def __init__(self, layout: Layout, before: "Position | None" = None, number: int = 0) -> None:
+        """Where a layout begins, with pass `number` over its share of the data."""
+        self.layout, self.batches, self.before = layout, 0, before
+        self.places = [[Place(number) for _ in range(layout.workers)] for _ in range(layout.world_size)]
 
     @property
     def samples(self) -> int:
         """That all ranks have been given in this epoch."""
-        return self.batches * self.layout.global_batch
+        return self.batches * self.layout.global_batch + (self.before.samples if self.before else 0)
+
+    @property
+    def of_one_order(self) -> bool:
+        """Whether all who read the epoch read the same data in the same order."""
+        before = self.before
+        return before is None or (before.layout.data == self.layout.data and before.of_one_order)
+
+    @property
+    def next_pass(self) -> int:
+        """The number of a pass that no worker has begun yet."""
+        return 1 + max(place.number for of_rank in self.places for place in of_rank)
 
     def advance(self, rank: int, batch: dict[str, Any]) -> None:
         """Count a batch that the rank was given, out of which what says where its worker is is taken."""
@@ -58,11 +80,13 @@ class Position:
             "layout": dataclasses.asdict(self.layout),
             "batches": self.batches,
             "places": [[dataclasses.astuple(place) for place in of_rank] for of_rank in self.places],
+            "before": self.before and self.before.state_dict(),
         }
 
     @staticmethod
     def from_state_dict(state: dict[str, Any]) -> "Position":
-        position = Position(Layout(**state["layout"]))
+        before = state["before"] and Position.from_state_dict(state["before"])
+        position = Position(Layout(**state["layout"]), before)
         position.batches = state["batches"]
         position.places = [
             [Place(number, drawn, list(sizes)) for number, drawn, sizes in of_rank] for of_rank in state["places"]

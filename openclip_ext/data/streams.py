@@ -13,18 +13,15 @@ from typing import NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
-from webdataset.filters import _shuffle
 
 from openclip_ext.data import tar
 from openclip_ext.data.listing import ShardListing
 from openclip_ext.data.passes import Place, ShardPass
-from openclip_ext.data.position import Position
+from openclip_ext.data.position import Layout, Position
 from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
+from openclip_ext.data.shares import Part, pass_random, shards_of
 from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
-
-#: OpenCLIP's, for shards: size, and how far it is filled before the first one leaves.
-SHARD_BUFFER = (2000, 500)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,10 +53,14 @@ class Start(NamedTuple):
     Attributes:
         epoch: which.
         position: there.
+        batches_per_worker: of the epoch since `position.layout` reads it; for shards.
+        shares: what each worker of each rank reads in the first pass of it, where others began the epoch.
     """
 
     epoch: int
     position: Position
+    batches_per_worker: int = 0
+    shares: list[list[list[Part]]] | None = None
 
 
 class TrainStream(IterableDataset):
@@ -73,8 +74,8 @@ class TrainStream(IterableDataset):
     full; a worker that runs out starts over in another order, as in OpenCLIP.
     """
 
-    def __init__(self, config: StreamConfig, batches_per_worker: int, start: Start | None = None) -> None:
-        self.config = config
+    def __init__(self, config: StreamConfig, layout: Layout, batches_per_worker: int, start: Start | None) -> None:
+        self.config, self.layout = config, layout
         self.batches_per_worker = batches_per_worker
         self._start = start
         # Shared, since workers persist over epochs.
@@ -85,14 +86,18 @@ class TrainStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        epoch, left, place = self._epoch.value, self.batches_per_worker, Place()
+        worker, epoch = info.id if info else 0, self._epoch.value
+        left, place = self.batches_per_worker, Place()
+        parts: list[Part] | None = None
         if self._start and self._start.epoch == epoch:
             # Batches come from workers by turns, beginning with the first: it is to be the one whose turn it is.
-            worker = (worker + self._start.position.batches) % num_workers
-            left -= len(range(worker, self._start.position.batches, num_workers))
+            done = self._start.position.batches
+            worker = (worker + done) % self.layout.workers
+            left = self._start.batches_per_worker - len(range(worker, done, self.layout.workers))
             place = copy.deepcopy(self._start.position.places[self.config.rank][worker])
-        batches = islice(self._passes(epoch, worker, num_workers, place), left)
+            if self._start.shares is not None:
+                parts = self._start.shares[self.config.rank][worker]
+        batches = islice(self._passes(epoch, worker, place, parts), left)
         while True:
             # Without workers this runs in the training process, whose random state must not depend on it.
             with contextlib.nullcontext() if info else random_state_kept():
@@ -101,46 +106,50 @@ class TrainStream(IterableDataset):
                 return
             yield batch
 
-    def _passes(self, epoch: int, worker: int, num_workers: int, place: Place) -> Iterator[dict]:
-        """Batches from a place on."""
-        skips = tar.Skips()
+    def _passes(self, epoch: int, worker: int, place: Place, first: list[Part] | None) -> Iterator[dict]:
+        """Batches from a place on, of a first pass over these parts; None: over the worker's shards, as the others."""
+        skips, config = tar.Skips(), self.config
         while True:
-            rng = random.Random(f"{self.config.seed} {epoch} {self.config.rank} {worker} {place.number}")
-            urls = list(self._urls(epoch, worker, num_workers, rng))
+            rng = pass_random(config.seed, epoch, config.rank, worker, place.number)
+            rest = first if place.number == 0 else None
+            parts = list(self._parts(epoch, worker, rng)) if rest is None else rest
             anew, told = place.drawn == 0, len(place.sizes)
-            samples = ShardPass(len(urls), functools.partial(self._read, urls, skips.record), rng, place)
+            samples = ShardPass(len(parts), functools.partial(self._read, parts, skips.record), rng, place)
             decoded = filter(None, (self._decode(sample, epoch, skips.record) for sample in samples))
-            while len(rows := list(islice(decoded, self.config.batch_size))) == self.config.batch_size:
+            while len(rows := list(islice(decoded, config.batch_size))) == config.batch_size:
                 anew = False
                 moved = (worker, place.number, place.drawn, place.sizes[told:])
                 told = len(place.sizes)
-                yield self.config.batch(rows) | {"skipped": skips.flush(), "place": moved}
-            if anew:
-                yield {"error": self._no_batch(len(rows), num_workers, skips), "skipped": skips.flush()}
+                yield config.batch(rows) | {"skipped": skips.flush(), "place": moved}
+            if anew and rest is None:
+                yield {"error": self._no_batch(len(rows), skips), "skipped": skips.flush()}
                 return
             place = Place(place.number + 1)
 
-    def _read(self, urls: list[str], record: tar.Record, number: int, told: int | None) -> Iterator[dict]:
-        """Samples of a shard of a pass, as `ShardPass` asks for them."""
+    def _parts(self, epoch: int, worker: int, rng: random.Random) -> Iterator[Part]:
+        """What this worker reads in a pass, in its order."""
+        config = self.config
+        assert isinstance(config.source, ShardListing)
+        urls = config.source.urls
+        if config.resampled:
+            # A pass ends, so that shards without anything usable are noticed.
+            yield from map(Part, rng.choices(urls, config.source.weights, k=max(16, len(urls))))
+        else:
+            yield from map(Part, shards_of(urls, config.seed, epoch, self.layout, config.rank, worker))
+
+    def _read(self, parts: list[Part], record: tar.Record, number: int, told: int | None) -> Iterator[dict]:
+        """Samples of a part, as `ShardPass` asks for them."""
 
         def untold(kind: str, url: str, ordinal: int | None) -> None:
             if kind == tar.UNREADABLE_SHARD or (told is not None and (ordinal is None or ordinal >= told)):
                 record(kind, url, ordinal)
 
-        return self._numbered(urls[number], untold)
-
-    def _urls(self, epoch: int, worker: int, num_workers: int, rng: random.Random) -> Iterator[str]:
-        """This worker's shards in this pass."""
-        config = self.config
-        assert isinstance(config.source, ShardListing)
-        if config.resampled:
-            # A pass ends, so that shards without anything usable are noticed.
-            yield from rng.choices(config.source.urls, config.source.weights, k=max(16, len(config.source.urls)))
-            return
-        # The same order on all ranks and workers, of which each takes its share.
-        shuffled = _shuffle(iter(config.source.urls), *SHARD_BUFFER, random.Random(config.seed + epoch))
-        own_rank = islice(shuffled, config.rank, None, config.world_size)
-        yield from islice(own_rank, worker, None, num_workers)
+        url, ordinals = parts[number]
+        samples = self._numbered(url, untold)
+        if ordinals is None:
+            return samples
+        wanted = set(ordinals)
+        return islice((sample for sample in samples if sample["__ordinal__"] in wanted), len(wanted))
 
     def _numbered(self, url: str, record: tar.Record) -> Iterator[dict]:
         """Samples of a shard with their `sample_id`."""
@@ -170,12 +179,12 @@ class TrainStream(IterableDataset):
         origin = self.config.source.number_of[sample["__url__"]], sample["__ordinal__"]
         return _with_id(self.config, pair, epoch, sample["sample_id"], origin)
 
-    def _no_batch(self, usable: int, num_workers: int, skips: tar.Skips) -> str:
+    def _no_batch(self, usable: int, skips: tar.Skips) -> str:
         assert isinstance(self.config.source, ShardListing)
         faults = ", ".join(f"{kind} in {url}" for kind, url in list(skips)[:3])
         return (
             f"--batch-size {self.config.batch_size}: a data worker of rank {self.config.rank} finds only {usable} "
-            f"usable samples in its share of {len(self.config.source.urls)} shards ({num_workers} workers x "
+            f"usable samples in its share of {len(self.config.source.urls)} shards ({self.layout.workers} workers x "
             f"{self.config.world_size} processes); use a smaller --batch-size or fewer --workers"
             + (f" (skipped: {faults})" if faults else "")
         )

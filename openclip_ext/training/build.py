@@ -51,6 +51,7 @@ def build_trainer(
         f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
         for modality in getattr(paired, "projected", [])
     ]
+    remarks += [f"--resume {config.resume}: {remark}" for remark in loader.remarks]
     average = None if config.ema is None else WeightAverage(model, config.ema)
     hash_ids = HashIds(data.num_ids) if data.sample_id == "hash" else None
     if checkpoint:

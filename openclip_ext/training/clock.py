@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from openclip_ext.data.pipeline import TrainLoader
 from openclip_ext.data.position import Position
 from openclip_ext.data.streams import Start
-from openclip_ext.training.ranks import gathered_to_first
+from openclip_ext.evaluation.ranks import Ranks
 
 Skipped = list[tuple[str, str, int]]
 
@@ -88,7 +88,7 @@ class Clock:
         """
         position, rank = self.position.state_dict(), self._accelerator.process_index
         own = of_rank | {"skipped": self.skipped, "places": position["places"][rank]}
-        ranks = gathered_to_first(own, self._accelerator)
+        ranks = Ranks(rank, self._accelerator.num_processes).on_first(own)
         position["places"] = [other.pop("places") for other in ranks]
         return {"epoch": self.epoch, "step": self.step, "position": position, "ranks": ranks}
 
@@ -107,6 +107,7 @@ class Clock:
 
 def start_of(state: dict[str, Any] | None) -> Start | None:
     """Where the data of a run goes on that kept this state; None: where an epoch begins."""
-    if state is None or not state["position"]["batches"]:
+    if state is None:
         return None
-    return Start(state["epoch"], Position.from_state_dict(state["position"]))
+    position = Position.from_state_dict(state["position"])
+    return Start(state["epoch"], position) if position.samples else None

@@ -122,6 +122,7 @@ class RunConfig:
     save_best: str | None = None
     save_every_steps: int | None = None
     keep_last: int = 2
+    max_minutes: float | None = None
     delete_previous_checkpoint: bool
     copy_codebase: bool
     remote_sync: str | None

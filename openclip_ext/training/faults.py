@@ -43,25 +43,26 @@ class Faults:
     max_bad: float | None
     write: Callable[[dict[str, Any]], None] | None = None
 
-    def is_finite(self, loss: Tensor, skipped: Skipped) -> bool:
-        """Whether the loss of a step is finite on all ranks. A collective call.
+    def is_finite(self, loss: Tensor, skipped: Skipped, told: Sequence[int]) -> tuple[bool, list[int]]:
+        """Whether the loss of a step is finite on all ranks, and sums of `told`. A collective call.
 
         Args:
             loss: of this rank.
             skipped: (kind, shard, count) of what this rank could not use in this epoch.
+            told: numbers of this rank, which it saves a call to add up here.
 
         Raises:
             UserError: on all ranks; the samples that none could use are more than `max_bad` allows.
         """
         bad = 0 if self.max_bad is None else _unusable(skipped)
         infinite = (~loss.detach().isfinite()).long()
-        numbers = torch.stack([infinite, torch.full_like(infinite, bad)])
+        numbers = torch.cat([infinite[None], infinite.new_tensor([bad, *told])])
         if self.world_size > 1:
             dist.all_reduce(numbers)
-        infinite, bad = numbers.tolist()
+        infinite, bad, *sums = numbers.tolist()
         if self.max_bad is not None and bad > self.max_bad * self.samples:
             self._end_for_samples(bad, skipped)
-        return infinite == 0
+        return infinite == 0, sums
 
     def _end_for_samples(self, bad: int, skipped: Skipped) -> None:
         totals: collections.Counter[tuple[str, str]] = collections.Counter()

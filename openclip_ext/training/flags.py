@@ -70,6 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="How many checkpoints from within epochs to keep, the newest (default: %(default)s; 0: all).",
     )
+    ours.add_argument(
+        "--max-minutes",
+        type=float,
+        metavar="M",
+        help="Stop after the step at which the run has taken M minutes, and keep a checkpoint to go on from, as after "
+        "SIGTERM, SIGUSR1 or SIGINT.",
+    )
     add_fault_flags(ours)
     _add_data_flags(ours)
     _add_image_flags(ours)
@@ -218,6 +225,8 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
         raise UserError("--ddp-static-graph: cannot be combined with --accum-freq; drop one")
     if config.save_every_steps is not None and config.save_every_steps < 1:
         raise UserError(f"--save-every-steps {config.save_every_steps}: must be at least 1")
+    if config.max_minutes is not None and config.max_minutes <= 0:
+        raise UserError(f"--max-minutes {config.max_minutes}: must be above 0")
     if config.keep_last < 0:
         raise UserError(f"--keep-last {config.keep_last}: must be at least 0, which keeps all")
     _require_views_agree(config)

@@ -78,14 +78,16 @@ class Keeper:
                 "room, and go on with --resume latest"
             )
 
-    def keep_step(self) -> str:
-        """Within an epoch; the path of what is kept."""
+    def keep_step(self, last: bool = False) -> str:
+        """Within an epoch; the path of what is kept. Raises UserError: it is the last one, and cannot be written."""
         clock, most_recent = self.trainer.clock, self.config.save_most_recent
         name = LATEST if most_recent else step_file(clock.epoch, clock.step)
-        self._save(name, clock.epoch)
-        older = step_files(self.folder)[self.config.keep_last :] if self.main and self.config.keep_last else []
-        for path in older:
-            os.remove(path)
+        reason = self._save(name, clock.epoch)
+        if last:
+            self._require_written({name: reason} if reason else {})
+        if self.main and self.config.keep_last and not reason:
+            for path in step_files(self.folder)[self.config.keep_last :]:
+                os.remove(path)
         return os.path.join(self.folder, name)
 
     def _is_best(self, epoch: int, metrics: dict[str, float]) -> bool:

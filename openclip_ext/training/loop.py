@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from openclip_ext.training.faults import Faults
 from openclip_ext.training.image_only import MomentumEncoder
 from openclip_ext.training.log import EpochLog
 from openclip_ext.training.lora import Adapters
+from openclip_ext.training.replay import random_state, replayed
+from openclip_ext.training.stopping import GO_ON, Stop, elected
 
 _MODEL_INPUTS = ("image", "text", *sorted(batch_keys() - {"sample_ids"}))
 
@@ -55,6 +57,8 @@ class Trainer:
         momentum_encoder: an average of the model, which follows each step taken; None: there is none.
         average: of the weights, likewise, for evaluation.
         adapters: of LoRA, in the model.
+        stop: asks this process to stop.
+        stop_reason: of a rank that is to stop, the same on all, as of the last step.
     """
 
     accelerator: Accelerator
@@ -75,6 +79,8 @@ class Trainer:
     momentum_encoder: MomentumEncoder | None = None
     average: WeightAverage | None = None
     adapters: Adapters | None = None
+    stop: Stop = dataclasses.field(default_factory=lambda: Stop(None))
+    stop_reason: int = GO_ON
     skipped_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -93,7 +99,7 @@ class Trainer:
         self.skipped_steps = own.get("skipped_steps", 0)
         self.kept_inputs.restore(own.get("kept_inputs"), self.accelerator.device)
 
-    def steps(self, log: EpochLog) -> Iterator[None]:
+    def steps(self, log: EpochLog) -> Generator[None]:
         """Take the steps that are left of the clock's epoch; pauses after each, when a checkpoint can be kept.
 
         Raises:
@@ -175,7 +181,7 @@ class Trainer:
         """
         random_states, parts = [], []
         for batch in batches:
-            random_states.append(_random_state(self.accelerator.device))
+            random_states.append(random_state(self.accelerator.device))
             with torch.no_grad():
                 parts.append(self.model(**model_inputs(batch)))
         leaves = {key: value.detach().clone() for key, value in concatenated(parts).items()}
@@ -189,7 +195,7 @@ class Trainer:
             last = number == len(batches) - 1
             # Gradients of a sharded model are averaged with every part: to wait with them takes room for all of them.
             average = last or self.accelerator.is_fsdp2
-            with contextlib.nullcontext() if average else self.accelerator.no_sync(self.model), _replayed(state):
+            with contextlib.nullcontext() if average else self.accelerator.no_sync(self.model), replayed(state):
                 again = self.model(**model_inputs(batch))
                 pairs = [(again[key], gradient[number]) for key, gradient in gradients.items()]
                 if last:  # scalars belong to no part
@@ -218,7 +224,8 @@ class Trainer:
         """Step the optimizer and commit the loss's state, or do neither where something is not finite."""
         self._average_gradients()
         outputs["grad_norm"] = self._gradient_norm()
-        finite = self.faults.is_finite(total_loss(outputs), self.clock.skipped)
+        finite, votes = self.faults.is_finite(total_loss(outputs), self.clock.skipped, self.stop.votes())
+        self.stop_reason = elected(votes)
         to_tell = not finite
         if self.accelerator.scaler is None:  # which looks at the gradients itself, and expects infinite ones
             finite = finite and bool(outputs["grad_norm"].isfinite())
@@ -272,24 +279,3 @@ def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Per-sample tensors of several batches as one; of scalars, which are equal, the last."""
     keys = [key for key, value in parts[0].items() if value is not None]
     return {key: torch.cat([part[key] for part in parts]) if parts[0][key].ndim else parts[-1][key] for key in keys}
-
-
-def _random_state(device: torch.device) -> tuple:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def _replayed(state: tuple) -> Iterator[None]:
-    """Random draws as they were at `state`, and afterwards as if nothing had been drawn here."""
-    now = _random_state(torch.device("cuda") if state[1] is not None else torch.device("cpu"))
-    _set_random_state(state)
-    try:
-        yield
-    finally:
-        _set_random_state(now)
-
-
-def _set_random_state(state: tuple) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])

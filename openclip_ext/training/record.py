@@ -35,7 +35,8 @@ class Record:
             epoch: completed ones.
             step: optimizer steps taken; None: those of these epochs.
         """
-        flags, kept = dict(self.flags), []
+        flags = dict(self.flags)
+        kept: list[dict] = []
         for entry in reversed(self.history):
             before = entry["epoch"] < epoch or (step is not None and entry["epoch"] == epoch and entry["step"] < step)
             if before:
@@ -73,17 +74,7 @@ def read_record(folder: str) -> Record | None:
         return None
     try:
         content = read_json(path)
-        history = [
-            {
-                "epoch": int(row["epoch"]),
-                "step": int(row["step"]),
-                "changed": {k: [*v] for k, v in row["changed"].items()},
-            }
-            for row in content["history"]
-        ]
-        if any(len(pair) != 2 for row in history for pair in row["changed"].values()):
-            raise ValueError("a change is [before, after]")
-        return Record(dict(content["flags"]), history)
+        return Record(dict(content["flags"]), [_change(**row) for row in content["history"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: cannot be read as the record of a run ({error}); repair or remove it") from error
 

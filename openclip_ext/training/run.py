@@ -1,9 +1,11 @@
 """A training run from its flags to its last checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import shutil
+import signal
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -14,14 +16,12 @@ from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.files import keep_rows
 from openclip_ext.losses import ObjectivePlan
-from openclip_ext.redact import redacted_values
-from openclip_ext.training.accelerator import choose_precision, make_accelerator
-from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.accelerator import choose_precision, make_accelerator, start_trackers
 from openclip_ext.training.build import build_trainer, seed_all
 from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import TrainingData, require_sizes, training_data
-from openclip_ext.training.evaluator import make_evaluator
+from openclip_ext.training.evaluator import evaluate, evaluate_only, make_evaluator
 from openclip_ext.training.folder import choose_name, entries, make_run_folder, remove_new_entries, run_folder
 from openclip_ext.training.keep import Keeper, require_metric
 from openclip_ext.training.learning_rates import describe
@@ -29,7 +29,9 @@ from openclip_ext.training.log import EpochLog, RowFiles, logger, report_skips, 
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.objective import plan_objective
 from openclip_ext.training.record import Record
-from openclip_ext.training.resume import Resumed, find_resumed, say_changes
+from openclip_ext.training.resume import find_resumed, new_record
+from openclip_ext.training.stopping import GO_ON, Stop
+from openclip_ext.training.stopping import describe as describe_stop
 from openclip_ext.training.warm_start import warm_start_pass
 from openclip_ext.training.watch import watched
 
@@ -41,6 +43,7 @@ def train(config: RunConfig) -> dict[str, float]:
 
     Raises:
         UserError: see each flag. Nothing has been written then, unless it came up during training.
+        KeyboardInterrupt: SIGINT ended it, after a checkpoint was kept.
     """
     require_metric(config)
     plan = plan_objective(config)
@@ -57,6 +60,7 @@ def _train(
     config: RunConfig, plan: ObjectivePlan, data: TrainingData | None, accelerator: Accelerator
 ) -> dict[str, float]:
     """The same, once processes know of each other."""
+    stop = Stop(config.max_minutes)
     config = config.decided(name=choose_name(config, accelerator))
     folder = run_folder(config, accelerator)
     resumed = find_resumed(config, folder, accelerator)
@@ -73,21 +77,25 @@ def _train(
     evaluator = make_evaluator(config, accelerator, tokenizer, eval_transform)
     checkpoint = resumed.checkpoint if resumed else None
     if data is None:
-        return _evaluate_only(config, accelerator, model, evaluator, checkpoint)
+        return evaluate_only(config, accelerator, model, evaluator, checkpoint)
     trainer, remarks = build_trainer(config, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
     new_memory = not (resumed and resumed.has_loss_state)
-    record = _record(config, resumed, trainer.clock.step, remarks)
+    record = new_record(config, resumed, trainer.clock.step, remarks)
     remarks += resumed.remarks if resumed else ()
     keeper = Keeper(config, trainer, folder, checkpoint.content.get("best") if checkpoint else None) if folder else None
     if checkpoint:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
     elif config.resume:
         remarks.append(f"--resume {config.resume}: no checkpoint of this run yet: it starts from the beginning")
-    with _Run(config, trainer, folder, record) as run:
+    with stop, _Run(config, trainer, folder, record) as run:
+        trainer.stop = stop
         run.say_start(data, checkpoint, remarks)
         if config.warm_start_pass and new_memory and trainer.clock.epoch < config.epochs:
             run.warm_start()
-        return run.epochs(evaluator, keeper)
+        metrics = run.epochs(evaluator, keeper)
+    if trainer.stop_reason == signal.SIGINT:
+        raise KeyboardInterrupt
+    return metrics
 
 
 class _Run:
@@ -129,7 +137,7 @@ class _Run:
                 self.folder, remote, config.remote_sync_protocol, config.remote_sync_frequency
             )
         if config.report_to and self.folder:
-            _start_trackers(config, self.accelerator, self.folder)
+            start_trackers(config, self.accelerator, self.folder, self.clock.step)
 
     def __exit__(self, kind, *exception) -> None:
         if self._finish_sync:
@@ -198,14 +206,16 @@ class _Run:
         report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, when)
 
     def epochs(self, evaluator: Evaluator, keeper: Keeper | None) -> dict[str, float]:
-        """Train to the last epoch; the metrics of the last evaluation."""
+        """Train to the last epoch, or until it is to stop; the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
         clock = self.clock
         if clock.epoch >= self.config.epochs:
             logger.warning("nothing to train: the checkpoint has %s and --epochs is %d",
                            counted(clock.epoch, "epoch"), self.config.epochs)  # fmt: skip
         while clock.epoch < self.config.epochs:
-            self._steps(keeper)
+            if self._steps(keeper):
+                self._say_stop(keeper)
+                break
             done, last = clock.epoch + 1, clock.epoch + 1 == self.config.epochs
             measured = self._evaluate(evaluator, done, last) if evaluator.due(done, last) else {}
             metrics = measured or metrics
@@ -214,6 +224,15 @@ class _Run:
                 keeper.keep(done, last, measured)
             self.accelerator.wait_for_everyone()
         return metrics
+
+    def _say_stop(self, keeper: Keeper | None) -> None:
+        """Keep a checkpoint and say how to go on."""
+        if keeper:
+            go_on = f"kept as {keeper.keep_step(last=True)}; to go on, give the same command with --resume latest"
+        else:
+            go_on = "nothing is kept, with --logs none"
+        logger.warning("stopped by %s after step %d of %d; %s", describe_stop(self.trainer.stop_reason),
+                       self.clock.step, self.clock.total_steps, go_on)  # fmt: skip
 
     def _evaluate(self, evaluator: Evaluator, epoch: int, last: bool) -> dict[str, float]:
         """Metrics after `epoch` completed epochs; they go to the logs too."""
@@ -224,8 +243,8 @@ class _Run:
         self._track("val", metrics, self.clock.step)
         return metrics
 
-    def _steps(self, keeper: Keeper | None) -> None:
-        """Those that are left of the epoch."""
+    def _steps(self, keeper: Keeper | None) -> bool:
+        """Those that are left of the epoch; whether the run is to stop before they are taken, or what comes after."""
         clock, every = self.clock, self.config.save_every_steps
         log = EpochLog(
             epoch=clock.epoch,
@@ -237,12 +256,12 @@ class _Run:
             write=self._write_row if self.folder else None,
             show=self.main,
         )
-        try:
-            for _ in self.trainer.steps(log):
+        with contextlib.closing(log), contextlib.closing(self.trainer.steps(log)) as steps:
+            for _ in steps:
+                if self.trainer.stop_reason != GO_ON:
+                    return True
                 if keeper and every and clock.step % every == 0:
                     keeper.keep_step()
-        finally:
-            log.close()
         self._report_skips(clock.skipped, f"epoch {clock.epoch + 1}")
         if self.trainer.hash_ids and self.trainer.hash_ids.collisions:
             visits = counted(self.trainer.hash_ids.collisions, "visit")
@@ -250,6 +269,7 @@ class _Run:
                 "%s so far of samples beyond the %d that there is room for, which share ids; raise --sample-id-table",
                 visits, self.trainer.hash_ids.num_ids,
             )  # fmt: skip
+        return False
 
     def _write_row(self, row: dict) -> None:
         self._began = True
@@ -260,16 +280,6 @@ class _Run:
     def _track(self, prefix: str, values: dict, step: int) -> None:
         if self.config.report_to:
             self.accelerator.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
-
-
-def _record(config: RunConfig, resumed: Resumed | None, steps: int, remarks: list[str]) -> Record:
-    """The flags of now, and what changed since the run that is resumed, which is added to the remarks."""
-    flags = redacted_values(vars(config.flags))
-    history = resumed.record.history if resumed and resumed.record else []
-    if resumed and (changed := resumed.changes(flags)):
-        remarks += say_changes(config.resume, changed)
-        history = [*history, {"epoch": resumed.checkpoint.epoch, "step": steps, "changed": changed}]
-    return Record(flags, history)
 
 
 def _make_folder(config: RunConfig, folder: str, record: Record) -> None:
@@ -285,46 +295,3 @@ def _make_folder(config: RunConfig, folder: str, record: Record) -> None:
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         target = os.path.join(folder, "code", os.path.basename(package))
         shutil.copytree(package, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-
-
-def _start_trackers(config: RunConfig, accelerator: Accelerator, folder: str) -> None:
-    """TensorBoard below the run's folder, Weights & Biases under OpenCLIP's names."""
-    accelerator.project_configuration.logging_dir = folder
-    resume = "auto" if config.resume == "latest" else None
-    wandb = {"name": config.name, "id": config.name, "notes": config.wandb_notes, "resume": resume}
-    known = redacted_values(vars(config.flags))
-    flags = {name: value for name, value in known.items() if isinstance(value, int | float | str | bool)}
-    accelerator.init_trackers(
-        "tensorboard" if config.report_to == "tensorboard" else config.wandb_project_name, flags, {"wandb": wandb}
-    )
-
-
-def _evaluate_only(
-    config: RunConfig, accelerator, model, evaluator: Evaluator, checkpoint: Checkpoint | None
-) -> dict[str, float]:
-    """Without training data: score the model, as OpenCLIP does, and with `--ema` the average in the checkpoint."""
-    if checkpoint:
-        checkpoint.restore_model(model, config.model)
-    average = None if config.ema is None else WeightAverage(model, config.ema)
-    remarks = checkpoint.restore_average(average) if checkpoint else []
-    start_logging(None, console=accelerator.is_main_process, debug=config.debug)
-    try:
-        for remark in remarks:
-            logger.warning("--resume %s: %s", config.resume, remark)
-        return evaluate(evaluator, model, checkpoint.epoch if checkpoint else 0, True, average)
-    finally:
-        stop_logging()
-
-
-def evaluate(
-    evaluator: Evaluator, model, epoch: int, last: bool, average: WeightAverage | None = None
-) -> dict[str, float]:
-    """Metrics of the model, and with `ema-` before their names those of the average of its weights."""
-    metrics = evaluator.evaluate(model, epoch, last)
-    report_skips(evaluator.skipped, "validation")
-    if average is not None:
-        with average.applied():
-            metrics |= {f"ema-{name}": value for name, value in evaluator.evaluate(model, epoch, last).items()}
-    shown = {name: value for name, value in metrics.items() if name.endswith(("R@1", "-top1", "clip_val_loss"))}
-    logger.info("after epoch %d: %s", epoch, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-    return metrics

@@ -1,5 +1,6 @@
 """An epoch that goes on from where it was left has the batches that are left of it, to the bit."""
 
+import collections
 import pathlib
 import shutil
 import tarfile
@@ -123,3 +124,85 @@ def test_a_shard_that_is_gone_meanwhile_is_told(shards, tmp_path):
     loader.set_epoch(2)
     (batch,) = loader.batches
     assert "unreadable shard" in batch["error"]
+
+
+def ids(batches):
+    return [number for batch, _ in batches for number in batch["sample_ids"].tolist()]
+
+
+def read_by_all(shards, layout, *, start=None, batches=None):
+    """Ids of the samples of an epoch, or of its first batches, on all ranks of a layout, and where they then are."""
+    world_size, workers, batch_size = layout
+    seen, places = [], []
+    for rank in range(world_size):
+        stream = config(shards, rank=rank, world_size=world_size, batch_size=batch_size)
+        found = read_epoch(stream, start=start, workers=workers)[:batches]
+        seen += ids(found)
+        places.append(found[-1][1]["places"][rank])
+        state = found[-1][1]
+    return seen, Start(2, Position.from_state_dict(state | {"places": places}))
+
+
+@pytest.mark.parametrize(
+    "layouts", [[(2, 2, 8), (1, 0, 8)], [(1, 0, 16), (2, 2, 8)], [(2, 1, 8), (1, 2, 4), (4, 1, 2)]]
+)
+def test_others_go_on_with_what_nobody_has_read(shards, layouts):
+    seen, start = [], None
+    for layout in layouts[:-1]:
+        part, start = read_by_all(shards, layout, start=start, batches=4)
+        seen += part
+    rest, _ = read_by_all(shards, layouts[-1], start=start)
+    assert sorted(seen + rest) == list(range(256))
+
+
+def test_what_comes_twice_or_not_at_all_is_said(shards):
+    seen, start = read_by_all(shards, (2, 2, 8), batches=3)
+    stream = config(shards, batch_size=32)
+    loader = train_loader(stream, num_samples=256, workers=0, start=start)
+    rest = ids(read_epoch(stream, start=start))
+    counts = collections.Counter(seen + rest)
+    assert len(seen) == 48 and len(rest) == 7 * 32
+    twice, never = sum(count - 1 for count in counts.values()), 256 - len(counts)
+    # Of 208 samples, 16 fill no batch; another pass fills it, in which some of these may come.
+    assert loader.remarks == (
+        [
+            "epoch 3 was begun by 2 processes x 2 workers x batch 8, and goes on with 1 process x 1 worker x batch 32: "
+            "of 208 samples left, 16 do not come, and 32 come again"
+        ]
+    )
+    assert never <= 16 and twice - never == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({"resampled": True}, "it is drawn with replacement"), ({"seed": 1}, "the data is another"),
+     ({"sample_id": "hash"}, "its samples have no numbers")],
+)  # fmt: skip
+def test_where_nobody_knows_what_was_read_other_passes_go_on(shards, faulty, changes, why):
+    folder = faulty if changes == {"sample_id": "hash"} else shards
+    first = {name: value for name, value in changes.items() if name != "seed"}
+    _, state = read_epoch(config(folder, **first))[4]
+    stream = config(folder, batch_size=8, **changes)
+    start = Start(2, Position.from_state_dict(state))
+    loader = train_loader(stream, num_samples=256, workers=0, start=start)
+    assert loader.remarks[0].endswith(f": {why}, so the rest of it comes from all samples, those seen too")
+    found = read_epoch(stream, start=start)
+    assert len(found) == 22 and found[0][1]["places"][0][0][0] == 1
+    # And goes on from there as any other.
+    again = read_epoch(stream, start=Start(2, Position.from_state_dict(found[9][1])))
+    assert all(
+        torch.equal(batch["image"], expected["image"])
+        for (batch, _), (expected, _) in zip(again, found[10:], strict=True)
+    )
+
+
+def test_other_ranks_go_on_with_the_rows_of_a_table_that_are_left(pairs, tmp_path):
+    (tmp_path / "a.png").write_bytes(pairs[0][0])
+    table = Table("t.csv", [(str(tmp_path / "a.png"), "a")] * 50)
+    fixed = {"source": table, "image_transform": noisy, "tokenizer": as_codes, "sample_id": "index"}
+    whole = read_epoch(StreamConfig(batch_size=6, **fixed))
+    rest = []
+    for rank in range(2):
+        stream = StreamConfig(batch_size=5, rank=rank, world_size=2, **fixed)
+        rest += ids(read_epoch(stream, start=Start(2, Position.from_state_dict(whole[2][1]))))
+    assert len(rest) == 30 and len({*ids(whole[:3]), *rest}) == 48

@@ -1,7 +1,11 @@
 """Going on from within an epoch: as if the run had not stopped, bit for bit."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import open_clip
 import pytest
@@ -10,6 +14,8 @@ import torch
 from launching import launch
 from openclip_ext.cli import main
 from openclip_ext.data import passes
+from openclip_ext.training.loop import Trainer
+from openclip_ext.training.stopping import SIGNALS
 from ours import LOSSES
 
 #: What a resumed run measures anew.
@@ -134,3 +140,103 @@ def test_a_checkpoint_from_within_an_epoch_loads_in_openclip(train_flags, tmp_pa
     assert content["epoch"] == 1 and content["clock"]["step"] == 11
     model = open_clip.create_model("tiny-test", pretrained=str(path))
     torch.testing.assert_close(model.state_dict(), content["state_dict"])
+
+
+def test_a_run_goes_on_with_another_batch_size_and_number_of_workers(train_flags, tmp_path):
+    """From the same number of samples on, each of which comes once in an epoch."""
+    flags = ("--loss", "gamma_decomp", "--loss-arg", "gamma=0.5", "--epochs", 2)
+    assert main(train_flags(*flags, "--batch-size", 16, "--workers", 2, "--save-every-steps", 6, "--epochs", 1)) == 0
+    (tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt").unlink()
+    (tmp_path / "logs" / "run" / "checkpoints" / "epoch_0_step_12.pt").unlink()
+    assert main(train_flags(*flags, "--batch-size", 32, "--resume", "latest")) == 0
+    log = (tmp_path / "logs" / "run" / "out.log").read_text()
+    assert (
+        "--resume latest: epoch 1 was begun by 1 process x 2 workers x batch 16, and goes on with 1 process x 1 worker "
+        "x batch 32: of 160 samples left, 0 do not come, and 0 come again"
+    ) in log
+    assert "epoch_0_step_6.pt after epoch 0 and 3 steps" in log
+    found = rows(tmp_path, "run")
+    assert [row["step"] for row in found] == list(range(16))
+    # Each sample was visited once in the first epoch, before or after the stop.
+    assert all(row["first_visits"] == 1 for row in found[:8]) and all(row["first_visits"] == 0 for row in found[8:])
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """A function that lets a signal come in the optimizer step of a run that ends next, and maybe others with it."""
+
+    def at(step, *numbers):
+        update = Trainer._update
+
+        def updated(self, *given):
+            if self.clock.step == step:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            update(self, *given)
+
+        monkeypatch.setattr(Trainer, "_update", updated)
+
+    return at
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(train_flags, tmp_path, capsys, signalled, number, code):
+    assert main(train_flags("--epochs", 2, "--name", "whole")) == 0
+    before = [signal.getsignal(one) for one in SIGNALS]
+    signalled(11, number, number)
+    assert main(train_flags("--epochs", 2, "--name", "again")) == code
+    path = tmp_path / "logs" / "again" / "checkpoints" / "epoch_1_step_12.pt"
+    line = f"stopped by {number.name} after step 12 of 16; kept as {path}; to go on, give the same command with"
+    assert line in capsys.readouterr().err and len(rows(tmp_path, "again")) == 12
+    assert [signal.getsignal(one) for one in SIGNALS] == before
+    assert main(train_flags("--epochs", 2, "--name", "again", "--resume", "latest")) == 0
+    assert_equal(tmp_path, "again", "epoch_2")
+
+
+def test_a_memory_in_files_goes_on_where_a_signal_ended_the_run(train_flags, tmp_path, signalled):
+    files = {}
+    for name in ("whole", "again"):
+        files[name] = tmp_path / f"bank_{name}"
+        flags = ("--loss", "emc2", "--loss-arg", "bank_device=mmap", "--loss-arg", f"bank_path={files[name]}")
+        if name == "again":
+            signalled(4, signal.SIGUSR1)
+        assert main(train_flags(*flags, "--name", name)) == 0
+    assert main(train_flags(*flags, "--name", "again", "--resume", "latest")) == 0
+    assert_equal(tmp_path, "again", "epoch_1")
+    assert files["again"].read_bytes() == files["whole"].read_bytes()
+
+
+def test_minutes_that_are_over_end_a_run_as_often_as_they_are(train_flags, tmp_path, val_shards):
+    flags = ("--epochs", 2, "--batch-size", 128, "--val-data", val_shards)
+    assert main(train_flags(*flags, "--name", "whole")) == 0
+    for _ in range(4):
+        assert main(train_flags(*flags, "--name", "again", "--max-minutes", 1e-9, "--resume", "latest")) == 0
+        assert not (tmp_path / "logs" / "again" / "checkpoints" / "epoch_2.pt").exists()
+    assert main(train_flags(*flags, "--name", "again", "--resume", "latest")) == 0
+    assert_equal(tmp_path, "again", "epoch_2")
+    assert len(list((tmp_path / "logs" / "again" / "checkpoints").glob("*_step_*"))) == 2  # as --keep-last has it
+
+
+def test_a_later_signal_ends_a_process_at_once():
+    code = (
+        "import os, signal; from openclip_ext.training import stopping\n"
+        "with stopping.Stop(None) as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    stopping._SAME = -1\n"
+        "    print(stop.reason, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    print('not reached')\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == -signal.SIGUSR1 and finished.stdout == f"{signal.SIGTERM}\n"
+    assert finished.stderr == "SIGTERM: stops after this step; a second signal ends at once\n"
+
+
+def test_what_means_nothing_is_one_line(train_flags, capsys):
+    for flags, message in {
+        ("--save-every-steps", 0): "--save-every-steps 0: must be at least 1",
+        ("--keep-last", -1): "--keep-last -1: must be at least 0",
+        ("--max-minutes", 0): "--max-minutes 0.0: must be above 0",
+    }.items():
+        assert main(train_flags(*flags)) == 2
+        assert message in capsys.readouterr().err
