@@ -15,6 +15,7 @@ from typing import Any
 from openclip_ext.errors import UserError
 
 LATEST = "epoch_latest.pt"
+JSON_LIMIT = 1 << 26  # bytes: a million shards take half of that in a sizes.json
 PARTIAL = ".partial"  # how names of files end that are being written
 
 
@@ -57,6 +58,28 @@ def write_json(content: Any, path: str | os.PathLike) -> None:
     """Write a JSON file, whole or not at all."""
     with atomic(path) as partial, open(partial, "w") as file:
         json.dump(content, file, indent=1)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says that may come from elsewhere. Raises ValueError: it is none, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: str | os.PathLike, limit: int = JSON_LIMIT) -> Any:
+    """What a JSON file says that may come from elsewhere.
+
+    Raises:
+        ValueError: it is none, is larger than `limit` bytes, or is nested too deeply.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"larger than {limit:,} bytes")
+    return parse_json(content)
 
 
 class Rows:
@@ -131,12 +154,19 @@ def last_checkpoint(run: str) -> str | None:
 
 
 def keep_rows(path: str | os.PathLike, wanted: Callable[[dict], bool]) -> None:
-    """Leave out of a JSONL file the rows that are not wanted, and a last line that was never finished."""
+    """Leave out of a JSONL file the rows that are not wanted, and lines that are damaged or were never finished."""
     if not os.path.exists(path):
         return
-    with open(path) as file:
-        lines = [line for line in file if line.endswith("\n")]
-    kept = [line for line in lines if wanted(json.loads(line))]
+    with open(path, errors="replace") as file:
+        lines = list(file)
+
+    def is_kept(line: str) -> bool:
+        try:
+            return line.endswith("\n") and wanted(parse_json(line))
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    kept = [line for line in lines if is_kept(line)]
     if len(kept) < len(lines):
         with atomic(path) as partial, open(partial, "w") as file:
             file.writelines(kept)

@@ -12,6 +12,7 @@ from accelerate.utils import (
 )
 
 from openclip_ext.errors import UserError, counted
+from openclip_ext.redact import redacted_values
 from openclip_ext.training import sharding
 from openclip_ext.training.config import RunConfig
 
@@ -114,11 +115,12 @@ def start_trackers(config: RunConfig, accelerator: Accelerator, folder: str, ste
     accelerator.project_configuration.logging_dir = folder
     resume = "auto" if config.resume == "latest" else None
     wandb = {"name": config.name, "id": config.name, "notes": config.wandb_notes, "resume": resume}
-    flags = {name: value for name, value in vars(config.flags).items() if isinstance(value, int | float | str | bool)}
+    known = redacted_values(vars(config.flags))
+    flags = {name: value for name, value in known.items() if isinstance(value, int | float | str | bool)}
     accelerator.init_trackers(
         "tensorboard" if config.report_to == "tensorboard" else config.wandb_project_name,
         flags,
-        {"wandb": wandb, "tensorboard": {"purge_step": step or None}},
+        {"wandb": redacted_values(wandb), "tensorboard": {"purge_step": step or None}},
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from openclip_ext.files import Rows
+from openclip_ext.redact import redacted, redacted_values
 
 logger = logging.getLogger("openclip_ext")
 #: Takes a line for every so many steps, which a terminal shows as a progress bar.
@@ -39,6 +40,11 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+def _hide_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redacted(record.getMessage()), ()
+    return True
+
+
 def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
     """Send this package's log to the console and to a file, each if wanted."""
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -48,6 +54,7 @@ def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
     if console:
         terminal = _ConsoleHandler()
         terminal.setFormatter(logging.Formatter("%(message)s"))
+        terminal.addFilter(_hide_secrets)
         if sys.stderr.isatty():
             terminal.addFilter(lambda record: record.name != step_logger.name)
         logger.addHandler(terminal)
@@ -56,6 +63,7 @@ def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
         handler.setFormatter(
             logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%Y-%m-%d,%H:%M:%S")
         )
+        handler.addFilter(_hide_secrets)
         logger.addHandler(handler)
 
 
@@ -165,7 +173,7 @@ class RowFiles:
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add a row to a file; that it has to wait is said once."""
         rows = self._rows.setdefault(name, Rows(os.path.join(self._folder, name)))
-        error = rows.append(row)
+        error = rows.append(redacted_values(row))
         if error and name not in self._waiting:
             logger.error("%s: cannot be written (%s); its rows wait in memory", rows.path, error.strerror)
             self._waiting.add(name)

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from openclip_ext.errors import UserError, counted
 from openclip_ext.files import checkpoints, damage
+from openclip_ext.redact import redacted_values
 from openclip_ext.training.checkpoint import Checkpoint, load_checkpoint
 from openclip_ext.training.config import RunConfig
 from openclip_ext.training.record import Record, read_record
@@ -108,7 +109,7 @@ def _of_first_rank(value: Any, accelerator: Accelerator) -> Any:
 
 def new_record(config: RunConfig, resumed: Resumed | None, steps: int, remarks: list[str]) -> Record:
     """The flags of now, and what changed since the run that is resumed, which is added to the remarks."""
-    flags = vars(config.flags)
+    flags = redacted_values(vars(config.flags))
     history = resumed.record.history if resumed and resumed.record else []
     if resumed and (changed := resumed.changes(flags)):
         remarks += say_changes(config.resume, changed)

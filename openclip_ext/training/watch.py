@@ -16,8 +16,10 @@ import time
 from collections.abc import Iterator
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from openclip_ext.errors import RankError, UserError
+from openclip_ext.redact import redacted
 
 BEAT = 5.0  # seconds between two signs of life, or a tenth of the timeout
 EXIT_CODE = 2
@@ -78,7 +80,7 @@ class Watch:
         self._patience = round(timeout / self.beat) - 5  # then the line is written, and the others may still read why
         # Its own connection: the process group's is held while a call waits. That one stays open as long as this does.
         self._of_group = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore("openclip_ext_watch", self._of_group.clone())
+        self._store = PrefixStore("openclip_ext_watch", self._of_group.clone())
         self._store.set_timeout(datetime.timedelta(seconds=timeout))
         self._left = threading.Event()
         self._suspect = threading.Event()  # the process group has failed: less patience is needed
@@ -177,7 +179,7 @@ def _has_left(state: str) -> bool:
 
 def _described(error: Exception) -> str:
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:200]
+    return redacted(" ".join(text.split()))[:200]
 
 
 def _line(cause: str, rank: int) -> str:
