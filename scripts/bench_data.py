@@ -91,6 +91,7 @@ def main() -> None:
     listing = list_shards(args.shards)
     transform = open_clip.image_transform(args.image_size, is_train=True)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    assert listing.length is not None  # a folder with sizes.json
     if args.resume_at:
         config = StreamConfig(source=listing, batch_size=args.batch_size, image_transform=transform,
                               tokenizer=tokenizer, sample_id="index")  # fmt: skip

@@ -14,6 +14,7 @@ from openclip_ext.evaluation.tasks.zero_shot import (
 from openclip_ext.options import Parser
 from openclip_ext.training.config import RunConfig, run_config
 from openclip_ext.training.fault_flags import add_fault_flags, require_fault_limits
+from openclip_ext.training.keep_flags import add_keep_flags, require_keep_limits
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,39 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON; --model is its file's name."
     )
-    ours.add_argument(
-        "--resume-other-loss",
-        action="store_true",
-        help="Let --resume go on with another --loss than the checkpoint's: model and optimizer are restored, the "
-        "memory of the loss starts anew.",
-    )
-    ours.add_argument(
-        "--save-best",
-        metavar="METRIC",
-        help="Keep the checkpoint at which this metric was best so far as checkpoints/best.pt, such as "
-        "imagenet-zeroshot-val-top1; names are those in results.jsonl. Losses and ranks are best where they are least.",
-    )
-    ours.add_argument(
-        "--save-every-steps",
-        type=int,
-        metavar="K",
-        help="Keep a checkpoint every K optimizer steps too, as epoch_N_step_S.pt (with --save-most-recent as "
-        "epoch_latest.pt): --resume latest goes on from there as if the run had not stopped.",
-    )
-    ours.add_argument(
-        "--keep-last",
-        type=int,
-        default=2,
-        metavar="N",
-        help="How many checkpoints from within epochs to keep, the newest (default: %(default)s; 0: all).",
-    )
-    ours.add_argument(
-        "--max-minutes",
-        type=float,
-        metavar="M",
-        help="Stop after the step at which the run has taken M minutes, and keep a checkpoint to go on from, as after "
-        "SIGTERM, SIGUSR1 or SIGINT.",
-    )
+    add_keep_flags(ours)
     add_fault_flags(ours)
     _add_data_flags(ours)
     _add_image_flags(ours)
@@ -223,12 +192,7 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
     require_fault_limits(config.rank_timeout, config.max_skipped, config.max_bad)
     if config.ddp_static_graph and config.accum_freq > 1:
         raise UserError("--ddp-static-graph: cannot be combined with --accum-freq; drop one")
-    if config.save_every_steps is not None and config.save_every_steps < 1:
-        raise UserError(f"--save-every-steps {config.save_every_steps}: must be at least 1")
-    if config.max_minutes is not None and config.max_minutes <= 0:
-        raise UserError(f"--max-minutes {config.max_minutes}: must be above 0")
-    if config.keep_last < 0:
-        raise UserError(f"--keep-last {config.keep_last}: must be at least 0, which keeps all")
+    require_keep_limits(config)
     _require_views_agree(config)
     if bool(config.probe_train) != bool(config.probe_val):
         raise UserError("--probe-train, --probe-val: give both or neither")

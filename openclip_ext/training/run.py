@@ -152,7 +152,7 @@ class _Run:
         """Of a run that went on from here before: so each step has one row."""
 
         def before(row: dict) -> bool:
-            done = row["epoch"] <= self.clock.epoch  # of evaluations, completed epochs
+            done = row.get("epoch", 0) <= self.clock.epoch  # of evaluations, completed epochs
             return row["step"] < self.clock.step if "kind" not in row and "step" in row else done
 
         assert self.folder is not None

@@ -16,6 +16,7 @@ from soak import differing
 from launching import launch
 from openclip_ext.cli import main
 from openclip_ext.data import passes
+from openclip_ext.files import keep_rows
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.stopping import SIGNALS
 from ours import LOSSES
@@ -250,3 +251,12 @@ def test_what_means_nothing_is_one_line(train_flags, capsys):
     }.items():
         assert main(train_flags(*flags)) == 2
         assert message in capsys.readouterr().err
+
+
+def test_rows_that_a_crash_has_damaged_are_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n\0\0\0\n[3]\n{"step": 4}\n{"step": 5')
+    keep_rows(path, lambda row: row["step"] != 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 4}\n'
+    keep_rows(tmp_path / "none", lambda row: True)
+    assert not (tmp_path / "none").exists()
