@@ -2,8 +2,8 @@
 
 Its data has broken pictures, a shard that breaks off and one that is none. A run that nobody disturbs takes a third of
 the minutes, the disturbed one as long as it needs to come to the same epoch, with the same weights, optimizer, state of
-the loss and rows of metrics, bit for bit. Writes soak.json and soak.png (steps over time, and what happened when); code 1: they
-differ, a process hung or ended with a traceback, or memory grew.
+the loss and rows of metrics, bit for bit. Writes soak.json and soak.png (steps over time, and what happened when); code
+1: they differ, a process hung or ended with a traceback, or memory grew.
 
     python scripts/soak.py --minutes 20 --seed 0 --out runs/soak-0
 """
