@@ -16,7 +16,7 @@ from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.files import keep_rows
 from openclip_ext.losses import ObjectivePlan
-from openclip_ext.training.accelerator import choose_precision, make_accelerator, start_trackers
+from openclip_ext.training.accelerator import choose_precision, make_accelerator
 from openclip_ext.training.build import build_trainer, seed_all
 from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.config import RunConfig
@@ -32,6 +32,7 @@ from openclip_ext.training.record import Record
 from openclip_ext.training.resume import find_resumed, new_record
 from openclip_ext.training.stopping import GO_ON, Stop
 from openclip_ext.training.stopping import describe as describe_stop
+from openclip_ext.training.tracking import Tracking
 from openclip_ext.training.warm_start import warm_start_pass
 from openclip_ext.training.watch import watched
 
@@ -104,13 +105,12 @@ class _Run:
     def __init__(self, config: RunConfig, trainer: Trainer, folder: str | None, record: Record) -> None:
         self.record = record
         self.config, self.trainer, self.accelerator = config, trainer, trainer.accelerator
-        self.clock = trainer.clock
-        self.main = self.accelerator.is_main_process
+        self.clock, self.main = trainer.clock, self.accelerator.is_main_process
         self.run_folder = folder
         self.folder = folder if self.main else None  # where this rank writes
-        self._finish_sync = None
-        self._began = False
+        self._finish_sync, self._began = None, False
         self._before: set[str] | None = None
+        self._tracking: Tracking | None = None
         self._files = RowFiles(self.folder) if self.folder else None
         if self._files:
             trainer.faults.write = functools.partial(self._files.append, SKIPPED)
@@ -137,11 +137,13 @@ class _Run:
                 self.folder, remote, config.remote_sync_protocol, config.remote_sync_frequency
             )
         if config.report_to and self.folder:
-            start_trackers(config, self.accelerator, self.folder, self.clock.step)
+            self._tracking = Tracking(config, self.accelerator, self.folder, self.clock.step)
 
     def __exit__(self, kind, *exception) -> None:
         if self._finish_sync:
             self._finish_sync()
+        if self._tracking:
+            self._tracking.close()
         stop_logging()
         if kind is not None and self.folder and not self._began:  # else it would block the corrected command
             remove_new_entries(self.folder, self._before)
@@ -278,8 +280,8 @@ class _Run:
         self._track("train", row, row["step"])
 
     def _track(self, prefix: str, values: dict, step: int) -> None:
-        if self.config.report_to:
-            self.accelerator.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
+        if self._tracking:
+            self._tracking.log({f"{prefix}/{name}": value for name, value in values.items()}, step)
 
 
 def _make_folder(config: RunConfig, folder: str, record: Record) -> None:

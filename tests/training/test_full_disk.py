@@ -109,8 +109,9 @@ def test_a_run_goes_on_while_its_logs_cannot_be_written(train_flags, tmp_path, c
             yield from real(self, log)
 
     monkeypatch.setattr(run.Trainer, "steps", on_a_full_disk)
-    assert main(train_flags("--epochs", 3)) == 0
+    assert main(train_flags("--epochs", 3, "--report-to", "tensorboard")) == 0
     errors = capsys.readouterr().err
+    assert errors.count("--report-to tensorboard: cannot be written (File too large); the run goes on without") == 1
     assert errors.count("metrics.jsonl: cannot be written (File too large); its rows wait in memory") == 1
     assert "Traceback" not in errors and "Logging error" not in errors
     assert steps_in(tmp_path / "logs" / "run" / "metrics.jsonl") == list(range(24))
