@@ -1,9 +1,9 @@
 """A training of two processes that is killed, signalled and starved of disk at random moments, and resumed each time.
 
 Its data has broken pictures, a shard that breaks off and one that is none. A run that nobody disturbs takes a third of
-the time; the disturbed one then has to come to the same epoch, with the same weights, optimizer, state of the loss and
-rows of metrics, bit for bit. Writes soak.json and soak.png (steps over time, and what happened when); code 1: they
-differ, a process hung or ended with a traceback, or memory grew.
+the minutes, the disturbed one as long as it needs to come to the same epoch, with the same weights, optimizer, state of
+the loss and rows of metrics, bit for bit. Writes soak.json and soak.png (steps over time, and what happened when); code
+1: they differ, a process hung or ended with a traceback, or memory grew.
 
     python scripts/soak.py --minutes 20 --seed 0 --out runs/soak-0
 """
@@ -87,6 +87,11 @@ class Job:
                 ))  # fmt: skip
 
     @property
+    def resumed(self) -> bool:
+        """Whether it has come to where it takes steps."""
+        return "Train Epoch" in self.errors[0].read_text()
+
+    @property
     def alive(self) -> list[subprocess.Popen]:
         return [process for process in self.processes if process.poll() is None]
 
@@ -142,6 +147,16 @@ class Timeline:
             self.points.append((time.monotonic() - began, last_step(job.run), job.memory()))
             time.sleep(0.5)
 
+    def follow(self, job: Job, began: float, seconds: float, steps: int, goal: Path) -> None:
+        """Likewise, until it has taken so many steps, or until so many seconds after `began`."""
+        begins = None
+        while job.alive and not goal.exists() and time.monotonic() - began < seconds:
+            step = last_step(job.run) if job.resumed else None
+            begins = step if begins is None else begins
+            if not steps or (step is not None and begins is not None and step - begins >= steps):
+                return
+            self.watch(job, began, 0.5, goal)
+
 
 def undisturbed(out: Path, seconds: float) -> Timeline:
     job, timeline = Job(out, "whole", "--max-minutes", seconds / 60), Timeline()
@@ -152,18 +167,16 @@ def undisturbed(out: Path, seconds: float) -> Timeline:
     return timeline
 
 
-def disturbed(out: Path, goal: Path, seconds: float, rng: random.Random) -> Timeline:
-    """Until it has the checkpoint `goal`; what happens is drawn from `rng`."""
+def disturbed(out: Path, goal: Path, seconds: float, most_steps: int, rng: random.Random) -> Timeline:
+    """Until it has the checkpoint `goal`; what happens, and after how many steps, is drawn from `rng`."""
     timeline, began = Timeline(), time.monotonic()
     while not goal.exists() and time.monotonic() - began < seconds:
         job = Job(out, "disturbed")
         action = rng.choices(list(ACTIONS), list(ACTIONS.values()))[0]
         rank = rng.randrange(RANKS)
-        begins = last_step(job.run)
-        if rng.random() < 0.8:  # else while it starts
-            while job.alive and last_step(job.run) in (begins, -1) and time.monotonic() - began < seconds:
-                timeline.watch(job, began, 1, goal)
-        timeline.watch(job, began, rng.uniform(0, 15), goal)
+        steps = 0 if rng.random() < 0.1 else rng.randint(1, most_steps)  # 0: while it starts
+        timeline.follow(job, began, seconds, steps, goal)
+        timeline.watch(job, began, rng.uniform(0, 1), goal)
         if goal.exists():
             job.tell(signal.SIGTERM, list(range(RANKS)))
             job.end()
@@ -241,6 +254,7 @@ def draw(path: Path, whole: Timeline, troubled: Timeline) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--events", type=int, default=30, help="about so many times it is disturbed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="is emptied first")
     args = parser.parse_args()
@@ -255,7 +269,9 @@ def main() -> int:
     if not goals:
         raise SystemExit(f"--minutes {args.minutes}: too short for {SAVED_EPOCHS} epochs; give more")
     goal = out / "logs" / "disturbed" / "checkpoints" / goals[-1].name
-    troubled = disturbed(out, goal, 120 * args.minutes, random.Random(args.seed))
+    steps = torch.load(goals[-1], weights_only=True)["clock"]["step"]
+    most_steps = max(10, 2 * steps // args.events)
+    troubled = disturbed(out, goal, 240 * args.minutes, most_steps, random.Random(args.seed))
     counts = collections.Counter(event["action"] for event in troubled.events)
     report = {"minutes": args.minutes, "seed": args.seed, "checkpoint": goal.name, "by_action": counts,
               "memory_growth": memory_growth(whole), "events": troubled.events}  # fmt: skip

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import open_clip
+import psutil
 import pytest
 import torch
 from soak import differing
@@ -161,7 +162,8 @@ def signalled(monkeypatch):
         def updated(self, *given):
             if self.clock.step == step:
                 for number in numbers:
-                    os.kill(os.getpid(), number)
+                    for process in (*psutil.Process().children(), psutil.Process()):  # as a scheduler does
+                        process.send_signal(number)
             update(self, *given)
 
         monkeypatch.setattr(Trainer, "_update", updated)
@@ -215,6 +217,16 @@ def test_a_memory_in_files_goes_on_where_a_signal_ended_the_run(train_flags, tmp
     assert main(train_flags(*flags, "--name", "again", "--resume", "latest")) == 0
     assert_equal(tmp_path, "again", "epoch_1")
     assert files["again"].read_bytes() == files["whole"].read_bytes()
+
+
+def test_data_workers_outlive_a_signal_to_all_processes_of_a_run(train_flags, tmp_path, signalled):
+    flags = ("--workers", 2, "--batch-size", 8)
+    assert main(train_flags(*flags, "--name", "whole")) == 0
+    signalled(12, signal.SIGTERM)
+    assert main(train_flags(*flags, "--name", "again")) == 0
+    assert (tmp_path / "logs" / "again" / "checkpoints" / "epoch_0_step_13.pt").exists()
+    assert main(train_flags(*flags, "--name", "again", "--resume", "latest")) == 0
+    assert_equal(tmp_path, "again", "epoch_1")
 
 
 def test_minutes_that_are_over_end_a_run_as_often_as_they_are(train_flags, tmp_path, val_shards):
