@@ -8,6 +8,7 @@ from openclip_ext import __version__
 from openclip_ext.commands import demo, eval, export, interpolate, losses, patch, report, shards, structure, train
 from openclip_ext.errors import RankError, UserError
 from openclip_ext.options import Parser
+from openclip_ext.redact import redacted
 
 DESCRIPTION = "Contrastive objectives for OpenCLIP that work at small batch, by name, without a fork."
 COMMANDS = {
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except UserError as error:
         if isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":  # else once per machine
-            print(f"openclip-ext: {error}", file=sys.stderr)
+            print(f"openclip-ext: {redacted(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("openclip-ext: interrupted", file=sys.stderr)

@@ -3,7 +3,11 @@
 Bare is a `webdataset.DataPipeline` of shard list, tar reading, shuffle, decode, transform and batching. Both read the
 same shards in this process, turn by turn; medians over repetitions.
 
+With `--resume-at` instead how much longer than at the beginning a run waits for its first batch that goes on at these
+shares of an epoch, and how many times as fast that is as making the batches before.
+
     python scripts/bench_data.py --shards shards/ --image-size 64
+    python scripts/bench_data.py --shards shards/ --resume-at 0.5 0.9
 """
 
 import argparse
@@ -17,8 +21,10 @@ import torch
 import webdataset as wds
 
 from openclip_ext.data.listing import list_shards
+from openclip_ext.data.passes import SAMPLE_BUFFER
 from openclip_ext.data.pipeline import train_loader
-from openclip_ext.data.streams import SAMPLE_BUFFER, StreamConfig
+from openclip_ext.data.position import Position
+from openclip_ext.data.streams import Start, StreamConfig
 
 
 def bare(listing, transform, tokenizer, batch_size: int, workers: int, num_batches: int):
@@ -49,6 +55,30 @@ def seconds(loader) -> float:
     return time.perf_counter() - started
 
 
+def first_batch_after(config: StreamConfig, num_samples: int, start: Start | None) -> float:
+    """Seconds until a loader without workers has its first batch."""
+    started = time.perf_counter()
+    next(iter(train_loader(config, num_samples=num_samples, workers=0, start=start).batches))
+    return time.perf_counter() - started
+
+
+def measure_resuming(config: StreamConfig, num_samples: int, shares: list[float]) -> None:
+    """Print a line for each share of an epoch."""
+    loader = train_loader(config, num_samples=num_samples, workers=0)
+    position, states, times = loader.position(0), {}, {}
+    wanted = {int(share * loader.num_batches): share for share in shares}
+    begins = first_batch_after(config, num_samples, None)
+    started = time.perf_counter()
+    for number, batch in enumerate(loader.batches, start=1):
+        position.advance(0, batch)
+        if number in wanted:
+            states[number], times[number] = position.state_dict(), time.perf_counter() - started
+    for number, state in states.items():
+        seconds = first_batch_after(config, num_samples, Start(0, Position.from_state_dict(state))) - begins
+        print(f"after {number * config.batch_size:,} samples, made in {times[number]:.1f} s: goes on in {seconds:.2f} s"
+              f" more than at the beginning, {times[number] / max(seconds, 1e-3):.0f} times as fast")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", required=True)
@@ -56,10 +86,17 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--resume-at", type=float, nargs="+", metavar="SHARE")
     args = parser.parse_args()
     listing = list_shards(args.shards)
     transform = open_clip.image_transform(args.image_size, is_train=True)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    assert listing.length is not None  # a folder with sizes.json
+    if args.resume_at:
+        config = StreamConfig(source=listing, batch_size=args.batch_size, image_transform=transform,
+                              tokenizer=tokenizer, sample_id="index")  # fmt: skip
+        measure_resuming(config, listing.length, args.resume_at)
+        return
     for workers in args.workers:
         num_batches = listing.length // args.batch_size // max(1, workers) * max(1, workers)
         config = StreamConfig(source=listing, batch_size=args.batch_size, image_transform=transform,

@@ -23,7 +23,7 @@ import torch
 from open_clip_train import main as stock
 
 from openclip_ext.data.listing import list_shards
-from openclip_ext.training import loop, run
+from openclip_ext.training import run
 from openclip_ext.training.flags import parse_args
 
 MODEL = {
@@ -65,7 +65,7 @@ def timed_epochs(module, name: str, action) -> list[float]:
 
 def ours(args, folder: str, workers: int, loss: str) -> list[float]:
     command = flags(args, folder, f"ours-{loss}", workers) + ["--loss", loss]
-    return timed_epochs(loop.Trainer, "train_epoch", lambda: run.train(parse_args(command)))
+    return timed_epochs(run._Run, "_steps", lambda: run.train(parse_args(command)))
 
 
 def theirs(args, folder: str, workers: int) -> list[float]:

@@ -186,3 +186,33 @@ def tiled_steps(rank, num_ranks, sizes, tile):
         value = loss(*leaves, scale, sample_ids=ids, logit_bias=bias, output_dict=False)
         gradients += torch.autograd.grad(value, leaves)
     return gradients
+
+
+def a_step_that_is_not_taken(rank, num_ranks, shards, bad_rank):
+    """What is said of it, where a sample's features are not finite on one rank, and what ends the run."""
+    from openclip_ext.data.listing import list_shards
+    from openclip_ext.errors import UserError
+    from openclip_ext.training.faults import Faults
+
+    rows = []
+    faults = Faults(source=list_shards(shards), rank=rank, world_size=num_ranks, samples=256, max_skipped=2,
+                    max_bad=0.1, write=rows.append)  # fmt: skip
+    batch = {"origins": torch.tensor([[rank, 5], [rank, 6], [3, rank]])}
+    features = torch.ones(3, 4)
+    if rank == bad_rank:
+        features[1, 2] = float("nan")
+    values = {"contrastive_loss": torch.tensor(float("nan") if rank == bad_rank else 1.0)}
+    finite, sums = faults.is_finite(values["contrastive_loss"], [("corrupt image", "a.tar", 12)], [rank, 5])
+    assert sums == [1, 10]
+    errors = []
+    for in_row, skipped in ((1, 12), (2, 14)):
+        try:
+            faults.skip_step(7, 0, in_row, values, [batch], [torch.ones(3, 4), features])
+            faults.is_finite(torch.tensor(1.0), [("corrupt image", f"{rank}.tar", skipped)], [])
+        except UserError as error:
+            errors.append(str(error))
+    try:
+        faults.is_finite(torch.tensor(1.0), [("corrupt image", f"{rank}.tar", 14)], [])
+    except UserError as error:
+        errors.append(str(error))
+    return finite, rows, errors

@@ -41,6 +41,8 @@ def bench_data(run, shards, tmp_path):
     flags = ("--image-size", 8, "--batch-size", 16, "--repeats", 1, "--workers", 0)
     (line,) = run("bench_data.py", "--shards", shards, *flags)
     assert line.startswith("workers 0: ours / bare ")
+    (line,) = run("bench_data.py", "--shards", shards, *flags, "--resume-at", 0.5)
+    assert line.startswith("after 128 samples, made in ") and line.endswith(" times as fast")
 
 
 def bench_eval(run, shards, tmp_path):
@@ -86,6 +88,13 @@ def bench_quality(run, shards, tmp_path):
     assert ended.value.code == 0
 
 
+def soak(run, shards, tmp_path):
+    """Its help; it starts processes again and again, for minutes."""
+    with pytest.raises(SystemExit) as ended:
+        run("soak.py", "--help")
+    assert ended.value.code == 0
+
+
 def installed(run, shards, tmp_path):
     with pytest.raises(SystemExit) as ended:
         run("installed.py")
@@ -102,7 +111,7 @@ def make_patch(run, shards, tmp_path):
 
 JOBS = {job.__name__: job for job in
         (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_train, compare_losses,
-         installed, make_patch)}  # fmt: skip
+         installed, make_patch, soak)}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))

@@ -2,12 +2,12 @@
 
 import dataclasses
 import itertools
-import json
 import random
 from collections.abc import Sequence
 
 from openclip_ext.data import tar
 from openclip_ext.errors import UserError
+from openclip_ext.files import parse_json
 
 # Samples of which one must have a caption under `--caption-key`.
 LOOKED_AT = 10_000
@@ -45,7 +45,7 @@ class CaptionFormat:
         """
         try:
             texts = _listed(sample, noted if self.key is None else (self.key,))
-        except (ValueError, RecursionError):
+        except ValueError:
             record(tar.CORRUPT_CAPTION, sample["__url__"], sample["__ordinal__"])
             return None
         if not texts and self.key is None:
@@ -60,9 +60,9 @@ class CaptionFormat:
 def _listed(sample: dict, keys: Sequence[str]) -> list[str]:
     """The captions under the first of the keys that the sample's JSON has any under; none without JSON.
 
-    Raises ValueError or RecursionError: it is no JSON, or holds text that no tokenizer takes.
+    Raises ValueError: it is no JSON, or holds text that no tokenizer takes.
     """
-    content = json.loads(sample[tar.JSON_EXTENSION]) if keys and tar.JSON_EXTENSION in sample else None
+    content = parse_json(sample[tar.JSON_EXTENSION]) if keys and tar.JSON_EXTENSION in sample else None
     if not isinstance(content, dict):
         return []
     for key in keys:
@@ -99,9 +99,9 @@ def require_caption_key(urls: Sequence[str], key: str | None) -> None:
 def _keys_of_text(sample: dict) -> set[str]:
     """The keys of the sample's JSON that could hold captions."""
     try:
-        content = json.loads(sample.get(tar.JSON_EXTENSION, b"null"))
+        content = parse_json(sample.get(tar.JSON_EXTENSION, b"null"))
         return {key for key in content if _listed(sample, [key])} if isinstance(content, dict) else set()
-    except (ValueError, RecursionError):
+    except ValueError:
         return set()
 
 

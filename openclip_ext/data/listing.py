@@ -1,9 +1,9 @@
 """Which shards there are, in which order, and how many samples each holds."""
 
-import ast
 import dataclasses
 import functools
 import glob
+import math
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -55,6 +55,11 @@ class ShardListing:
         return range(self.offsets[url], self.offsets[url] + max(size, 1))
 
     @functools.cached_property
+    def number_of(self) -> dict[str, int]:
+        """Positions of shards in the listing."""
+        return {url: number for number, url in enumerate(self.urls)}
+
+    @functools.cached_property
     def size_of(self) -> dict[str, int]:
         return dict(zip(self.urls, self.sizes or (), strict=False))
 
@@ -89,10 +94,12 @@ def _factors(upsampling_factors: str | None, patterns: Sequence[str]) -> list[fl
         factors = [float(factor) for factor in upsampling_factors.split("::")]
     except ValueError:
         factors = []
+    if not (all(0 <= factor < math.inf for factor in factors) and sum(factors) > 0):
+        factors = []
     if len(factors) != len(patterns):
         raise UserError(
             f"--train-data-upsampling-factors {upsampling_factors}: give one number per source of --train-data, "
-            f"joined by '::'; there are {len(patterns)} sources"
+            f"0 or more, joined by '::'; there are {len(patterns)} sources"
         )
     return factors
 
@@ -166,6 +173,14 @@ def _noted(urls: Sequence[str]) -> tuple[tuple[int, ...] | None, int | None, tup
         sizes = tuple(known[url] for url in urls)
         return sizes, sum(sizes), tuple(keys)
     if len(folders) == 1 and is_local(folders[0]) and os.path.exists(os.path.join(folders[0], LENGTH_FILE)):
-        with open(os.path.join(folders[0], LENGTH_FILE)) as file:
-            return None, int(ast.literal_eval(file.read())), tuple(keys)
+        return None, _length(os.path.join(folders[0], LENGTH_FILE)), tuple(keys)
     return None, None, tuple(keys)
+
+
+def _length(path: str) -> int:
+    """What a `__len__` file says. Raises UserError: no number of samples."""
+    with open(path, "rb") as file:
+        text = file.read(64).strip()
+    if not text.isdigit() or len(text) > 15:
+        raise UserError(f"{path}: holds no number of samples; repair it, or write sizes.json beside it")
+    return int(text)

@@ -1,26 +1,27 @@
 """Streams of batches from shards, whose order is a function of seed, epoch, rank and worker."""
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import hashlib
 import multiprocessing
 import random
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import islice
+from typing import NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
-from webdataset.filters import _shuffle
 
 from openclip_ext.data import tar
 from openclip_ext.data.listing import ShardListing
+from openclip_ext.data.passes import Place, ShardPass
+from openclip_ext.data.position import Layout, Position
 from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
+from openclip_ext.data.shares import Part, pass_random, shards_of
 from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
-
-# OpenCLIP's buffers: (size, filled before the first sample leaves).
-SHARD_BUFFER = (2000, 500)
-SAMPLE_BUFFER = (5000, 1000)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,19 +47,37 @@ class StreamConfig(RowFormat):
     world_size: int = 1
 
 
+class Start(NamedTuple):
+    """An epoch that goes on from where it was left.
+
+    Attributes:
+        epoch: which.
+        position: there.
+        batches_per_worker: of the epoch since `position.layout` reads it; for shards.
+        shares: what each worker of each rank reads in the first pass of it, where others began the epoch.
+    """
+
+    epoch: int
+    position: Position
+    batches_per_worker: int = 0
+    shares: list[list[list[Part]]] | None = None
+
+
 class TrainStream(IterableDataset):
     """Batches of one epoch: dicts of `image` (B, 3, H, W), `text` (B, L), and `skipped`; no `text` without
     captions.
 
-    If asked for, they hold second views, `image_aug` and `text_aug`, and `sample_ids` (B,). `skipped` lists (kind,
-    shard, count) of what could not be used since the last batch, each fault once per epoch and worker. A worker whose
-    shards hold no full batch yields `{"error": message}`. Batches are always full; a worker that runs out starts over
-    in another order, as in OpenCLIP.
+    If asked for, they hold second views, `image_aug` and `text_aug`, and `sample_ids` (B,). `origins` (B, 2) are the
+    number of a sample's shard in the listing, and its position there. `skipped` lists (kind,
+    shard, count) of what could not be used since the last batch, each fault once per epoch and worker. `place` is what
+    `Position.advance` takes. A worker whose shards hold no full batch yields `{"error": message}`. Batches are always
+    full; a worker that runs out starts over in another order, as in OpenCLIP.
     """
 
-    def __init__(self, config: StreamConfig, batches_per_worker: int) -> None:
-        self.config = config
+    def __init__(self, config: StreamConfig, layout: Layout, batches_per_worker: int, start: Start | None) -> None:
+        self.config, self.layout = config, layout
         self.batches_per_worker = batches_per_worker
+        self._start = start
         # Shared, since workers persist over epochs.
         self._epoch = multiprocessing.Value("i", 0)
 
@@ -67,9 +86,18 @@ class TrainStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        epoch = self._epoch.value
-        batches = islice(self._passes(epoch, worker, num_workers), self.batches_per_worker)
+        worker, epoch = info.id if info else 0, self._epoch.value
+        left, place = self.batches_per_worker, Place()
+        parts: list[Part] | None = None
+        if self._start and self._start.epoch == epoch:
+            # Batches come from workers by turns, beginning with the first: it is to be the one whose turn it is.
+            done = self._start.position.batches
+            worker = (worker + done) % self.layout.workers
+            left = self._start.batches_per_worker - len(range(worker, done, self.layout.workers))
+            place = copy.deepcopy(self._start.position.places[self.config.rank][worker])
+            if self._start.shares is not None:
+                parts = self._start.shares[self.config.rank][worker]
+        batches = islice(self._passes(epoch, worker, place, parts), left)
         while True:
             # Without workers this runs in the training process, whose random state must not depend on it.
             with contextlib.nullcontext() if info else random_state_kept():
@@ -78,34 +106,50 @@ class TrainStream(IterableDataset):
                 return
             yield batch
 
-    def _passes(self, epoch: int, worker: int, num_workers: int) -> Iterator[dict]:
-        skips = tar.Skips()
-        for number in count():
-            rng = random.Random(f"{self.config.seed} {epoch} {self.config.rank} {worker} {number}")
-            urls = self._urls(epoch, worker, num_workers, rng)
-            samples = (sample for url in urls for sample in self._numbered(url, skips.record))
-            shuffled = _shuffle(samples, *SAMPLE_BUFFER, rng)
-            decoded = filter(None, (self._decode(sample, epoch, skips.record) for sample in shuffled))
-            batches = 0
-            while len(rows := list(islice(decoded, self.config.batch_size))) == self.config.batch_size:
-                batches += 1
-                yield self.config.batch(rows) | {"skipped": skips.flush()}
-            if batches == 0:
-                yield {"error": self._no_batch(len(rows), num_workers, skips), "skipped": skips.flush()}
+    def _passes(self, epoch: int, worker: int, place: Place, first: list[Part] | None) -> Iterator[dict]:
+        """Batches from a place on, of a first pass over these parts; None: over the worker's shards, as the others."""
+        skips, config = tar.Skips(), self.config
+        while True:
+            rng = pass_random(config.seed, epoch, config.rank, worker, place.number)
+            rest = first if place.number == 0 else None
+            parts = list(self._parts(epoch, worker, rng)) if rest is None else rest
+            anew, told = place.drawn == 0, len(place.sizes)
+            samples = ShardPass(len(parts), functools.partial(self._read, parts, skips.record), rng, place)
+            decoded = filter(None, (self._decode(sample, epoch, skips.record) for sample in samples))
+            while len(rows := list(islice(decoded, config.batch_size))) == config.batch_size:
+                anew = False
+                moved = (worker, place.number, place.drawn, place.sizes[told:])
+                told = len(place.sizes)
+                yield config.batch(rows) | {"skipped": skips.flush(), "place": moved}
+            if anew and rest is None:
+                yield {"error": self._no_batch(len(rows), skips), "skipped": skips.flush()}
                 return
+            place = Place(place.number + 1)
 
-    def _urls(self, epoch: int, worker: int, num_workers: int, rng: random.Random) -> Iterator[str]:
-        """This worker's shards in this pass."""
+    def _parts(self, epoch: int, worker: int, rng: random.Random) -> Iterator[Part]:
+        """What this worker reads in a pass, in its order."""
         config = self.config
         assert isinstance(config.source, ShardListing)
+        urls = config.source.urls
         if config.resampled:
             # A pass ends, so that shards without anything usable are noticed.
-            yield from rng.choices(config.source.urls, config.source.weights, k=max(16, len(config.source.urls)))
-            return
-        # The same order on all ranks and workers, of which each takes its share.
-        shuffled = _shuffle(iter(config.source.urls), *SHARD_BUFFER, random.Random(config.seed + epoch))
-        own_rank = islice(shuffled, config.rank, None, config.world_size)
-        yield from islice(own_rank, worker, None, num_workers)
+            yield from map(Part, rng.choices(urls, config.source.weights, k=max(16, len(urls))))
+        else:
+            yield from map(Part, shards_of(urls, config.seed, epoch, self.layout, config.rank, worker))
+
+    def _read(self, parts: list[Part], record: tar.Record, number: int, told: int | None) -> Iterator[dict]:
+        """Samples of a part, as `ShardPass` asks for them."""
+
+        def untold(kind: str, url: str, ordinal: int | None) -> None:
+            if kind == tar.UNREADABLE_SHARD or (told is not None and (ordinal is None or ordinal >= told)):
+                record(kind, url, ordinal)
+
+        url, ordinals = parts[number]
+        samples = self._numbered(url, untold)
+        if ordinals is None:
+            return samples
+        wanted = set(ordinals)
+        return islice((sample for sample in samples if sample["__ordinal__"] in wanted), len(wanted))
 
     def _numbered(self, url: str, record: tar.Record) -> Iterator[dict]:
         """Samples of a shard with their `sample_id`."""
@@ -123,20 +167,24 @@ class TrainStream(IterableDataset):
             if size is not None and ordinal >= size:
                 record(tar.MORE_SAMPLES, url, ordinal)
             yield sample | {"sample_id": ids[ordinal % len(ids)]}
-        if size is not None and ordinal + 1 < size:
-            record(tar.FEWER_SAMPLES, url, None)
+        for missing in range(ordinal + 1, size or 0):
+            record(tar.FEWER_SAMPLES, url, missing)
 
     def _decode(self, sample: dict, epoch: int, record: tar.Record) -> dict | None:
         """A training row, None where the sample cannot be used."""
         pair = _decoded(sample, self.config, record)
-        return pair and _with_id(self.config, pair, epoch, sample["sample_id"])
+        if pair is None:
+            return None
+        assert isinstance(self.config.source, ShardListing)
+        origin = self.config.source.number_of[sample["__url__"]], sample["__ordinal__"]
+        return _with_id(self.config, pair, epoch, sample["sample_id"], origin)
 
-    def _no_batch(self, usable: int, num_workers: int, skips: tar.Skips) -> str:
+    def _no_batch(self, usable: int, skips: tar.Skips) -> str:
         assert isinstance(self.config.source, ShardListing)
         faults = ", ".join(f"{kind} in {url}" for kind, url in list(skips)[:3])
         return (
             f"--batch-size {self.config.batch_size}: a data worker of rank {self.config.rank} finds only {usable} "
-            f"usable samples in its share of {len(self.config.source.urls)} shards ({num_workers} workers x "
+            f"usable samples in its share of {len(self.config.source.urls)} shards ({self.layout.workers} workers x "
             f"{self.config.world_size} processes); use a smaller --batch-size or fewer --workers"
             + (f" (skipped: {faults})" if faults else "")
         )
@@ -173,7 +221,7 @@ class TableStream(Dataset):
             if not self.training:
                 return self.config.evaluation_row(*pair) | {"position": index}
             with contextlib.nullcontext() if get_worker_info() else random_state_kept():
-                return _with_id(self.config, pair, self._epoch.value, row)
+                return _with_id(self.config, pair, self._epoch.value, row, (0, row))
         if not self.training:
             return None
         raise UserError(f"{self._table.name}: none of its images can be opened")
@@ -236,7 +284,9 @@ def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Im
     return None if image is None or captions is None else (image, captions)
 
 
-def _with_id(config: StreamConfig, pair: tuple[Image.Image, list[str]], epoch: int, sample_id: int) -> dict:
+def _with_id(
+    config: StreamConfig, pair: tuple[Image.Image, list[str]], epoch: int, sample_id: int, origin: tuple[int, int]
+) -> dict:
     """A training row: a function of seed, epoch and sample, on whichever worker and rank it is made."""
-    row = config.training_row(*pair, seed=row_seed(config.seed, epoch, sample_id))
+    row = config.training_row(*pair, seed=row_seed(config.seed, epoch, sample_id)) | {"origins": origin}
     return row | {"sample_ids": sample_id} if config.sample_id else row

@@ -85,7 +85,8 @@ class Loss(nn.Module):
         """What is asked of the loop in this step, for losses that need features encoded again.
 
         `keep`: to keep what it gives the model. `encode`: to run the model, without gradient, on what it kept last, and
-        to give the loss those features as `image_features_again` and `text_features_again`. None: nothing. In a loop:
+        to give the loss those features as `image_features_again` and `text_features_again`. `forget`: what was kept is
+        not asked for any more. None: nothing. In a loop:
 
             if loss.probe == "keep": kept = images, texts
             again = model(*kept) if loss.probe == "encode" else {}      # torch.no_grad(), dropout off

@@ -2,15 +2,17 @@
 
 import ast
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from openclip_ext.errors import UserError
+from openclip_ext.files import read_json
 
 TYPED = "params.json"
+LITERAL_LIMIT = 10_000  # characters of a value in `params.txt` that are read as Python's
 PARAMS = "params.txt"  # of stock OpenCLIP, and of runs from before `params.json`: as Python prints the values
+_TEXTS = frozenset({"model", "model_config", "pretrained", "train_data", "loss"})
 _PACKAGES = frozenset({"openclip-ext", "open_clip_torch", "torch", "accelerate", "webdataset", "timm"})
 
 
@@ -77,7 +79,7 @@ def read_params(folder: Path) -> Params:
 
 def _typed(path: Path) -> Params:
     try:
-        content = json.loads(text_of(path))
+        content = read_json(path)
         history = [
             Change(
                 epoch=int(row["epoch"]),
@@ -86,12 +88,29 @@ def _typed(path: Path) -> Params:
             )
             for row in content.get("history", ())
         ]
-        return Params(dict(content["flags"]), dict(content["versions"]), tuple(history))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        versions = {str(name): str(value) for name, value in content["versions"].items()}
+        return Params(_plain_flags(content["flags"]), versions, tuple(history))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: is not what a run writes ({type(error).__name__}: {error}); repair it, or remove it where "
             f"{PARAMS} lies beside it"
         ) from error
+
+
+def _plain_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """The same. Raises ValueError: a value that no flag has, or none that is used as text or number."""
+    for name, value in flags.items():
+        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if any(isinstance(part, dict | list) and not all(map(_is_scalar, part)) for part in parts):
+            raise ValueError(f"{name} is {str(value)[:40]}")
+        wanted = str if name in _TEXTS else int if name == "seed" else None
+        if wanted and not isinstance(value, wanted | None):
+            raise ValueError(f"{name} is {str(value)[:40]}")
+    return dict(flags)
+
+
+def _is_scalar(value: Any) -> bool:
+    return not isinstance(value, dict | list)
 
 
 def _dest(flag: str) -> str:
@@ -114,8 +133,8 @@ def _lines(text: str) -> dict[str, str]:
 
 def _literal(text: str) -> Any:
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        return ast.literal_eval(text) if len(text) <= LITERAL_LIMIT else text
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):  # `literal_eval` says so
         return text
 
 

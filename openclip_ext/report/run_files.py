@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
 
 from openclip_ext.errors import UserError
-from openclip_ext.files import last_checkpoint
+from openclip_ext.files import last_checkpoint, parse_json, read_json
+from openclip_ext.report.eval_json import is_report
 from openclip_ext.report.params import PARAMS, TYPED, Params, read_params, text_of
 
 Row = dict[str, float]
@@ -17,6 +17,8 @@ TRAINING = "metrics.jsonl"
 VALIDATION = "checkpoints/results.jsonl"
 FILES = (TYPED, PARAMS, TRAINING, VALIDATION)
 STOCK_LOG = "out.log"
+MOST_STEPS = 1 << 53
+_LARGEST = 10**300  # of numbers that floats have
 
 #: Where stock OpenCLIP reports training: in the lines of its log.
 _STOCK_LINE = re.compile(
@@ -135,16 +137,18 @@ def _read_rows(path: Path, key: str, required: str = "") -> list[Row]:
     rows: dict[float, Row] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if required and row.get(required, ...) is ...:
                 continue
             position = row[key]
+            if not isinstance(position, int | float) or not abs(position) < MOST_STEPS:
+                raise ValueError(position)
             if path.name == TRAINING and row.get("kind") == "validation":
                 continue
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: line {number} is no JSON object with {key!r}; repair or remove it") from error
         rows[position] = {
-            name: math.nan if value is None else value
+            name: math.nan if value is None or (isinstance(value, int) and abs(value) > _LARGEST) else value
             for name, value in row.items()
             if value is None or isinstance(value, int | float)
         }
@@ -163,11 +167,10 @@ def _evaluations(folder: Path) -> list[dict]:
 def _evaluation(path: Path) -> dict | None:
     """A report of `openclip-ext eval`; None: the file is something else."""
     try:
-        report = json.loads(text_of(path))
-    except ValueError as error:
+        report = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: is no JSON ({error}); repair or remove it") from error
-    found = isinstance(report, dict) and {"created", "checkpoint", "tasks"} <= report.keys()
-    return report if found else None
+    return report if is_report(report) else None
 
 
 def _stock_training(path: Path, params: Params) -> list[Row]:

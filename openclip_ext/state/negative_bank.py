@@ -55,9 +55,14 @@ class NegativeBank(nn.Module):
 
     @torch.no_grad()
     def commit(self, step: Tensor) -> None:
-        """Write what was staged, as stored at `step` (). Of a sample that came several times the last one counts."""
+        """Write what was staged, as stored at `step` (). Of a sample that came several times the last one counts.
+
+        A file is stamped first with how many steps what it holds may be of.
+        """
         if self._staged is None:
             return
+        if self.embedding is not None and self.embedding.stamp is not None:
+            self.embedding.stamp = int(step) + 1
         (ids, state, column_ids, *columns), self._staged = self._staged, None
         unique, place = ids.unique(return_inverse=True)
         rows = torch.arange(len(ids), device=ids.device)

@@ -59,14 +59,13 @@ class RecentPairs(nn.Module):
 
     @property
     def probe(self) -> str | None:
-        """What is asked of the loop in this step: to `keep` its inputs, or to `encode` those it kept again."""
-        if self.began < 0 or self.steps - self.began >= max(self.check_every, self.num_steps + 1):
+        """What is asked of the loop in this step: to `keep` its inputs, to `encode` or to `forget` those it kept."""
+        age = self.steps - self.began
+        if self.began < 0 or age >= max(self.check_every, self.num_steps + 1):
             return "keep"
-        return "encode" if self.steps - self.began in self.ages and self._under_way else None
-
-    @property
-    def _under_way(self) -> bool:
-        return self.passed >= 0
+        if self.passed < 0 or age > self.num_steps:
+            return "forget"
+        return "encode" if age in self.ages else None
 
     def joining(self) -> StoredPairs | None:
         """The pairs that may join the batch now; None: there are none."""

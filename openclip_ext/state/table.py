@@ -28,6 +28,10 @@ class Placement:
     path: str | None = None
 
 
+#: Bytes behind the values in a file: a number that tells how old they are.
+_STAMP = 8
+
+
 class NoRoomError(ValueError):
     """A table is larger than what is free where it is to be."""
 
@@ -96,6 +100,18 @@ class SampleTable(nn.Module):
                 "num_samples must cover the whole data set"
             )
 
+    @property
+    def stamp(self) -> int | None:
+        """The number with which the file was stamped last, 0: with none; None: there is no file."""
+        if self._file is None:
+            return None
+        return int.from_bytes(os.pread(self._file, _STAMP, self.values.numel() * self.values.itemsize), "little")
+
+    @stamp.setter
+    def stamp(self, number: int) -> None:
+        if self._file is not None:
+            os.pwrite(self._file, number.to_bytes(_STAMP, "little"), self.values.numel() * self.values.itemsize)
+
     def read(self, ids: Tensor) -> Tensor:
         """Rows of both directions, (2, B, ...), on the device of `ids` (B,)."""
         if self._file is None:
@@ -137,13 +153,13 @@ def require_room(size: int, device: torch.device, what: str) -> None:
 
 def _file(path: str, size: int, what: str) -> int:
     existing = os.path.getsize(path) if os.path.exists(path) else 0
-    if existing not in (0, size):
+    if existing not in (0, size, size + _STAMP):
         raise WrongFileError(f"{path}: holds {existing} bytes, and the {what} takes {size}")
     if existing == 0:
         folder = os.path.dirname(os.path.abspath(path))
         _require_room(size, shutil.disk_usage(folder).free, folder, what)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    os.truncate(file, size)
+    os.truncate(file, size + _STAMP)
     return file
 
 

@@ -12,6 +12,7 @@ from accelerate.utils import (
 )
 
 from openclip_ext.errors import UserError, counted
+from openclip_ext.redact import redacted_values
 from openclip_ext.training import sharding
 from openclip_ext.training.config import RunConfig
 
@@ -107,6 +108,20 @@ def _trackers(report_to: str) -> list[str]:
         if not available[name]:
             raise UserError(f"--report-to {report_to}: {name} is not installed; pip install {name}")
     return wanted
+
+
+def start_trackers(config: RunConfig, accelerator: Accelerator, folder: str, step: int) -> None:
+    """TensorBoard below the run's folder, Weights & Biases under OpenCLIP's names; they are told from `step` on."""
+    accelerator.project_configuration.logging_dir = folder
+    resume = "auto" if config.resume == "latest" else None
+    wandb = {"name": config.name, "id": config.name, "notes": config.wandb_notes, "resume": resume}
+    known = redacted_values(vars(config.flags))
+    flags = {name: value for name, value in known.items() if isinstance(value, int | float | str | bool)}
+    accelerator.init_trackers(
+        "tensorboard" if config.report_to == "tensorboard" else config.wandb_project_name,
+        flags,
+        {"wandb": redacted_values(wandb), "tensorboard": {"purge_step": step or None}},
+    )
 
 
 def _take_over_accumulation(config: RunConfig) -> None:

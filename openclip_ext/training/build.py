@@ -12,13 +12,15 @@ from torch import nn
 from openclip_ext import upstream
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.pipeline import TrainLoader, train_loader
-from openclip_ext.data.streams import StreamConfig
+from openclip_ext.data.streams import Start, StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.losses import LossContext, Vocabulary
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.clock import Clock, start_of
 from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import TrainingData, row_format
+from openclip_ext.training.faults import Faults
 from openclip_ext.training.image_only import SymmetricObjective, ViewsModel
 from openclip_ext.training.learning_rates import describe, scale_learning_rates, scaled
 from openclip_ext.training.loop import Trainer
@@ -36,8 +38,12 @@ def build_trainer(
     momentum_encoder = views.momentum_encoder if views else None
     loss = _objective(config, accelerator, plan, data, paired, tokenizer)
     seed_all(config.seed + accelerator.process_index)
-    loader = _loader(config, accelerator, plan, data, transform, tokenizer)
-    steps_per_epoch = loader.num_batches // config.accum_freq
+    time = checkpoint.content.get("clock") if checkpoint else None
+    loader = _loader(config, accelerator, plan, data, transform, tokenizer, start_of(time))
+    clock = Clock(
+        loader, accelerator, accum_freq=config.accum_freq, epochs=config.epochs, seed=config.seed,
+        epoch=checkpoint.epoch if checkpoint else 0,
+    )  # fmt: skip
     optimizer = upstream.create_optimizer(config.flags, model)
     scale_learning_rates(config, model, optimizer)
     prepared_model, prepared_optimizer = sharding.prepare(accelerator, paired, optimizer, list(loss.parameters()))
@@ -45,6 +51,7 @@ def build_trainer(
         f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
         for modality in getattr(paired, "projected", [])
     ]
+    remarks += [f"--resume {config.resume}: {remark}" for remark in loader.remarks]
     average = None if config.ema is None else WeightAverage(model, config.ema)
     hash_ids = HashIds(data.num_ids) if data.sample_id == "hash" else None
     if checkpoint:
@@ -57,26 +64,36 @@ def build_trainer(
         )
         checkpoint.restore_ids(data.sample_id, hash_ids)
         remarks += [f"--resume {config.resume}: {remark}" for remark in restored]
-    return Trainer(
+    trainer = Trainer(
         accelerator=accelerator,
         module=model,
         paired=paired,
         model=cast(nn.Module, torch.compile(prepared_model)) if config.torchcompile else prepared_model,
         loss=loss,
         optimizer=prepared_optimizer,
-        schedule=_schedule(config, optimizer, steps_per_epoch),
+        schedule=_schedule(config, optimizer, clock.steps_per_epoch),
         loader=loader,
         input_dtype=upstream.input_dtype(config.precision),
         accum_freq=config.accum_freq,
         grad_clip_norm=config.grad_clip_norm,
-        total_steps=steps_per_epoch * config.epochs,
-        seed=config.seed,
+        clock=clock,
+        faults=Faults(
+            source=data.source,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            samples=loader.num_samples,
+            max_skipped=config.max_skipped,
+            max_bad=config.max_bad,
+        ),
         teacher=upstream.create_teacher(config.flags, accelerator.device) if config.distill_model else None,
         hash_ids=hash_ids,
         momentum_encoder=momentum_encoder,
         average=average,
         adapters=adapters,
-    ), remarks
+    )
+    if time:
+        trainer.restore_time(time)
+    return trainer, remarks
 
 
 def _to_train(
@@ -123,7 +140,9 @@ def _objective(config: RunConfig, accelerator: Accelerator, plan, data: Training
     return SymmetricObjective(plan, context).to(accelerator.device)
 
 
-def _loader(config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, transform, tokenizer) -> TrainLoader:
+def _loader(
+    config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, transform, tokenizer, start: Start | None
+) -> TrainLoader:
     """Batches of this rank. Raises UserError: an epoch has fewer than an optimizer step takes."""
     stream = StreamConfig(
         source=data.source,
@@ -136,7 +155,9 @@ def _loader(config: RunConfig, accelerator: Accelerator, plan, data: TrainingDat
         **row_format(config, plan, transform, tokenizer),
     )
     pin_memory = accelerator.device.type == "cuda"
-    loader = train_loader(stream, num_samples=data.num_samples, workers=config.workers, pin_memory=pin_memory)
+    loader = train_loader(
+        stream, num_samples=data.num_samples, workers=config.workers, pin_memory=pin_memory, start=start
+    )
     if loader.num_batches < config.accum_freq:
         raise UserError(
             f"--accum-freq {config.accum_freq}: an epoch has only {loader.num_batches} batches of "

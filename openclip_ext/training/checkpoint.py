@@ -4,12 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from openclip_ext import upstream
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.errors import UserError
-from openclip_ext.files import atomic, load_tensors
+from openclip_ext.files import load_tensors, save_tensors
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.lora import Adapters
@@ -29,6 +27,7 @@ def save_checkpoint(
     average: WeightAverage | None = None,
     adapters: Adapters | None = None,
     hash_ids: HashIds | None = None,
+    clock: Mapping[str, Any] | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint that stock OpenCLIP loads, whole or not at all.
@@ -37,10 +36,14 @@ def save_checkpoint(
     of an average, which its main branch reads. Keys of ours, which OpenCLIP ignores: `loss` (state of the loss),
     `loss_optimizer` (the optimizer's last group, if the loss has parameters; in `optimizer` it would keep OpenCLIP from
     resuming), and if there are any `sample_hashes` (by sample id), `momentum_encoder` and `lora` (options, and the
-    `state_dict` and `state_dict_ema` of adapters, which the weights have merged); and `notes`, plain values under their
-    own keys, such as `loss_name`.
+    `state_dict` and `state_dict_ema` of adapters, which the weights have merged); `clock` (of `Trainer.time_state`; a
+    checkpoint from within an epoch has the number of completed ones as its `epoch`, so that OpenCLIP repeats what was
+    begun); and `notes`, plain values under their own keys, such as `loss_name`.
 
     A sharded model is gathered, so all ranks call this; those that write nothing pass None for `path`.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
     """
     keep = path is not None
     optimizer_state = sharding.whole(optimizer.state_dict(), keep)
@@ -52,6 +55,8 @@ def save_checkpoint(
     if path is None:
         return
     content |= notes or {}
+    if clock is not None:
+        content["clock"] = clock
     if scaler is not None:
         content["scaler"] = scaler.state_dict()
     if loss.state_dict():
@@ -62,8 +67,7 @@ def save_checkpoint(
         content["momentum_encoder"] = momentum_encoder.state_dict()
     if loss_optimizer is not None:
         content["loss_optimizer"] = loss_optimizer
-    with atomic(path) as partial:
-        torch.save(content, partial)
+    save_tensors(content, path)
 
 
 def _weights(model, average: WeightAverage | None, adapters: Adapters | None, distributed: bool, keep: bool) -> dict:
@@ -99,6 +103,11 @@ class Checkpoint:
     path: str
     epoch: int  # completed epochs; 0 for a file that holds only weights
     content: dict[str, Any]
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps taken; None: it does not say."""
+        return self.content["clock"]["step"] if "clock" in self.content else None
 
     def restore_model(self, model, model_name: str) -> None:
         """Load the weights into a model that is not sharded. Raises UserError: they are another architecture's."""

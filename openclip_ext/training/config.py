@@ -100,6 +100,11 @@ class RunConfig:
     dist_url: str | None
     dist_backend: str | None
     ddp_static_graph: bool
+    rank_timeout: float = 300.0
+
+    # what may go wrong
+    max_skipped: int = 100
+    max_bad: float | None = None
 
     # what is kept
     name: str | None
@@ -115,6 +120,9 @@ class RunConfig:
     save_frequency: int
     save_most_recent: bool
     save_best: str | None = None
+    save_every_steps: int | None = None
+    keep_last: int = 2
+    max_minutes: float | None = None
     delete_previous_checkpoint: bool
     copy_codebase: bool
     remote_sync: str | None

@@ -24,9 +24,13 @@ class KeptInputs:
         self._loss, self._model = loss, model
         self._kept: list[Inputs] | None = None
 
-    def forget(self) -> None:
-        """Let the loss begin anew, as after a resume: so a run that was stopped goes on as one that was not."""
-        self._kept = None
+    def state(self) -> list[Inputs] | None:
+        """What is kept now, in the memory of the CPU."""
+        return self._kept and [{name: x.cpu() for name, x in part.items()} for part in self._kept]
+
+    def restore(self, state: list[Inputs] | None, device: torch.device) -> None:
+        """Inverse of `state`; without one the loss begins anew."""
+        self._kept = state and [{name: x.to(device) for name, x in part.items()} for part in state]
 
     @torch.no_grad()
     def features(self, inputs: list[Inputs], run: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -39,6 +43,8 @@ class KeptInputs:
         probe = self._loss.probe
         if probe == "keep":
             self._kept = [_first_views(part) for part in inputs]
+        if probe == "forget":
+            self._kept = None
         if probe != "encode" or self._kept is None:
             return {}
         with settled(self._model):

@@ -1,4 +1,4 @@
-"""What to measure between epochs, as flags name it."""
+"""What to measure between epochs, as flags name it, and measuring it."""
 
 import sys
 from typing import Any
@@ -25,8 +25,11 @@ from openclip_ext.evaluation.during_training import (
 )
 from openclip_ext.evaluation.ranks import ALONE, Ranks
 from openclip_ext.evaluation.tasks.zero_shot import set_name
+from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import _dataset_type, caption_format
+from openclip_ext.training.log import logger, report_skips, start_logging, stop_logging
 
 #: By flag: what the metrics' names begin with, as OpenCLIP calls them.
 _IMAGENET = {"imagenet_val": "imagenet-zeroshot-val", "imagenet_v2": "imagenetv2-zeroshot-val"}
@@ -110,3 +113,34 @@ def make_evaluator(config: RunConfig, accelerator: Accelerator, tokenizer, trans
         zeroshot_frequency=config.zeroshot_frequency,
         progress=accelerator.is_main_process and sys.stderr.isatty(),
     )
+
+
+def evaluate_only(
+    config: RunConfig, accelerator, model, evaluator: Evaluator, checkpoint: Checkpoint | None
+) -> dict[str, float]:
+    """Without training data: score the model, as OpenCLIP does, and with `--ema` the average in the checkpoint."""
+    if checkpoint:
+        checkpoint.restore_model(model, config.model)
+    average = None if config.ema is None else WeightAverage(model, config.ema)
+    remarks = checkpoint.restore_average(average) if checkpoint else []
+    start_logging(None, console=accelerator.is_main_process, debug=config.debug)
+    try:
+        for remark in remarks:
+            logger.warning("--resume %s: %s", config.resume, remark)
+        return evaluate(evaluator, model, checkpoint.epoch if checkpoint else 0, True, average)
+    finally:
+        stop_logging()
+
+
+def evaluate(
+    evaluator: Evaluator, model, epoch: int, last: bool, average: WeightAverage | None = None
+) -> dict[str, float]:
+    """Metrics of the model, and with `ema-` before their names those of the average of its weights."""
+    metrics = evaluator.evaluate(model, epoch, last)
+    report_skips(evaluator.skipped, "validation")
+    if average is not None:
+        with average.applied():
+            metrics |= {f"ema-{name}": value for name, value in evaluator.evaluate(model, epoch, last).items()}
+    shown = {name: value for name, value in metrics.items() if name.endswith(("R@1", "-top1", "clip_val_loss"))}
+    logger.info("after epoch %d: %s", epoch, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+    return metrics

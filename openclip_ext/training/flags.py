@@ -13,6 +13,8 @@ from openclip_ext.evaluation.tasks.zero_shot import (
 )
 from openclip_ext.options import Parser
 from openclip_ext.training.config import RunConfig, run_config
+from openclip_ext.training.fault_flags import add_fault_flags, require_fault_limits
+from openclip_ext.training.keep_flags import add_keep_flags, require_keep_limits
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,18 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument(
         "--model-config", metavar="FILE", help="An OpenCLIP model config in JSON; --model is its file's name."
     )
-    ours.add_argument(
-        "--resume-other-loss",
-        action="store_true",
-        help="Let --resume go on with another --loss than the checkpoint's: model and optimizer are restored, the "
-        "memory of the loss starts anew.",
-    )
-    ours.add_argument(
-        "--save-best",
-        metavar="METRIC",
-        help="Keep the checkpoint at which this metric was best so far as checkpoints/best.pt, such as "
-        "imagenet-zeroshot-val-top1; names are those in results.jsonl. Losses and ranks are best where they are least.",
-    )
+    add_keep_flags(ours)
+    add_fault_flags(ours)
     _add_data_flags(ours)
     _add_image_flags(ours)
     zero_shot = parser.add_argument_group("added by openclip-ext for evaluation every --zeroshot-frequency epochs")
@@ -197,8 +189,10 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
     for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    require_fault_limits(config.rank_timeout, config.max_skipped, config.max_bad)
     if config.ddp_static_graph and config.accum_freq > 1:
         raise UserError("--ddp-static-graph: cannot be combined with --accum-freq; drop one")
+    require_keep_limits(config)
     _require_views_agree(config)
     if bool(config.probe_train) != bool(config.probe_val):
         raise UserError("--probe-train, --probe-val: give both or neither")

@@ -1,17 +1,21 @@
 """What a run says: a line for every so many steps, progress on a terminal, and a JSONL file with every scalar."""
 
 import collections
+import contextlib
 import datetime
-import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
+
+from openclip_ext.files import Rows
+from openclip_ext.redact import redacted, redacted_values
 
 logger = logging.getLogger("openclip_ext")
 #: Takes a line for every so many steps, which a terminal shows as a progress bar.
@@ -25,6 +29,22 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """Goes without lines that a full disk does not take: training goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: Python would print a traceback for each."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def _hide_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redacted(record.getMessage()), ()
+    return True
+
+
 def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
     """Send this package's log to the console and to a file, each if wanted."""
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -34,14 +54,16 @@ def start_logging(path: str | None, *, console: bool, debug: bool) -> None:
     if console:
         terminal = _ConsoleHandler()
         terminal.setFormatter(logging.Formatter("%(message)s"))
+        terminal.addFilter(_hide_secrets)
         if sys.stderr.isatty():
             terminal.addFilter(lambda record: record.name != step_logger.name)
         logger.addHandler(terminal)
     if path:
-        handler = logging.FileHandler(path)
+        handler = _LogFile(path)
         handler.setFormatter(
             logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", datefmt="%Y-%m-%d,%H:%M:%S")
         )
+        handler.addFilter(_hide_secrets)
         logger.addHandler(handler)
 
 
@@ -62,6 +84,7 @@ class EpochLog:
         steps: of an epoch.
         epochs: of the run.
         samples_per_step: on all ranks.
+        done: steps of the epoch that were taken before.
         every: steps between rows, and between lines of the log.
         write: what takes a row; None: nothing does.
         show: this rank speaks: lines, and where they would be in the way, on a terminal, a progress bar.
@@ -74,6 +97,7 @@ class EpochLog:
         steps: int,
         epochs: int,
         samples_per_step: int,
+        done: int = 0,
         every: int,
         write: Callable[[dict], None] | None,
         show: bool,
@@ -83,12 +107,13 @@ class EpochLog:
         self._write, self._show = write, show
         self._bar = tqdm(
             total=steps * samples_per_step,
+            initial=done * samples_per_step,
             unit="sample",
             desc=f"epoch {epoch + 1}",
             disable=not (show and sys.stderr.isatty()),
         )
         self._start = self._window_start = time.perf_counter()
-        self._window_steps = 0
+        self._window_steps, self._done = 0, done
         self._shown_at = -math.inf
         self._sums: collections.Counter[str] = collections.Counter()
         self._lines = 0
@@ -130,20 +155,30 @@ class EpochLog:
             f"Train Epoch: {self.epoch} [{seen:>{len(str(samples))}}/{samples} ({percent:.0f}%)] "
             f"Batch (t): {seconds:.3f}, {values['samples_per_second']:#.5g}/s LR: {values['lr']:.6g} "
             f"Logit Scale: {values['logit_scale']:.3f} {' '.join(losses)} "
-            f"ETA: {datetime.timedelta(seconds=round(left * (now - self._start) / (index + 1)))}"
+            f"ETA: {datetime.timedelta(seconds=round(left * (now - self._start) / (index + 1 - self._done)))}"
         )
 
     def close(self) -> None:
         self._bar.close()
 
 
-def append_json(path: str, row: dict) -> None:
-    """Add one line to a JSONL file. Values that JSON has no word for (NaN, infinity) become null."""
-    clean = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-    }
-    with open(path, "a") as file:
-        file.write(json.dumps(clean) + "\n")
+class RowFiles:
+    """JSONL files of a run in its folder; rows that a full disk does not take wait in memory."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._rows: dict[str, Rows] = {}
+        self._waiting: set[str] = set()
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add a row to a file; that it has to wait is said once."""
+        rows = self._rows.setdefault(name, Rows(os.path.join(self._folder, name)))
+        error = rows.append(redacted_values(row))
+        if error and name not in self._waiting:
+            logger.error("%s: cannot be written (%s); its rows wait in memory", rows.path, error.strerror)
+            self._waiting.add(name)
+        elif not error:
+            self._waiting.discard(name)
 
 
 def report_skips(rows: list[tuple[str, str, int]], when: str) -> None:

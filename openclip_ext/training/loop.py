@@ -1,10 +1,10 @@
-"""One epoch on Accelerate. The loop does not know which loss it runs."""
+"""Optimizer steps on Accelerate. The loop does not know which loss it runs."""
 
 import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,12 +21,15 @@ from openclip_ext.losses.base import Loss, total_loss
 from openclip_ext.registry import batch_keys
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
+from openclip_ext.training.clock import Clock
 from openclip_ext.training.encode_again import KeptInputs
+from openclip_ext.training.faults import Faults
 from openclip_ext.training.image_only import MomentumEncoder
 from openclip_ext.training.log import EpochLog
 from openclip_ext.training.lora import Adapters
+from openclip_ext.training.replay import random_state, replayed
+from openclip_ext.training.stopping import GO_ON, Stop, elected
 
-MAX_SKIPPED_STEPS = 100
 _MODEL_INPUTS = ("image", "text", *sorted(batch_keys() - {"sample_ids"}))
 
 
@@ -47,13 +50,15 @@ class Trainer:
         input_dtype: of images; None: as loaded.
         accum_freq: batches per optimizer step.
         grad_clip_norm: None: no clipping.
-        total_steps: of the whole run.
-        seed: of random draws in the model.
+        clock: the time, which a step taken moves on.
+        faults: tells of steps that are not taken, and ends the run where there are too many.
         teacher: of distillation; None: there is none.
         hash_ids: numbers samples by hashes of their keys; None: batches hold ids.
         momentum_encoder: an average of the model, which follows each step taken; None: there is none.
         average: of the weights, likewise, for evaluation.
         adapters: of LoRA, in the model.
+        stop: asks this process to stop.
+        stop_reason: of a rank that is to stop, the same on all, as of the last step.
     """
 
     accelerator: Accelerator
@@ -67,63 +72,73 @@ class Trainer:
     input_dtype: torch.dtype | None
     accum_freq: int
     grad_clip_norm: float | None
-    total_steps: int
-    seed: int
+    clock: Clock
+    faults: Faults
     teacher: nn.Module | None = None
     hash_ids: HashIds | None = None
     momentum_encoder: MomentumEncoder | None = None
     average: WeightAverage | None = None
     adapters: Adapters | None = None
+    stop: Stop = dataclasses.field(default_factory=lambda: Stop(None))
+    stop_reason: int = GO_ON
     skipped_steps: int = 0
 
     def __post_init__(self) -> None:
         self.kept_inputs = KeptInputs(self.loss, self.paired)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.loader.num_batches // self.accum_freq
+    def time_state(self) -> dict[str, Any]:
+        """What a run that goes on from here needs besides weights and states of optimizer and loss.
 
-    def train_epoch(self, epoch: int, log: EpochLog) -> list[tuple[str, str, int]]:
-        """Train for one epoch; returns (kind, shard, count) of what this rank could not use.
+        Complete on the first rank. A collective call.
+        """
+        return self.clock.state_dict(kept_inputs=self.kept_inputs.state(), skipped_steps=self.skipped_steps)
+
+    def restore_time(self, state: dict[str, Any]) -> None:
+        """Inverse of `time_state`, but for what the clock was made with."""
+        own = self.clock.load_state_dict(state)
+        self.skipped_steps = own.get("skipped_steps", 0)
+        self.kept_inputs.restore(own.get("kept_inputs"), self.accelerator.device)
+
+    def steps(self, log: EpochLog) -> Generator[None]:
+        """Take the steps that are left of the clock's epoch; pauses after each, when a checkpoint can be kept.
 
         Raises:
             UserError: the data holds no full batch, or the loss stays non-finite.
         """
-        # By epoch, so that a resumed run draws what an uninterrupted one does.
-        torch.manual_seed(hash((self.seed, epoch, self.accelerator.process_index)))
+        clock = self.clock
         self.model.train()
         self.loss.train()
-        self.loader.set_epoch(epoch)
-        self.kept_inputs.forget()
-        skipped: list[tuple[str, str, int]] = []
-        batches = self.batches(skipped)
-        for index in range(self.steps_per_epoch):
-            step = epoch * self.steps_per_epoch + index
+        self.loader.set_epoch(clock.epoch)
+        batches = self.batches(clock.read)
+        while not clock.epoch_is_over:
+            clock.begin_step()
             if self.schedule is not None:
-                self.schedule(step)
-            self.loss.begin_step(step=step, total_steps=self.total_steps)
-            outputs = self._backward(list(itertools.islice(batches, self.accum_freq)))
-            self._update(outputs)
+                self.schedule(clock.step)
+            self.loss.begin_step(step=clock.step, total_steps=clock.total_steps)
+            inputs = list(itertools.islice(batches, self.accum_freq))
+            outputs = self._backward(inputs)
+            self._update(outputs, inputs)
             outputs["logit_scale"] = self.module.get_parameter("logit_scale").detach().exp()
-            log.step(index, step, outputs, lr=self._learning_rate(), skipped_steps=self.skipped_steps)
+            log.step(clock.index, clock.step, outputs, lr=self._learning_rate(), skipped_steps=self.skipped_steps)
+            clock.end_step()
+            yield
         for _ in batches:  # what does not fill a step, so that workers end their epoch
             pass
-        return skipped
 
     def _learning_rate(self) -> float:
         """The schedule's, whatever the first group makes of it."""
         group = self.optimizer.param_groups[0]
         return group["lr"] / group.get("lr_scale", 1.0)
 
-    def batches(self, skipped: list) -> Iterator[dict]:
-        """Batches on the device.
+    def batches(self, read: Callable[[dict], None]) -> Iterator[dict]:
+        """Batches on the device, each after `read` has taken out of it what is not data.
 
         Ranks agree on the first one of each data worker, so that none waits for another that has no data.
         """
         device = self.accelerator.device
         workers = max(1, self.loader.batches.num_workers)
         for number, batch in enumerate(self.loader.batches):
-            skipped += batch.pop("skipped")
+            read(batch)
             error = batch.get("error")
             if number < workers and self.accelerator.num_processes > 1:
                 error = next(filter(None, gather_object([error])), None)
@@ -166,7 +181,7 @@ class Trainer:
         """
         random_states, parts = [], []
         for batch in batches:
-            random_states.append(_random_state(self.accelerator.device))
+            random_states.append(random_state(self.accelerator.device))
             with torch.no_grad():
                 parts.append(self.model(**model_inputs(batch)))
         leaves = {key: value.detach().clone() for key, value in concatenated(parts).items()}
@@ -180,7 +195,7 @@ class Trainer:
             last = number == len(batches) - 1
             # Gradients of a sharded model are averaged with every part: to wait with them takes room for all of them.
             average = last or self.accelerator.is_fsdp2
-            with contextlib.nullcontext() if average else self.accelerator.no_sync(self.model), _replayed(state):
+            with contextlib.nullcontext() if average else self.accelerator.no_sync(self.model), replayed(state):
                 again = self.model(**model_inputs(batch))
                 pairs = [(again[key], gradient[number]) for key, gradient in gradients.items()]
                 if last:  # scalars belong to no part
@@ -202,15 +217,19 @@ class Trainer:
     def _loss(self, model_out: dict[str, Tensor], constants: dict[str, Tensor]) -> dict[str, Tensor]:
         features = dict(model_out)
         required = [features.pop(key) for key in ("image_features", "text_features", "logit_scale")]
+        self._features = [value.detach() for value in required[:2]]
         return self.loss(*required, **features, **constants)
 
-    def _update(self, outputs: dict[str, Tensor]) -> None:
+    def _update(self, outputs: dict[str, Tensor], batches: list[dict]) -> None:
         """Step the optimizer and commit the loss's state, or do neither where something is not finite."""
         self._average_gradients()
         outputs["grad_norm"] = self._gradient_norm()
-        finite = _finite_on_all_ranks(total_loss(outputs), self.accelerator.num_processes)
+        finite, votes = self.faults.is_finite(total_loss(outputs), self.clock.skipped, self.stop.votes())
+        self.stop_reason = elected(votes)
+        to_tell = not finite
         if self.accelerator.scaler is None:  # which looks at the gradients itself, and expects infinite ones
             finite = finite and bool(outputs["grad_norm"].isfinite())
+            to_tell = not finite
         if finite:
             self.optimizer.step()
         if finite and not self.optimizer.step_was_skipped:
@@ -224,11 +243,9 @@ class Trainer:
                 self.average.update()
             return
         self.skipped_steps += 1
-        if self.skipped_steps == MAX_SKIPPED_STEPS:
-            raise UserError(
-                f"the loss or its gradient was not finite for {MAX_SKIPPED_STEPS} steps in a row; lower --lr, raise "
-                "--warmup, or use --grad-clip-norm 1 or --precision fp32"
-            )
+        if to_tell or self.skipped_steps >= self.faults.max_skipped:
+            when = self.clock.step, self.clock.epoch, self.skipped_steps
+            self.faults.skip_step(*when, outputs, batches, self._features)
 
     def _gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients, before they are clipped if they are to be."""
@@ -262,31 +279,3 @@ def concatenated(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Per-sample tensors of several batches as one; of scalars, which are equal, the last."""
     keys = [key for key, value in parts[0].items() if value is not None]
     return {key: torch.cat([part[key] for part in parts]) if parts[0][key].ndim else parts[-1][key] for key in keys}
-
-
-def _finite_on_all_ranks(value: Tensor, world_size: int) -> bool:
-    finite = value.isfinite().to(torch.float32)
-    if world_size > 1:
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
-    return bool(finite)
-
-
-def _random_state(device: torch.device) -> tuple:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def _replayed(state: tuple) -> Iterator[None]:
-    """Random draws as they were at `state`, and afterwards as if nothing had been drawn here."""
-    now = _random_state(torch.device("cuda") if state[1] is not None else torch.device("cpu"))
-    _set_random_state(state)
-    try:
-        yield
-    finally:
-        _set_random_state(now)
-
-
-def _set_random_state(state: tuple) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])

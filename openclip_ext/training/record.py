@@ -9,7 +9,7 @@ from typing import Any
 
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
-from openclip_ext.files import write_json
+from openclip_ext.files import atomic, read_json, write_json
 
 TEXT, JSON = "params.txt", "params.json"
 PACKAGES = ("openclip-ext", "open_clip_torch", "torch", "accelerate", "webdataset", "timm")
@@ -28,13 +28,22 @@ class Record:
     flags: dict[str, Any]
     history: list[dict] = dataclasses.field(default_factory=list)
 
-    def as_of(self, epoch: int) -> "Record":
-        """How it was before the run first went on from this epoch: what it did from there on is about to be redone."""
+    def as_of(self, epoch: int, step: int | None = None) -> "Record":
+        """How it was before the run first went on from here: what it did from there on is about to be redone.
+
+        Args:
+            epoch: completed ones.
+            step: optimizer steps taken; None: those of these epochs.
+        """
         flags = dict(self.flags)
+        kept: list[dict] = []
         for entry in reversed(self.history):
-            if entry["epoch"] >= epoch:
-                flags |= {name: before for name, (before, _) in entry["changed"].items()}
-        return Record(flags, [entry for entry in self.history if entry["epoch"] < epoch])
+            before = entry["epoch"] < epoch or (step is not None and entry["epoch"] == epoch and entry["step"] < step)
+            if before:
+                kept.insert(0, entry)
+            else:
+                flags |= {name: value for name, (value, _) in entry["changed"].items()}
+        return Record(flags, kept)
 
     def changes(self, flags: Mapping[str, Any]) -> dict[str, list]:
         """[value before, value now] of the flags that differ, bookkeeping aside; those that only one side knows do not
@@ -50,7 +59,7 @@ class Record:
         """Write `params.json`, and `params.txt` as OpenCLIP does: a line for each flag and version."""
         versions = {name: version(name) for name in PACKAGES}
         write_json({"versions": versions, "flags": self.flags, "history": self.history}, os.path.join(folder, JSON))
-        with open(os.path.join(folder, TEXT), "w") as file:
+        with atomic(os.path.join(folder, TEXT)) as partial, open(partial, "w") as file:
             file.writelines(f"{name}: {value}\n" for name, value in sorted((versions | self.flags).items()))
 
 
@@ -64,11 +73,17 @@ def read_record(folder: str) -> Record | None:
     if not os.path.isfile(path):
         return None
     try:
-        with open(path) as file:
-            content = json.load(file)
-        return Record(content["flags"], content["history"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = read_json(path)
+        return Record(dict(content["flags"]), [_change(**row) for row in content["history"]])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: cannot be read as the record of a run ({error}); repair or remove it") from error
+
+
+def _change(epoch: int, step: int, changed: dict[str, list]) -> dict[str, Any]:
+    """An entry of the history. Raises ValueError, TypeError, AttributeError: it is none."""
+    if any(not isinstance(pair, list) or len(pair) != 2 for pair in changed.values()):
+        raise ValueError("a change is [before, after]")
+    return {"epoch": int(epoch), "step": int(step), "changed": changed}
 
 
 def _as_json(flags: Mapping[str, Any]) -> dict[str, Any]:

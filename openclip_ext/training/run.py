@@ -1,32 +1,42 @@
 """A training run from its flags to its last checkpoint."""
 
+import contextlib
 import dataclasses
+import functools
 import os
 import shutil
+import signal
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from openclip_ext import upstream
 from openclip_ext.data.listing import ShardListing
-from openclip_ext.errors import counted
+from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.during_training import Evaluator
+from openclip_ext.files import keep_rows
+from openclip_ext.losses import ObjectivePlan
 from openclip_ext.training.accelerator import choose_precision, make_accelerator
-from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.build import build_trainer, seed_all
 from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import TrainingData, require_sizes, training_data
-from openclip_ext.training.evaluator import make_evaluator
+from openclip_ext.training.evaluator import evaluate, evaluate_only, make_evaluator
 from openclip_ext.training.folder import choose_name, entries, make_run_folder, remove_new_entries, run_folder
 from openclip_ext.training.keep import Keeper, require_metric
 from openclip_ext.training.learning_rates import describe
-from openclip_ext.training.log import EpochLog, append_json, logger, report_skips, start_logging, stop_logging
+from openclip_ext.training.log import EpochLog, RowFiles, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.objective import plan_objective
 from openclip_ext.training.record import Record
-from openclip_ext.training.resume import Resumed, find_resumed, say_changes
+from openclip_ext.training.resume import find_resumed, new_record
+from openclip_ext.training.stopping import GO_ON, Stop
+from openclip_ext.training.stopping import describe as describe_stop
+from openclip_ext.training.tracking import Tracking
 from openclip_ext.training.warm_start import warm_start_pass
+from openclip_ext.training.watch import watched
+
+METRICS, RESULTS, SKIPPED = "metrics.jsonl", os.path.join("checkpoints", "results.jsonl"), "skipped.jsonl"
 
 
 def train(config: RunConfig) -> dict[str, float]:
@@ -34,6 +44,7 @@ def train(config: RunConfig) -> dict[str, float]:
 
     Raises:
         UserError: see each flag. Nothing has been written then, unless it came up during training.
+        KeyboardInterrupt: SIGINT ended it, after a checkpoint was kept.
     """
     require_metric(config)
     plan = plan_objective(config)
@@ -42,6 +53,15 @@ def train(config: RunConfig) -> dict[str, float]:
         upstream.register_model_config(config.model_config)
     config = config.decided(precision=choose_precision(config))
     accelerator = make_accelerator(config)
+    with watched(accelerator.process_index, accelerator.num_processes, config.rank_timeout):
+        return _train(config, plan, data, accelerator)
+
+
+def _train(
+    config: RunConfig, plan: ObjectivePlan, data: TrainingData | None, accelerator: Accelerator
+) -> dict[str, float]:
+    """The same, once processes know of each other."""
+    stop = Stop(config.max_minutes)
     config = config.decided(name=choose_name(config, accelerator))
     folder = run_folder(config, accelerator)
     resumed = find_resumed(config, folder, accelerator)
@@ -58,21 +78,25 @@ def train(config: RunConfig) -> dict[str, float]:
     evaluator = make_evaluator(config, accelerator, tokenizer, eval_transform)
     checkpoint = resumed.checkpoint if resumed else None
     if data is None:
-        return _evaluate_only(config, accelerator, model, evaluator, checkpoint)
+        return evaluate_only(config, accelerator, model, evaluator, checkpoint)
     trainer, remarks = build_trainer(config, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
-    start = checkpoint.epoch if checkpoint else 0
     new_memory = not (resumed and resumed.has_loss_state)
-    record = _record(config, resumed, start * trainer.steps_per_epoch, remarks)
+    record = new_record(config, resumed, trainer.clock.step, remarks)
+    remarks += resumed.remarks if resumed else ()
     keeper = Keeper(config, trainer, folder, checkpoint.content.get("best") if checkpoint else None) if folder else None
     if checkpoint:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
     elif config.resume:
         remarks.append(f"--resume {config.resume}: no checkpoint of this run yet: it starts from the beginning")
-    with _Run(config, trainer, folder, record) as run:
+    with stop, _Run(config, trainer, folder, record) as run:
+        trainer.stop = stop
         run.say_start(data, checkpoint, remarks)
-        if config.warm_start_pass and new_memory and start < config.epochs:
+        if config.warm_start_pass and new_memory and trainer.clock.epoch < config.epochs:
             run.warm_start()
-        return run.epochs(start, evaluator, keeper)
+        metrics = run.epochs(evaluator, keeper)
+    if trainer.stop_reason == signal.SIGINT:
+        raise KeyboardInterrupt
+    return metrics
 
 
 class _Run:
@@ -81,12 +105,15 @@ class _Run:
     def __init__(self, config: RunConfig, trainer: Trainer, folder: str | None, record: Record) -> None:
         self.record = record
         self.config, self.trainer, self.accelerator = config, trainer, trainer.accelerator
-        self.main = self.accelerator.is_main_process
+        self.clock, self.main = trainer.clock, self.accelerator.is_main_process
         self.run_folder = folder
         self.folder = folder if self.main else None  # where this rank writes
-        self._finish_sync = None
-        self._began = False
+        self._finish_sync, self._began = None, False
         self._before: set[str] | None = None
+        self._tracking: Tracking | None = None
+        self._files = RowFiles(self.folder) if self.folder else None
+        if self._files:
+            trainer.faults.write = functools.partial(self._files.append, SKIPPED)
 
     def __enter__(self) -> "_Run":
         try:
@@ -101,6 +128,7 @@ class _Run:
         if self.folder:
             self._before = entries(self.folder)
             _make_folder(config, self.folder, self.record)
+            self._drop_rows_to_come()
         start_logging(self._log_path(), console=self.main, debug=config.debug)
         if self.folder and config.remote_sync:
             assert config.name is not None  # where there is a folder
@@ -109,16 +137,29 @@ class _Run:
                 self.folder, remote, config.remote_sync_protocol, config.remote_sync_frequency
             )
         if config.report_to and self.folder:
-            _start_trackers(config, self.accelerator, self.folder)
+            self._tracking = Tracking(config, self.accelerator, self.folder, self.clock.step)
 
     def __exit__(self, kind, *exception) -> None:
         if self._finish_sync:
             self._finish_sync()
+        if self._tracking:
+            self._tracking.close()
         stop_logging()
         if kind is not None and self.folder and not self._began:  # else it would block the corrected command
             remove_new_entries(self.folder, self._before)
         if kind is None:  # ends trackers and the process group; after an error other ranks may not come here
             self.accelerator.end_training()
+
+    def _drop_rows_to_come(self) -> None:
+        """Of a run that went on from here before: so each step has one row."""
+
+        def before(row: dict) -> bool:
+            done = row.get("epoch", 0) <= self.clock.epoch  # of evaluations, completed epochs
+            return row["step"] < self.clock.step if "kind" not in row and "step" in row else done
+
+        assert self.folder is not None
+        for name in (METRICS, RESULTS, SKIPPED):
+            keep_rows(os.path.join(self.folder, name), before)
 
     def _log_path(self) -> str | None:
         """One file for the run, or with `--log-local` one per machine."""
@@ -142,10 +183,11 @@ class _Run:
         if self.accelerator.is_fsdp2:
             logger.info("parameters, gradients and the optimizer's state are sharded (FSDP)")
         logger.info("loss %s over %s; %s of %s per epoch, %s",
-                    config.loss, counted(data.size, "sample"), counted(trainer.steps_per_epoch, "step"),
+                    config.loss, counted(data.size, "sample"), counted(self.clock.steps_per_epoch, "step"),
                     counted(self._pairs_per_step, "pair"), counted(config.epochs, "epoch"))  # fmt: skip
         if checkpoint:
-            logger.info("resumed from %s after epoch %d", checkpoint.path, checkpoint.epoch)
+            within = f" and {counted(self.clock.index, 'step')}" if self.clock.index else ""
+            logger.info("resumed from %s after epoch %d%s", checkpoint.path, checkpoint.epoch, within)
         for remark in remarks:
             logger.warning(remark)
 
@@ -165,125 +207,93 @@ class _Run:
     def _report_skips(self, skipped: list[tuple[str, str, int]], when: str) -> None:
         report_skips(gather_object(skipped) if self.accelerator.num_processes > 1 else skipped, when)
 
-    def epochs(self, start: int, evaluator: Evaluator, keeper: Keeper | None) -> dict[str, float]:
-        """Train from epoch `start` to the last; the metrics of the last evaluation."""
+    def epochs(self, evaluator: Evaluator, keeper: Keeper | None) -> dict[str, float]:
+        """Train to the last epoch, or until it is to stop; the metrics of the last evaluation."""
         metrics: dict[str, float] = {}
-        if start >= self.config.epochs:
+        clock = self.clock
+        if clock.epoch >= self.config.epochs:
             logger.warning("nothing to train: the checkpoint has %s and --epochs is %d",
-                           counted(start, "epoch"), self.config.epochs)  # fmt: skip
-        for epoch in range(start, self.config.epochs):
-            self._epoch(epoch)
-            done, last = epoch + 1, epoch + 1 == self.config.epochs
+                           counted(clock.epoch, "epoch"), self.config.epochs)  # fmt: skip
+        while clock.epoch < self.config.epochs:
+            if self._steps(keeper):
+                self._say_stop(keeper)
+                break
+            done, last = clock.epoch + 1, clock.epoch + 1 == self.config.epochs
             measured = self._evaluate(evaluator, done, last) if evaluator.due(done, last) else {}
             metrics = measured or metrics
+            clock.end_epoch()
             if keeper:
                 keeper.keep(done, last, measured)
             self.accelerator.wait_for_everyone()
         return metrics
 
+    def _say_stop(self, keeper: Keeper | None) -> None:
+        """Keep a checkpoint and say how to go on."""
+        if keeper:
+            go_on = f"kept as {keeper.keep_step(last=True)}; to go on, give the same command with --resume latest"
+        else:
+            go_on = "nothing is kept, with --logs none"
+        logger.warning("stopped by %s after step %d of %d; %s", describe_stop(self.trainer.stop_reason),
+                       self.clock.step, self.clock.total_steps, go_on)  # fmt: skip
+
     def _evaluate(self, evaluator: Evaluator, epoch: int, last: bool) -> dict[str, float]:
         """Metrics after `epoch` completed epochs; they go to the logs too."""
         metrics = evaluate(evaluator, self.trainer.paired, epoch, last, self.trainer.average)
-        steps = epoch * self.trainer.steps_per_epoch
-        if self.folder:
-            append_json(os.path.join(self.folder, "checkpoints", "results.jsonl"), {"epoch": epoch, **metrics})
-            self._append({"kind": "validation", "step": steps, "epoch": epoch, **metrics})
-        self._track("val", metrics, steps)
+        if self._files:
+            self._files.append(RESULTS, {"epoch": epoch, **metrics})
+            self._files.append(METRICS, {"kind": "validation", "step": self.clock.step, "epoch": epoch, **metrics})
+        self._track("val", metrics, self.clock.step)
         return metrics
 
-    def _epoch(self, epoch: int) -> None:
+    def _steps(self, keeper: Keeper | None) -> bool:
+        """Those that are left of the epoch; whether the run is to stop before they are taken, or what comes after."""
+        clock, every = self.clock, self.config.save_every_steps
         log = EpochLog(
-            epoch=epoch,
-            steps=self.trainer.steps_per_epoch,
+            epoch=clock.epoch,
+            steps=clock.steps_per_epoch,
+            done=clock.index,
             samples_per_step=self._pairs_per_step,
             epochs=self.config.epochs,
             every=self.config.log_every_n_steps,
             write=self._write_row if self.folder else None,
             show=self.main,
         )
-        try:
-            skipped = self.trainer.train_epoch(epoch, log)
-        finally:
-            log.close()
-        self._report_skips(skipped, f"epoch {epoch + 1}")
+        with contextlib.closing(log), contextlib.closing(self.trainer.steps(log)) as steps:
+            for _ in steps:
+                if self.trainer.stop_reason != GO_ON:
+                    return True
+                if keeper and every and clock.step % every == 0:
+                    keeper.keep_step()
+        self._report_skips(clock.skipped, f"epoch {clock.epoch + 1}")
         if self.trainer.hash_ids and self.trainer.hash_ids.collisions:
             visits = counted(self.trainer.hash_ids.collisions, "visit")
             logger.warning(
                 "%s so far of samples beyond the %d that there is room for, which share ids; raise --sample-id-table",
                 visits, self.trainer.hash_ids.num_ids,
             )  # fmt: skip
+        return False
 
     def _write_row(self, row: dict) -> None:
         self._began = True
-        self._append(row)
+        assert self._files is not None  # of a rank that writes
+        self._files.append(METRICS, row)
         self._track("train", row, row["step"])
 
-    def _append(self, row: dict) -> None:
-        assert self.folder is not None
-        append_json(os.path.join(self.folder, "metrics.jsonl"), row)
-
     def _track(self, prefix: str, values: dict, step: int) -> None:
-        if self.config.report_to:
-            self.accelerator.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
-
-
-def _record(config: RunConfig, resumed: Resumed | None, steps: int, remarks: list[str]) -> Record:
-    """The flags of now, and what changed since the run that is resumed, which is added to the remarks."""
-    flags = vars(config.flags)
-    history = resumed.record.history if resumed and resumed.record else []
-    if resumed and (changed := resumed.changes(flags)):
-        remarks += say_changes(config.resume, changed)
-        history = [*history, {"epoch": resumed.checkpoint.epoch, "step": steps, "changed": changed}]
-    return Record(flags, history)
+        if self._tracking:
+            self._tracking.log({f"{prefix}/{name}": value for name, value in values.items()}, step)
 
 
 def _make_folder(config: RunConfig, folder: str, record: Record) -> None:
-    """Make the run's folder and write the record."""
+    """Make the run's folder and write the record. Raises UserError: that cannot be done."""
     make_run_folder(folder)
-    record.write(folder)
+    try:
+        record.write(folder)
+    except OSError as error:
+        raise UserError(
+            f"--logs: {folder} cannot be written to ({error.strerror}); make room, or give another"
+        ) from error
     if config.copy_codebase:
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         target = os.path.join(folder, "code", os.path.basename(package))
         shutil.copytree(package, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-
-
-def _start_trackers(config: RunConfig, accelerator: Accelerator, folder: str) -> None:
-    """TensorBoard below the run's folder, Weights & Biases under OpenCLIP's names."""
-    accelerator.project_configuration.logging_dir = folder
-    resume = "auto" if config.resume == "latest" else None
-    wandb = {"name": config.name, "id": config.name, "notes": config.wandb_notes, "resume": resume}
-    flags = {name: value for name, value in vars(config.flags).items() if isinstance(value, int | float | str | bool)}
-    accelerator.init_trackers(
-        "tensorboard" if config.report_to == "tensorboard" else config.wandb_project_name, flags, {"wandb": wandb}
-    )
-
-
-def _evaluate_only(
-    config: RunConfig, accelerator, model, evaluator: Evaluator, checkpoint: Checkpoint | None
-) -> dict[str, float]:
-    """Without training data: score the model, as OpenCLIP does, and with `--ema` the average in the checkpoint."""
-    if checkpoint:
-        checkpoint.restore_model(model, config.model)
-    average = None if config.ema is None else WeightAverage(model, config.ema)
-    remarks = checkpoint.restore_average(average) if checkpoint else []
-    start_logging(None, console=accelerator.is_main_process, debug=config.debug)
-    try:
-        for remark in remarks:
-            logger.warning("--resume %s: %s", config.resume, remark)
-        return evaluate(evaluator, model, checkpoint.epoch if checkpoint else 0, True, average)
-    finally:
-        stop_logging()
-
-
-def evaluate(
-    evaluator: Evaluator, model, epoch: int, last: bool, average: WeightAverage | None = None
-) -> dict[str, float]:
-    """Metrics of the model, and with `ema-` before their names those of the average of its weights."""
-    metrics = evaluator.evaluate(model, epoch, last)
-    report_skips(evaluator.skipped, "validation")
-    if average is not None:
-        with average.applied():
-            metrics |= {f"ema-{name}": value for name, value in evaluator.evaluate(model, epoch, last).items()}
-    shown = {name: value for name, value in metrics.items() if name.endswith(("R@1", "-top1", "clip_val_loss"))}
-    logger.info("after epoch %d: %s", epoch, "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-    return metrics

@@ -28,7 +28,12 @@ def warm_start_pass(trainer: Trainer, epoch: int) -> list[tuple[str, str, int]]:
     loss.train()
     trainer.loader.set_epoch(epoch)
     skipped: list[tuple[str, str, int]] = []
-    batches = trainer.batches(skipped)
+
+    def read(batch: dict) -> None:
+        skipped.extend(batch.pop("skipped"))
+        batch.pop("place", None)
+
+    batches = trainer.batches(read)
     size = trainer.loader.num_samples // trainer.loader.num_batches  # of a batch on all ranks
     with tqdm(
         total=trainer.loader.num_samples, unit="sample", unit_scale=True, desc="warm start",

@@ -3,16 +3,18 @@
 import argparse
 import difflib
 import inspect
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from openclip_ext.errors import UserError
+from openclip_ext.files import read_json
+from openclip_ext.upstream.remote_code import without_remote_code
 from openclip_ext.upstream.weights import check_file
 
 
+@without_remote_code()
 def create_teacher(args: argparse.Namespace, device):
     """The model of `--distill-model` and `--distill-pretrained`, in evaluation mode.
 
@@ -72,7 +74,7 @@ def register_model_config(path: str) -> str:
     if not Path(path).is_file():
         raise UserError(f"--model-config {path}: no such file; give an OpenCLIP model config in JSON")
     try:
-        json.loads(Path(path).read_text())
+        read_json(path)
     except ValueError as error:
         raise UserError(f"--model-config {path}: no JSON ({error}); give an OpenCLIP model config") from error
     open_clip.add_model_config(path)

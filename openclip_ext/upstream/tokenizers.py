@@ -2,7 +2,10 @@
 
 import argparse
 
+from openclip_ext.upstream.remote_code import without_remote_code
 
+
+@without_remote_code()
 def create_tokenizer(args: argparse.Namespace):
     """The tokenizer of `--model`. Raises what OpenCLIP does where there is none."""
     from open_clip import get_tokenizer

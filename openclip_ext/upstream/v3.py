@@ -9,6 +9,7 @@ from unittest import mock
 
 from openclip_ext.errors import UserError
 from openclip_ext.upstream.models import config_error
+from openclip_ext.upstream.remote_code import without_remote_code
 from openclip_ext.upstream.tokenizers import create_tokenizer
 from openclip_ext.upstream.weights import brings_weights, check_weights, weights_error
 
@@ -70,6 +71,7 @@ def optimizer_defaults(args: argparse.Namespace) -> dict[str, float]:
     return {name: value for name, value in get_default_params(args.model).items() if getattr(args, name) is None}
 
 
+@without_remote_code()
 def create_model(args: argparse.Namespace, device, *, logit_bias: bool, require_weights: bool = False):
     """(model, train transform, evaluation transform, tokenizer) as `--model`, `--pretrained` and their kin say.
 

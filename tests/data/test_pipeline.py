@@ -149,6 +149,7 @@ def faulty(tmp_path, shards):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_fault_counts_once_in_an_epoch_that_reads_the_shard_again(faulty, workers, resampled):
     loader = train_loader(config(faulty, resampled=resampled), num_samples=600, workers=workers)
+    whole = sum(1 for _ in read_shard(f"{faulty}/b.tar", Skips().record))
     for number in range(2):
         loader.set_epoch(number)
         skipped = collections.Counter()
@@ -157,7 +158,7 @@ def test_a_fault_counts_once_in_an_epoch_that_reads_the_shard_again(faulty, work
         assert skipped == {
             ("corrupt image", "a.tar"): 2, ("missing caption", "a.tar"): 1,
             ("more samples than sizes.json says", "a.tar"): 1,
-            ("truncated shard", "b.tar"): 1, ("fewer samples than sizes.json says", "b.tar"): 1,
+            ("truncated shard", "b.tar"): 1, ("fewer samples than sizes.json says", "b.tar"): 64 - whole,
         }  # fmt: skip
 
 

@@ -225,7 +225,7 @@ def test_a_file_is_sparse_and_outlives_the_run(tmp_path):
     path = str(tmp_path / "bank")
     placement = Placement("mmap", path)
     table = SampleTable((2, 200_000, 64), torch.float16, 0, "bank", placement, in_state=False)
-    assert os.path.getsize(path) == 2 * 200_000 * 64 * 2 and os.stat(path).st_blocks * 512 < 1e6
+    assert os.path.getsize(path) == 2 * 200_000 * 64 * 2 + 8 and os.stat(path).st_blocks * 512 < 1e6
     rows = torch.randn(3, 64).half()
     table.write(1, torch.tensor([7, 199_999, 0]), rows)
     again = SampleTable((2, 200_000, 64), torch.float16, 0, "bank", placement, in_state=False)
@@ -248,10 +248,20 @@ def test_a_file_without_a_place_is_an_error(options, message):
         emc2(**options)
 
 
+def test_a_file_of_before_it_had_a_stamp_is_taken_up(tmp_path):
+    loss = emc2(bank_device="mmap", bank_path=str(tmp_path / "bank"))
+    size = loss.base.bank.embedding.values.numel() * 4
+    os.truncate(tmp_path / "bank", size)
+    again = emc2(bank_device="mmap", bank_path=str(tmp_path / "bank"))
+    assert again.base.bank.embedding.stamp == 0 and os.path.getsize(tmp_path / "bank") == size + 8
+    again.base.bank.embedding.stamp = 2**40
+    assert again.base.bank.embedding.stamp == 2**40 and not again.base.bank.embedding.values.any()
+
+
 def test_a_file_of_another_size_is_an_error(tmp_path):
     path = str(tmp_path / "bank")
     emc2(bank_device="mmap", bank_path=path)
-    with pytest.raises(UserError, match="holds 8192 bytes, and the negative bank of .* takes 4096"):
+    with pytest.raises(UserError, match="holds 8200 bytes, and the negative bank of .* takes 4096"):
         emc2(bank_device="mmap", bank_path=path, bank_dtype="float16")
 
 
@@ -274,12 +284,32 @@ def test_chains_of_another_kernel_are_refused():
 def test_a_bank_in_a_file_trains_and_resumes(train_flags, tmp_path, capsys):
     flags = ("--loss", "emc2", "--loss-arg", "bank_device=mmap", "--loss-arg", f"bank_path={tmp_path / 'bank'}")
     assert main(train_flags(*flags)) == 0
-    assert (tmp_path / "bank").stat().st_size == 2 * 256 * 16 * 2
+    assert (tmp_path / "bank").stat().st_size == 2 * 256 * 16 * 2 + 8
     row = json.loads((tmp_path / "logs/run/metrics.jsonl").read_text().splitlines()[-1])
     assert {"acceptance", "stored_weight", "age_mean", "age_max", "effective_samples"} <= row.keys()
     assert main(train_flags(*flags, "--epochs", 2, "--resume", "latest")) == 0
     assert main(train_flags(*flags, "--epochs", 3, "--resume", "latest", "--loss-arg", "kernel=mh")) == 2
     assert "kernel=mh: the checkpoint's chains were made by kernel=isir" in capsys.readouterr().err
+
+
+def test_what_a_file_has_beyond_the_checkpoint_is_said(train_flags, tmp_path, capsys):
+    bank = tmp_path / "bank"
+    flags = ("--loss", "emc2", "--loss-arg", "bank_device=mmap", "--loss-arg", f"bank_path={bank}")
+    assert main(train_flags(*flags, "--save-every-steps", 5)) == 0
+    checkpoints = tmp_path / "logs" / "run" / "checkpoints"
+    capsys.readouterr()
+    remark = f"--loss-arg bank_path={bank}: "
+    assert main(train_flags(*flags, "--epochs", 2, "--resume", "latest", "--name", "run")) == 0
+    assert remark not in capsys.readouterr().err
+    older = ("--epochs", 1, "--resume", checkpoints / "epoch_0_step_5.pt", "--name", "older")
+    assert main(train_flags(*flags, *older)) == 0
+    newer = (
+        "was written to until step 16, and the checkpoint is of step 5: stored embeddings of samples that came since"
+    )
+    assert f"{remark}{newer} differ" in capsys.readouterr().err
+    bank.unlink()
+    assert main(train_flags(*flags, *older[:-1], "lost")) == 0
+    assert f"{remark}holds nothing of that, and the checkpoint is of step 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_every_step_is_the_loss_of_the_towers_features(train_flags, tmp_path, mo
 
     def watched(self, batches):
         (batch,) = batches
-        assert batch.keys() == {"image", "image_aug"}
+        assert batch.keys() == {"image", "image_aug", "origins"}
         assert not torch.equal(batch["image"], batch["image_aug"])
         model, scale = copy.deepcopy(self.module).double(), self.module.logit_scale.double().exp()
         queries = [model.encode_image(batch[name].double(), normalize=True) for name in ("image", "image_aug")]
@@ -193,13 +193,13 @@ def test_every_step_is_the_loss_of_the_towers_features(train_flags, tmp_path, mo
 def test_the_average_follows_every_step_that_was_taken(train_flags, tmp_path, monkeypatch):
     taken, original = [], Trainer._update
 
-    def poisoned(self, outputs):
+    def poisoned(self, outputs, batches):
         if not taken:
             taken.append(copy.deepcopy(self.momentum_encoder.average.state_dict()))
         step = len(taken)
         if step == 3:
             outputs["contrastive_loss"] = outputs["contrastive_loss"] * float("nan")
-        original(self, outputs)
+        original(self, outputs, batches)
         tower, last = self.module.visual.state_dict(), taken[-1]
         taken.append(last if step == 3 else {key: 0.9 * last[key] + 0.1 * tower[key] for key in last})
 

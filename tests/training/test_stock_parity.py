@@ -46,9 +46,11 @@ def test_either_loop_resumes_the_others_checkpoint(monkeypatch, train_flags, tmp
     torch.testing.assert_close(moving(resumed), moving(reference), rtol=1e-3, atol=1e-5)
 
 
-def test_a_checkpoint_with_loss_state_resumes_in_stock(monkeypatch, train_flags, tmp_path):
-    assert main(train_flags("--loss", "gamma_decomp", "--name", "ours")) == 0
-    path = tmp_path / "logs" / "ours" / "checkpoints" / "epoch_1.pt"
+@pytest.mark.parametrize("name", ["epoch_1", "epoch_1_step_11"])
+def test_a_checkpoint_with_loss_state_resumes_in_stock(monkeypatch, train_flags, tmp_path, name):
+    """One from within an epoch begins that epoch anew there."""
+    assert main(train_flags("--loss", "gamma_decomp", "--name", "ours", "--epochs", 2, "--save-every-steps", 11)) == 0
+    path = tmp_path / "logs" / "ours" / "checkpoints" / f"{name}.pt"
     flags = without_ours(train_flags("--epochs", 2, "--name", "stock", "--resume", path))
     losses = stock_losses(monkeypatch, flags)
     assert len(losses) == 8 and all(map(torch.isfinite, map(torch.tensor, losses)))

@@ -68,7 +68,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(train_flags, tmp_path, l
     (checkpoints / "epoch_2.pt").rename(checkpoints / "epoch_latest.pt")
     target = "latest" if how == "latest" else checkpoints / "epoch_latest.pt"
     assert main(train_flags(*flags, "--name", "halves", "--save-most-recent", "--resume", target)) == 0
-    assert losses(tmp_path, "halves")[32:] == losses(tmp_path, "whole")[16:]
+    assert losses(tmp_path, "halves") == losses(tmp_path, "whole")
     whole, halves = (
         torch.load(tmp_path / "logs" / name / "checkpoints" / "epoch_4.pt") for name in ("whole", "halves")
     )
@@ -81,7 +81,7 @@ def test_a_checkpoint_loads_in_openclip(train_flags, tmp_path, model_config):
     assert main(train_flags("--loss", "gamma_decomp")) == 0
     path = tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt"
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint.keys() == {"epoch", "name", "state_dict", "optimizer", "loss", "loss_name"}
+    assert checkpoint.keys() == {"epoch", "name", "state_dict", "optimizer", "loss", "loss_name", "clock"}
     assert len(checkpoint["optimizer"]["param_groups"]) == 2
     model = open_clip.create_model("tiny-test", pretrained=str(path))
     torch.testing.assert_close(model.state_dict(), checkpoint["state_dict"])

@@ -12,6 +12,7 @@ from openclip_ext.evaluation.loading import LoadedModel, load_model
 from openclip_ext.evaluation.tasks import tasks_from
 from openclip_ext.evaluation.tasks.base import run_tasks, table
 from openclip_ext.files import write_json
+from openclip_ext.redact import redacted_values
 
 PACKAGES = ("openclip-ext", "open_clip_torch", "torch", "torchvision", "timm", "numpy")
 
@@ -49,7 +50,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     _require_writable(out)
     for task in tasks:
         report["tasks"] |= run_tasks(model, [task])
-        write_json(report, out)
+        write_json(redacted_values(report), out)
     print(table(report["tasks"]))
     print(out)
     return report

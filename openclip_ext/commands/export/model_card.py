@@ -5,6 +5,7 @@ from typing import Any
 
 from openclip_ext import upstream
 from openclip_ext.evaluation.loading import LoadedModel
+from openclip_ext.redact import redacted
 from openclip_ext.report.params import Params, shown
 from openclip_ext.report.run_files import Row, RunFiles
 from openclip_ext.report.tables import markdown_table
@@ -35,7 +36,7 @@ def model_card(model: LoadedModel, run: RunFiles | None, *, name: str, repo: str
         text += "".join(f"* `{name}`: {story}\n" for name, story in params.changes().items())
     if params.flags:
         text += f"\n## Training command\n\n```sh\n{training_command(params)}\n```\n"
-    return text
+    return redacted(text)  # records of OpenCLIP's own runs hold flags as they were given
 
 
 def _description(model: LoadedModel, params: Params) -> str:

@@ -1,6 +1,7 @@
 """Markov chains over the negatives of the whole training set, one per sample and direction."""
 
 import dataclasses
+import logging
 from typing import Literal
 
 import torch
@@ -23,6 +24,8 @@ from openclip_ext.registry import LossSpec
 from openclip_ext.state.negative_bank import NegativeBank
 from openclip_ext.state.rate_table import RateTable
 from openclip_ext.state.table import Placement
+
+logger = logging.getLogger("openclip_ext")
 
 KERNELS = ("mh", "isir")
 
@@ -94,6 +97,7 @@ class EMC2Loss(PairLoss):
         self.log_negatives = context.log_negatives(options.negatives)
         self.register_buffer("kernel", torch.tensor(KERNELS.index(options.kernel)))
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
+        self._remark: str | None = None
         self.rates = None
         if options.gamma < 1 and not options.decoupled:
             self.rates = RateTable(context.require_num_ids(), device=context.device)
@@ -246,6 +250,24 @@ class EMC2Loss(PairLoss):
                 f"{KERNELS[saved.item()]}; use that, or start from its weights with --pretrained"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._compare_file(int(self.steps_taken))
+
+    def _compare_file(self, step: int) -> None:
+        """Where the file of embeddings, which no checkpoint holds, is of another step: what to say of it."""
+        stamp = self.bank.embedding.stamp if self.bank.embedding is not None else None
+        if stamp is None or stamp == step:
+            return
+        found = f"was written to until step {stamp}" if stamp else "holds nothing of that"
+        self._remark = (
+            f"--loss-arg bank_path={self.options.bank_path}: {found}, and the checkpoint is of step {step}: stored "
+            f"embeddings of samples that came {'since' if stamp > step else 'between'} differ, until they come again"
+        )
+
+    def begin_step(self, *, step: int, total_steps: int) -> None:
+        """Only now what `load_state_dict` has found is in the log of a run."""
+        remark, self._remark = self._remark, None
+        if remark:
+            logger.warning(remark)
 
 
 SPEC = LossSpec(
