@@ -20,7 +20,7 @@ def test_losses_lists_every_loss_with_package_needs_and_options(capsys):
     assert main(["losses", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     by_name = {row["name"]: row for row in data["losses"]}
-    assert by_name["gamma_decomp"]["needs"] == ["num_samples", "sample_ids"]
+    assert by_name["gamma_decomp"]["needs"] == ["encoded_again", "num_samples", "sample_ids"]
     assert by_name["siglip"]["needs"] == ["logit_bias"]
     assert [row["name"] for row in by_name["gamma_decomp"]["options"]] == [
         "recent_batches", "recent_check", "recent_limit",
@@ -71,5 +71,6 @@ def test_every_flag_of_openclip_is_known_with_its_default():
         "warm_start_pass", "ema", "lora", "resume_other_loss", "save_best", "save_every_steps",
         "keep_last", "max_minutes", "rank_timeout", "max_skipped", "max_bad",
         "zero_shot", "class_names", "templates", "classes", "recent_batches", "recent_check", "recent_limit",
+        "loss_tile",
     }  # fmt: skip
     assert REFUSED.keys() <= reference.keys()

@@ -134,6 +134,7 @@ def _objective(config: RunConfig, accelerator: Accelerator, plan, data: Training
         device=accelerator.device,
         widths=widths,
         vocabulary=Vocabulary(*upstream.read_vocabulary(tokenizer)) if "vocabulary" in plan.needs else None,
+        loss_tile=config.loss_tile,
     )
     if not symmetric:
         return plan.build(context)

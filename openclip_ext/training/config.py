@@ -51,6 +51,7 @@ class RunConfig:
     recent_batches: int | None = None
     recent_check: int | None = None
     recent_limit: float | None = None
+    loss_tile: int | None = None
 
     # data
     train_data: str | None

@@ -65,8 +65,8 @@ def settled(model: nn.Module) -> Iterator[None]:
     running = {module for module, training in modes if training and isinstance(module, _BatchNorm)}
     # Copies take their place: a forward pass of before, whose backward pass is to come, holds on to them.
     statistics = [(module, name, buffer) for module in running for name, buffer in module.named_buffers(recurse=False)]
-    for module, name, buffer in statistics:
-        setattr(module, name, buffer.clone())
+    for norm, name, buffer in statistics:
+        setattr(norm, name, buffer.clone())
     for module, _ in modes:
         module.training = module in running
     try:
@@ -74,5 +74,5 @@ def settled(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for module, name, buffer in statistics:
-            setattr(module, name, buffer)
+        for norm, name, buffer in statistics:
+            setattr(norm, name, buffer)

@@ -72,6 +72,11 @@ def _add_data_flags(ours) -> None:
         help="Largest error of scores with which recent pairs may join; as --loss-arg.",
     )  # fmt: skip
     ours.add_argument(
+        "--loss-tile", type=int, metavar="COLUMNS",
+        help="Form scores of a process's pairs with so many columns at once. Default: by the batch, some 4 MiB of them "
+        "on a CPU and 256 MiB on a GPU.",
+    )  # fmt: skip
+    ours.add_argument(
         "--sample-id",
         choices=["index", "hash"],
         default="index",
