@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 
 import open_clip
 import pytest
@@ -9,14 +10,21 @@ import torch
 from PIL import Image
 
 from launching import launch
-from openclip_ext import upstream
+from openclip_ext import UserError, upstream
 from openclip_ext.cli import main
 from openclip_ext.commands.diagnose import LOSSES
 from openclip_ext.commands.diagnose.advice import recommend
+from openclip_ext.commands.diagnose.body import _encode_on_first
+from openclip_ext.commands.diagnose.encoding import choose_source, encode
 from openclip_ext.commands.diagnose.gradients import Walk
 from openclip_ext.commands.diagnose.measure import parse_loss
 from openclip_ext.commands.diagnose.sample import make_sample
+from openclip_ext.data.captions import CaptionFormat
 from openclip_ext.data.pack import pack
+from openclip_ext.data.pipeline import eval_loader
+from openclip_ext.data.streams import StreamConfig
+from openclip_ext.evaluation.loading import load_model
+from openclip_ext.evaluation.ranks import Ranks
 from towers import TOWERS, inputs, tower_model
 
 FEW = ("--batch-sizes", 8, 32, "--batch-size", 8, "--draws", 20)
@@ -58,7 +66,7 @@ def test_a_checkpoint_is_measured_drawn_and_judged(by_hand, diagnose, tmp_path, 
     assert f"{report['losses'][1]['batches'][0]['signal']['value']:.3f} ±" in printed
     with Image.open(tmp_path / "diagnosis" / "diagnosis.png") as picture:
         assert picture.format == "PNG" and picture.width > 1000
-        assert len(set(picture.convert("RGB").getdata())) > 100
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 100
 
 
 def test_features_are_encoded_once(by_hand, diagnose, tmp_path, capsys):
@@ -68,20 +76,10 @@ def test_features_are_encoded_once(by_hand, diagnose, tmp_path, capsys):
     assert first["losses"] == second["losses"]
     _, other = diagnose(*flags, "--samples", 100, "--feature-cache", tmp_path / "mine")
     assert other["num_pairs"] == 100 and len(list((tmp_path / "mine").iterdir())) == 1
-    diagnose(*flags, "--no-feature-cache")
-    assert "features taken from" not in capsys.readouterr().err
 
 
-def test_gradients_are_those_of_the_models_projections(by_hand, diagnose, model_config, shards, tmp_path):
-    """Of OpenCLIP's own model and loss, on the first shard's pictures."""
-    from argparse import Namespace
-
-    from openclip_ext.commands.diagnose.encoding import choose_source, encode
-    from openclip_ext.data.captions import CaptionFormat
-    from openclip_ext.data.pipeline import eval_loader
-    from openclip_ext.data.streams import StreamConfig
-    from openclip_ext.evaluation.loading import load_model
-
+def test_gradients_are_those_of_the_models_projections(by_hand, shards):
+    """Of OpenCLIP's own model and loss, on one shard's pictures."""
     model = load_model(str(by_hand), device="cpu")
     args = Namespace(train_data=shards, samples=64, seed=0, caption_key=None, batch_size=64, workers=0)
     args.csv_img_key = args.csv_caption_key = args.csv_separator = None
@@ -149,12 +147,16 @@ def test_several_processes_give_the_numbers_of_one(by_hand, diagnose, shards, tm
     assert result.stdout.count("negatives: CV²") == 1
 
 
-def test_what_goes_wrong_in_the_first_process_ends_all(by_hand, tmp_path, pairs):
-    pack(pairs[:1] * 40, str(tmp_path / "same"), progress=False)
-    flags = ["--pretrained", str(by_hand), "--train-data", str(tmp_path / "same"), "--batch-sizes", "8", "--batch-size",
-             "8", "--device", "cpu", "--workers", "0", "--no-feature-cache"]  # fmt: skip
-    result = launch("torchrun", ["diagnose", *flags, "--out", str(tmp_path / "out")])
-    assert result.returncode != 0 and result.stderr.count("gives every image the same features") == 1
+class Second(Ranks):
+    """The second of two processes, to which the first sends what it has: here, what went wrong."""
+
+    def on_all(self, value):
+        return [UserError("the first one says so"), value]
+
+
+def test_what_goes_wrong_in_the_first_process_ends_all():
+    with pytest.raises(UserError, match="the first one says so"):
+        _encode_on_first(None, None, None, Second(1, 2))
 
 
 # Duplicates.
@@ -285,7 +287,7 @@ def test_what_is_not_certain_is_not_recommended():
         (("--train-data", "nowhere"), "--train-data nowhere: no shard matches"),
         (("--train-data", "bare"), "--train-data bare: has no sizes.json"),
         (("--train-data", "same", *FEW), "gives every image the same features"),
-        (("--pretrained", "nope.pt"), "--pretrained nope.pt: no such file"),
+        (("--pretrained", "nope.pt", *FEW), "--pretrained nope.pt: no such file"),
         (("--pretrained", "diverged.pt", *FEW), "--pretrained diverged.pt: its features are not finite in fp32"),
         (("--pretrained", "constant.pt", *FEW), "--pretrained constant.pt: gives every text the same features"),
         (("--out", "diverged.pt", *FEW), "--out diverged.pt: cannot be made a folder"),
