@@ -219,53 +219,64 @@ def test_a_model_that_moves_faster_leaves_fewer_recent_batches(by_hand, diagnose
 
 
 def judged(losses, cv2=30.0, drift=None):
-    """The sentences of (name: signal, equivalent batch and its interval, direction, cosine of targets)."""
+    """The sentences of (name, signal, equivalent batch and its interval, that towards clip's target, direction)."""
+
+    def worth(value, low, high):
+        return {"value": value, "interval": [low, high], "extrapolated": value > 1024}
+
     rows = [
         {
             "name": name,
-            "target_cosine": cosine,
             "batches": [{
                 "batch_size": 64,
                 "signal": {"value": signal}, "clip_signal": {"value": signal / 2}, "direction": {"value": direction},
-                "equivalent_batch": {"value": worth[0], "interval": worth[1:], "extrapolated": worth[0] > 1024},
+                "equivalent_batch": worth(*own), "clip_equivalent_batch": worth(*towards_clip),
             }],
         }
-        for name, signal, worth, direction, cosine in losses
+        for name, signal, own, towards_clip, direction in losses
     ]  # fmt: skip
     return recommend({"batch_size": 64, "losses": rows, "negatives": {"cv2": cv2}, "drift": drift})
 
 
-CLIP = ("clip", 0.2, (64, 64, 64), 0.7, 1.0)
+SAME = (64, 64, 64)
+CLIP = ("clip", 0.2, SAME, SAME, 0.7)
 
 
 def test_where_a_small_batch_costs_nothing_it_says_so():
-    cost, gain, action = judged(
-        [("clip", 0.48, (64, 64, 64), 0.999, 1.0), ("dcl", 0.5, (70, 66, 75), 1.0, 1.0)], cv2=0.3
-    )
-    assert cost.endswith("one of 1.00: the small batch costs noise, which more steps average out, and no direction.")
+    losses = [("clip", 0.48, SAME, SAME, 0.999), ("dcl", 0.5, (70, 66, 75), (70, 66, 75), 1.0)]
+    cost, gain, action = judged(losses, cv2=0.3)
+    assert "the mean of many steps one of 1.00: the small batch costs noise, which more steps average out" in cost
     assert gain == "No other loss does clearly better: the best, dcl, is worth a batch of 70 of clip's."
     assert action == "Keep --loss clip, and look again once the model tells pairs apart better."
 
 
 def test_of_losses_that_cannot_be_told_apart_the_plainest_is_recommended():
-    losses = [CLIP, ("emc2", 0.5, (310, 250, 380), 0.9, 0.99), ("batch_corrected", 0.49, (290, 230, 350), 0.9, 0.99)]
+    emc2, corrected = (310, 250, 380), (290, 230, 350)
+    losses = [CLIP, ("emc2", 0.5, emc2, emc2, 0.9), ("batch_corrected", 0.48, corrected, corrected, 0.9)]
     cost, gain, action = judged(losses)
     assert "of 0.20 with the gradient over all pairs, and the mean of many steps only 0.70: no number" in cost
-    assert gain == "One step of batch_corrected is worth a batch of 290 of clip's (cosine 0.49)."
+    assert gain == "One step of batch_corrected is worth a batch of 290 of clip's (cosine 0.24)."
     assert action.startswith("Try: --loss batch_corrected; --probe-lr tells")
 
 
-def test_options_come_as_flags_and_another_target_is_said():
-    losses = [CLIP, ("gamma_decomp:recent_batches=4,gamma=0.5", 0.9, (2345, 2000, 2600), 0.9, 0.42)]
-    _, gain, action = judged(losses, drift={"usable": 4})
-    assert "worth a batch of about 2,300 of clip's (cosine 0.90), but towards another target: " in gain
-    assert "a cosine of 0.42, and with clip's its step has 0.45." in gain
+def test_what_gains_towards_another_target_alone_is_not_recommended():
+    losses = [CLIP, ("dcl", 0.9, (400, 390, 410), (66, 60, 70), 0.9), ("sogclr", 0.4, (90, 85, 99), (95, 90, 99), 0.9)]
+    assert judged(losses)[1:] == [
+        "One step of sogclr is worth a batch of 90 of clip's (cosine 0.20).",
+        "Try: --loss sogclr; --probe-lr tells whether recent pairs add to it.",
+    ]
+
+
+def test_options_come_as_flags():
+    worth = (2345, 2000, 2600)
+    _, gain, action = judged([CLIP, ("gamma_decomp:recent_batches=4,gamma=0.5", 0.9, worth, worth, 0.9)])
+    assert "is worth a batch of about 2,300 of clip's (cosine 0.45)." in gain
     assert action == "Try: --loss gamma_decomp --loss-arg recent_batches=4 --loss-arg gamma=0.5."
 
 
 def test_what_is_not_certain_is_not_recommended():
     for worth in ((200, 50, 800), (70, 66, 75)):  # may be less than the batch; is hardly more
-        assert judged([CLIP, ("dcl", 0.3, worth, 0.8, 1.0)])[2] == "Keep --loss clip."
+        assert judged([CLIP, ("dcl", 0.3, worth, worth, 0.8)])[2] == "Keep --loss clip."
     assert judged([CLIP])[1] == "No other loss measured here does better at batch 64."
 
 

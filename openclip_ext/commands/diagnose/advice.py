@@ -5,34 +5,36 @@ from typing import Any
 #: From plain to involved: of losses that cannot be told apart the first is recommended.
 PLAIN_FIRST = ("clip", "dcl", "batch_corrected", "gamma_decomp", "sogclr", "emc2")
 STRAIGHT = 0.95  # cosine from which on a mean gradient counts as that of all pairs
-SAME_TARGET = 0.9  # the same of targets
-WORTH = 1.25  # times the batch, that a loss must be worth more than `clip` to be recommended
+WORTH = 1.25  # times the batch, that a loss must be worth to be recommended
+SPREAD = 1.0  # CV^2 below which negatives are nearly alike, as before training
 
 
 def recommend(report: dict[str, Any]) -> list[str]:
     """Three sentences about the report's `batch_size`: what it costs `clip`, what the best loss gives back, what to do.
 
-    A loss is recommended where its equivalent batch, interval included, is above the batch by a quarter; of those
-    whose equivalent batch lies in the interval of the largest, the plainest.
+    A loss is worth the smaller of its equivalent batches, that of its own target and that of clip's: who aims elsewhere
+    may do so more steadily, and still not help. One is recommended that is worth a quarter more than the batch, and
+    more than the batch by its interval too; of those that lie in the interval of the best, the plainest.
     """
     size = report["batch_size"]
     at = {loss["name"]: _at(loss, size) for loss in report["losses"]}
-    best = _best(report, at)
-    return [_cost(report, at["clip"]), _gain(report, at, best), _action(report, at, best)]
+    best = _best(size, at)
+    return [_cost(size, at["clip"]), _gain(size, at, best), _action(report, best)]
 
 
 def _at(loss: dict, size: int) -> dict:
     return next(row for row in loss["batches"] if row["batch_size"] == size)
 
 
-def _best(report: dict, at: dict[str, dict]) -> str | None:
+def _worth(row: dict) -> dict:
+    return min(row["equivalent_batch"], row["clip_equivalent_batch"], key=lambda found: found["value"])
+
+
+def _best(size: int, at: dict[str, dict]) -> str | None:
     """The loss to recommend; None: `clip`."""
-    size = report["batch_size"]
+    worth = {name: _worth(row) for name, row in at.items() if name != "clip"}
     above = {
-        name: row["equivalent_batch"]
-        for name, row in at.items()
-        if name != "clip" and row["equivalent_batch"]["value"] >= WORTH * size
-        if row["equivalent_batch"]["interval"][0] > size
+        name: found for name, found in worth.items() if found["value"] >= WORTH * size and found["interval"][0] > size
     }
     if not above:
         return None
@@ -46,50 +48,40 @@ def _rank(name: str) -> int:
     return PLAIN_FIRST.index(plain) if plain in PLAIN_FIRST else len(PLAIN_FIRST)
 
 
-def _cost(report: dict, clip: dict) -> str:
-    size, straight = report["batch_size"], clip["direction"]["value"]
-    start = (
-        f"At batch {size:,} one step of clip has a cosine of {_two(clip['signal'])} with the gradient over all pairs"
-    )
+def _cost(size: int, clip: dict) -> str:
+    signal, straight = clip["signal"]["value"], clip["direction"]["value"]
+    start = f"At batch {size:,} one step of clip has a cosine of {signal:.2f} with the gradient over all pairs"
     if straight >= STRAIGHT:
         return (f"{start}, and the mean of many steps one of {straight:.2f}: the small batch costs noise, which more "
-                "steps average out, and no direction.")  # fmt: skip
+                "steps average out, and hardly any direction.")  # fmt: skip
     return f"{start}, and the mean of many steps only {straight:.2f}: no number of steps gives back what is lost there."
 
 
-def _gain(report: dict, at: dict[str, dict], best: str | None) -> str:
-    size = report["batch_size"]
-    if best is None:
-        name = max(at, key=lambda name: at[name]["equivalent_batch"]["value"])
-        most = at[name]["equivalent_batch"]
-        if name == "clip":
-            return f"No other loss measured here does better at batch {size:,}."
-        return f"No other loss does clearly better: the best, {name}, is worth a batch of {_batch(most)} of clip's."
-    row, target = at[best], next(loss for loss in report["losses"] if loss["name"] == best)["target_cosine"]
-    worth = _batch(row["equivalent_batch"])
-    sentence = f"One step of {best} is worth a batch of {worth} of clip's (cosine {_two(row['signal'])})"
-    if target >= SAME_TARGET:
-        return f"{sentence}."
-    return (f"{sentence}, but towards another target: over all pairs, the two gradients have a cosine of {target:.2f}, "
-            f"and with clip's its step has {_two(row['clip_signal'])}.")  # fmt: skip
+def _gain(size: int, at: dict[str, dict], best: str | None) -> str:
+    if best is not None:
+        row = at[best]
+        return (f"One step of {best} is worth a batch of {_batch(_worth(row))} of clip's (cosine "
+                f"{row['clip_signal']['value']:.2f}).")  # fmt: skip
+    name = max(at, key=lambda name: _worth(at[name])["value"])
+    if name == "clip":
+        return f"No other loss measured here does better at batch {size:,}."
+    worth = _batch(_worth(at[name]))
+    return f"No other loss does clearly better: the best, {name}, is worth a batch of {worth} of clip's."
 
 
-def _action(report: dict, at: dict[str, dict], best: str | None) -> str:
-    drift = report["drift"]
-    if best is None:
-        again = "" if report["negatives"]["cv2"] > 1 else ", and look again once the model tells pairs apart better"
-        return f"Keep --loss clip{again}."
-    return f"Try: {_flags(best)}{'' if drift or 'recent' in best else '; --probe-lr tells whether recent pairs help'}."
+def _action(report: dict, best: str | None) -> str:
+    if best is not None:
+        probe = "" if report["drift"] or "recent" in best else "; --probe-lr tells whether recent pairs add to it"
+        return f"Try: {_flags(best)}{probe}."
+    if report["negatives"]["cv2"] < SPREAD:
+        return "Keep --loss clip, and look again once the model tells pairs apart better."
+    return "Keep --loss clip."
 
 
 def _flags(name: str) -> str:
     """A name of `--losses` as flags of `train`."""
     loss, _, options = name.partition(":")
     return " ".join([f"--loss {loss}", *(f"--loss-arg {option}" for option in options.split(",") if option)])
-
-
-def _two(value: dict) -> str:
-    return f"{value['value']:.2f}"
 
 
 def _batch(found: dict) -> str:

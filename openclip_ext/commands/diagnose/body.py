@@ -172,19 +172,23 @@ def _write(report: dict[str, Any], out: str) -> None:
 
 
 def _table(losses: list[dict[str, Any]]) -> str:
-    head = ["loss", "batch", "signal", "equivalent batch", "bias", "noise", "direction"]
+    head = ["loss", "batch", "signal", "worth a batch", "towards clip's target", "bias", "noise", "direction"]
     rows = []
     for loss in losses:
         for number, row in enumerate(loss["batches"]):
-            worth = row["equivalent_batch"]
-            value, low, high = (f"{number:,.0f}" for number in (worth["value"], *worth["interval"]))
-            equivalent = "" if loss["name"] == "clip" else f"{value} ({low} to {high}){' *' * worth['extrapolated']}"
-            cells = [f"{row['batch_size']:,}", _cell(row["signal"]), equivalent,
-                     *(_cell(row[name]) for name in ("bias", "noise", "direction"))]  # fmt: skip
-            rows.append(["" if number else loss["name"], *cells])
-    table = tabulate(rows, head, tablefmt="plain", colalign=["left", *["right"] * 6], disable_numparse=True)
-    beyond = any(row["equivalent_batch"]["extrapolated"] for loss in losses for row in loss["batches"])
-    return table + "\n* beyond the batch sizes measured: extrapolated" * beyond
+            worth = [_worth(row[name]) for name in ("equivalent_batch", "clip_equivalent_batch")]
+            worth = ["", ""] if loss["name"] == "clip" else worth
+            numbers = (_cell(row[name]) for name in ("bias", "noise", "direction"))
+            rows.append(
+                ["" if number else loss["name"], f"{row['batch_size']:,}", _cell(row["signal"]), *worth, *numbers]
+            )
+    table = tabulate(rows, head, tablefmt="plain", colalign=["left", *["right"] * 7], disable_numparse=True)
+    return table + "\n* beyond the batch sizes measured: extrapolated" * ("*" in table)
+
+
+def _worth(found: dict[str, Any]) -> str:
+    value, low, high = (f"{number:,.0f}" for number in (found["value"], *found["interval"]))
+    return f"{value} ({low} to {high}){' *' * found['extrapolated']}"
 
 
 def _cell(found: dict[str, Any]) -> str:

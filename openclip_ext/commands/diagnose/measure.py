@@ -94,6 +94,7 @@ def measure_losses(
                 "batch_size": size,
                 **summarise(found, own),
                 "equivalent_batch": equivalent_batch(group_means(found.cosines), clip, len(sample)),
+                "clip_equivalent_batch": equivalent_batch(group_means(found.clip_cosines), clip, len(sample)),
                 "memory": settled[name, size],
             }
             for size, found in drawn[name].items()
