@@ -12,8 +12,7 @@ from PIL import Image
 from launching import launch
 from openclip_ext import UserError, upstream
 from openclip_ext.cli import main
-from openclip_ext.commands.diagnose import LOSSES
-from openclip_ext.commands.diagnose.advice import recommend
+from openclip_ext.commands.diagnose.advice import LOSSES, recommend
 from openclip_ext.commands.diagnose.body import _encode_on_first
 from openclip_ext.commands.diagnose.encoding import choose_source, encode
 from openclip_ext.commands.diagnose.gradients import Walk

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 import oracles
 from openclip_ext import UserError
-from openclip_ext.commands.diagnose import LOSSES
+from openclip_ext.commands.diagnose.advice import LOSSES
 from openclip_ext.commands.diagnose.gradients import GROUPS, Walk, draw_batches, full_gradient, target
 from openclip_ext.commands.diagnose.measure import measure_losses, parse_loss
 from openclip_ext.commands.diagnose.negatives import scan_negatives

@@ -2,6 +2,7 @@
 
 import argparse
 
+from openclip_ext.commands.diagnose.advice import LOSSES
 from openclip_ext.evaluation.flags import (
     WEIGHTS,
     add_cache_arguments,
@@ -12,7 +13,6 @@ from openclip_ext.evaluation.flags import (
 
 HELP = "measure what a small batch costs on a checkpoint and its data, and which loss gives it back"
 BATCH_SIZES = (16, 64, 256, 1024)
-LOSSES = ("clip", "dcl", "batch_corrected", "gamma_decomp", "sogclr", "emc2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-#: From plain to involved: of losses that cannot be told apart the first is recommended.
-PLAIN_FIRST = ("clip", "dcl", "batch_corrected", "gamma_decomp", "sogclr", "emc2")
+#: Measured by default, from plain to involved: of those that cannot be told apart the first is recommended.
+LOSSES = ("clip", "dcl", "batch_corrected", "gamma_decomp", "sogclr", "emc2")
 STRAIGHT = 0.95  # cosine from which on a mean gradient counts as that of all pairs
 WORTH = 1.25  # times the batch, that a loss must be worth to be recommended
 SPREAD = 1.0  # CV^2 below which negatives are nearly alike, as before training
@@ -45,7 +45,7 @@ def _best(size: int, at: dict[str, dict]) -> str | None:
 
 def _rank(name: str) -> int:
     plain = name.partition(":")[0]
-    return PLAIN_FIRST.index(plain) if plain in PLAIN_FIRST else len(PLAIN_FIRST)
+    return LOSSES.index(plain) if plain in LOSSES else len(LOSSES)
 
 
 def _cost(size: int, clip: dict) -> str:

@@ -10,8 +10,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from openclip_ext import upstream
-from openclip_ext.commands.diagnose import LOSSES
-from openclip_ext.commands.diagnose.advice import recommend
+from openclip_ext.commands.diagnose.advice import LOSSES, recommend
 from openclip_ext.commands.diagnose.drift import probe_drift
 from openclip_ext.commands.diagnose.duplicates import find_duplicates
 from openclip_ext.commands.diagnose.encoding import (
