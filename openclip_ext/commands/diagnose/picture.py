@@ -42,7 +42,8 @@ def _draw_line(axes: Axes, loss: dict, name: str, index: int) -> None:
     axes.fill_between(
         sizes, *zip(*(row[name]["interval"] for row in rows), strict=True), alpha=0.12, color=row_style(index)["color"]
     )
-    axes.plot(sizes, values, marker=".", label=loss["name"], **row_style(index))
+    # Thinner the later, so that lines that are the same are all seen.
+    axes.plot(sizes, values, marker=".", linewidth=max(1.2, 4 - 0.5 * index), label=loss["name"], **row_style(index))
 
 
 def _mark_equivalent(axes: Axes, loss: dict, size: int, index: int) -> None:
