@@ -228,7 +228,7 @@ def judged(losses, cv2=30.0, drift=None):
             "name": name,
             "batches": [{
                 "batch_size": 64,
-                "signal": {"value": signal}, "clip_signal": {"value": signal / 2}, "direction": {"value": direction},
+                "signal": {"value": signal}, "clip_signal": {"value": signal / 2}, "direction": {"value": direction, "interval": [direction - 0.01, direction + 0.01]},
                 "equivalent_batch": worth(*own), "clip_equivalent_batch": worth(*towards_clip),
             }],
         }
@@ -271,6 +271,14 @@ def test_options_come_as_flags():
     _, gain, action = judged([CLIP, ("gamma_decomp:recent_batches=4,gamma=0.5", 0.9, worth, worth, 0.9)])
     assert "is worth a batch of about 2,300 of clip's (cosine 0.45)." in gain
     assert action == "Try: --loss gamma_decomp --loss-arg recent_batches=4 --loss-arg gamma=0.5."
+
+
+def test_a_loss_whose_mean_points_elsewhere_is_recommended_with_a_warning():
+    worth = (100, 90, 110)
+    _, gain, action = judged([("clip", 0.2, SAME, SAME, 0.98), ("batch_corrected", 0.3, worth, worth, 0.88)])
+    assert gain.endswith("(cosine 0.15), but the mean of many has a cosine of 0.88 alone (clip's: 0.98), so that where "
+                         "steps are many and small it may not help.")  # fmt: skip
+    assert action.startswith("Try: --loss batch_corrected")
 
 
 def test_what_is_not_certain_is_not_recommended():

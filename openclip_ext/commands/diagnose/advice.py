@@ -60,8 +60,13 @@ def _cost(size: int, clip: dict) -> str:
 def _gain(size: int, at: dict[str, dict], best: str | None) -> str:
     if best is not None:
         row = at[best]
-        return (f"One step of {best} is worth a batch of {_batch(_worth(row))} of clip's (cosine "
-                f"{row['clip_signal']['value']:.2f}).")  # fmt: skip
+        sentence = (f"One step of {best} is worth a batch of {_batch(_worth(row))} of clip's (cosine "
+                    f"{row['clip_signal']['value']:.2f})")  # fmt: skip
+        mean, clip_mean = row["direction"], at["clip"]["direction"]
+        if mean["interval"][1] >= clip_mean["interval"][0]:
+            return f"{sentence}."
+        return (f"{sentence}, but the mean of many has a cosine of {mean['value']:.2f} alone (clip's: "
+                f"{clip_mean['value']:.2f}), so that where steps are many and small it may not help.")  # fmt: skip
     name = max(at, key=lambda name: _worth(at[name])["value"])
     if name == "clip":
         return f"No other loss measured here does better at batch {size:,}."
