@@ -228,8 +228,11 @@ def judged(losses, cv2=30.0, drift=None):
             "name": name,
             "batches": [{
                 "batch_size": 64,
-                "signal": {"value": signal}, "clip_signal": {"value": signal / 2}, "direction": {"value": direction, "interval": [direction - 0.01, direction + 0.01]},
-                "equivalent_batch": worth(*own), "clip_equivalent_batch": worth(*towards_clip),
+                "signal": {"value": signal},
+                "clip_signal": {"value": signal / 2},
+                "direction": {"value": direction, "interval": [direction - 0.01, direction + 0.01]},
+                "equivalent_batch": worth(*own),
+                "clip_equivalent_batch": worth(*towards_clip),
             }],
         }
         for name, signal, own, towards_clip, direction in losses
