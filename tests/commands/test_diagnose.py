@@ -12,8 +12,8 @@ from PIL import Image
 from launching import launch
 from openclip_ext import UserError, upstream
 from openclip_ext.cli import main
+from openclip_ext.commands.diagnose import body
 from openclip_ext.commands.diagnose.advice import LOSSES, recommend
-from openclip_ext.commands.diagnose.body import _encode_on_first
 from openclip_ext.commands.diagnose.encoding import choose_source, encode
 from openclip_ext.commands.diagnose.gradients import Walk
 from openclip_ext.commands.diagnose.measure import parse_loss
@@ -24,6 +24,7 @@ from openclip_ext.data.pipeline import eval_loader
 from openclip_ext.data.streams import StreamConfig
 from openclip_ext.evaluation.loading import load_model
 from openclip_ext.evaluation.ranks import Ranks
+from openclip_ext.state.table import NoRoomError
 from towers import TOWERS, inputs, tower_model
 
 FEW = ("--batch-sizes", 8, 32, "--batch-size", 8, "--draws", 20)
@@ -155,7 +156,7 @@ class Second(Ranks):
 
 def test_what_goes_wrong_in_the_first_process_ends_all():
     with pytest.raises(UserError, match="the first one says so"):
-        _encode_on_first(None, None, None, Second(1, 2))
+        body._encode_on_first(None, None, None, Second(1, 2))
 
 
 # Duplicates.
@@ -291,6 +292,16 @@ def test_what_is_not_certain_is_not_recommended():
 
 
 # Bad input.
+
+
+def test_a_sample_that_does_not_fit_into_memory_is_one_line(by_hand, diagnose, monkeypatch, capsys):
+    def no_room(size, device, what):
+        raise NoRoomError(f"the {what} takes {size / 1e9:.3f} GB and 0.0 GB are free on {device}")
+
+    monkeypatch.setattr(body, "require_room", no_room)
+    assert diagnose("--pretrained", by_hand, *FEW) == (2, None)
+    expected = "--samples 10000: the scores of 256 pairs with each other takes 0.002 GB and 0.0 GB are free on cpu; use"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

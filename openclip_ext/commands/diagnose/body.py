@@ -5,6 +5,7 @@ import datetime
 import os
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tabulate import tabulate
 from torch import Tensor
@@ -32,6 +33,7 @@ from openclip_ext.evaluation.loading import LoadedModel, choose_device, load_mod
 from openclip_ext.evaluation.ranks import ALONE, Ranks
 from openclip_ext.files import make_out_folder, write_json
 from openclip_ext.losses import Vocabulary
+from openclip_ext.state.table import NoRoomError, require_room
 
 
 def run_diagnose(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -49,12 +51,12 @@ def run_diagnose(args: argparse.Namespace) -> dict[str, Any] | None:
     source = choose_source(args)
     _require_pairs(args, pairs_in(source), sizes)
     ranks, device = _join_processes(args.device)
+    _require_room(args, min(pairs_in(source), args.samples), device)
     model = load_model(
         args.pretrained, name=args.model, model_config=args.model_config, device=device, precision=args.precision,
         cache_dir=args.cache_dir,
     )  # fmt: skip
-    if ranks.first:
-        make_out_folder(args.out)
+    make_out_folder(args.out)
     encoded = _encode_on_first(model, source, args, ranks)
     _require_pairs(args, len(encoded["image_id"]), sizes)
     drift = None if args.probe_lr is None else probe_drift(model, source, args)
@@ -64,6 +66,8 @@ def run_diagnose(args: argparse.Namespace) -> dict[str, Any] | None:
     sample = make_sample(encoded, model.device)
     negatives = scan_negatives(sample, args.seed)
     losses = measure_losses(plans, sample, negatives, sizes, args.draws, args.seed, ranks, progress=ranks.first)
+    if ranks.world_size > 1:
+        PartialState().destroy_process_group()
     if not ranks.first:
         return None
     report = describe(model) | {
@@ -108,6 +112,14 @@ def _require_pairs(args: argparse.Namespace, pairs: int, sizes: list[int]) -> No
             f"--batch-sizes {sizes[-1]}: a batch is drawn from {counted(pairs, 'usable pair')} of --train-data "
             f"{args.train_data} (--samples {args.samples}); {instead}"
         )
+
+
+def _require_room(args: argparse.Namespace, pairs: int, device: str) -> None:
+    """Raises UserError: the scores of all pairs with each other, in about seven copies, do not fit into memory."""
+    try:
+        require_room(7 * 4 * pairs**2, torch.device(device), f"scores of {pairs} pairs with each other")
+    except NoRoomError as error:
+        raise UserError(f"--samples {args.samples}: {error}; use fewer") from error
 
 
 def _join_processes(device: str) -> tuple[Ranks, str]:

@@ -32,11 +32,11 @@ def summarise(draws: Draws, full: Tensor) -> dict[str, Value]:
     """
     found = {"signal": _mean(draws.cosines), "clip_signal": _mean(draws.clip_cosines)}
     groups = _Groups.of(draws, full)
-    bias, half = jackknife(lambda kept: groups.without(kept).square_bias())
+    bias, half = jackknife(lambda kept: groups.part(kept).square_bias())
     root = [math.sqrt(max(value, 0.0)) for value in (bias, bias - half, bias + half)]
     found["bias"] = {"value": root[0], "interval": root[1:]}
     for name in ("noise", "direction"):
-        value, half = jackknife(lambda kept, name=name: getattr(groups.without(kept), name)())
+        value, half = jackknife(lambda kept, name=name: getattr(groups.part(kept), name)())
         found[name] = {"value": value, "interval": [value - half, value + half]}
     return found
 
@@ -80,7 +80,7 @@ class _Groups:
         return cls((errors @ errors.T / unit).numpy(), (errors @ full / unit).numpy(),
                    np.array([part.mean() for part in parts]) / unit)  # fmt: skip
 
-    def without(self, kept: NDArray) -> "_Groups":
+    def part(self, kept: NDArray) -> "_Groups":
         return _Groups(self.errors[np.ix_(kept, kept)], self.along[kept], self.squares[kept])
 
     def square_bias(self) -> float:
