@@ -285,9 +285,16 @@ def test_a_loss_whose_mean_points_elsewhere_is_recommended_with_a_warning():
     assert action.startswith("Try: --loss batch_corrected")
 
 
+def test_of_losses_worth_as_much_one_that_points_worse_is_left_out():
+    dcl, corrected = (160, 150, 170), (90, 81, 99)
+    losses = [CLIP, ("dcl", 0.5, dcl, dcl, 0.75), ("batch_corrected", 0.4, corrected, corrected, 0.89)]
+    assert judged(losses)[2].startswith("Try: --loss batch_corrected")
+
+
 def test_what_is_not_certain_is_not_recommended():
     for worth in ((200, 50, 800), (70, 66, 75)):  # may be less than the batch; is hardly more
         assert judged([CLIP, ("dcl", 0.3, worth, worth, 0.8)])[2] == "Keep --loss clip."
+    assert "steps one of 0.93 to 0.95, which more --draws tell better." in judged([("clip", 0.2, SAME, SAME, 0.941)])[0]
     assert judged([CLIP])[1] == "No other loss measured here does better at batch 64."
 
 
@@ -300,7 +307,7 @@ def test_a_sample_that_does_not_fit_into_memory_is_one_line(by_hand, diagnose, m
 
     monkeypatch.setattr(body, "require_room", no_room)
     assert diagnose("--pretrained", by_hand, *FEW) == (2, None)
-    expected = "--samples 10000: the scores of 256 pairs with each other takes 0.002 GB and 0.0 GB are free on cpu; use"
+    expected = "--samples 10000: the matrix of scores of 256 pairs takes 0.002 GB and 0.0 GB are free on cpu; use"
     assert expected in capsys.readouterr().err
 
 

@@ -14,7 +14,8 @@ def recommend(report: dict[str, Any]) -> list[str]:
 
     A loss is worth the smaller of its equivalent batches, that of its own target and that of clip's: who aims elsewhere
     may do so more steadily, and still not help. One is recommended that is worth a quarter more than the batch, and
-    more than the batch by its interval too; of those that lie in the interval of the best, the plainest.
+    more than the batch by its interval too, and whose mean does not point clearly worse than that of another such loss;
+    of those that lie in the interval of the best, the plainest.
     """
     size = report["batch_size"]
     at = {loss["name"]: _at(loss, size) for loss in report["losses"]}
@@ -38,6 +39,8 @@ def _best(size: int, at: dict[str, dict]) -> str | None:
     }
     if not above:
         return None
+    straightest = max(at[name]["direction"]["interval"][0] for name in above)
+    above = {name: found for name, found in above.items() if at[name]["direction"]["interval"][1] >= straightest}
     largest = max(above.values(), key=lambda found: found["value"])
     tied = [name for name, found in above.items() if found["value"] >= largest["interval"][0]]
     return min(tied, key=lambda name: (_rank(name), -above[name]["value"]))
@@ -54,6 +57,9 @@ def _cost(size: int, clip: dict) -> str:
     if straight >= STRAIGHT:
         return (f"{start}, and the mean of many steps one of {straight:.2f}: the small batch costs noise, which more "
                 "steps average out, and hardly any direction.")  # fmt: skip
+    low, high = clip["direction"]["interval"]
+    if high >= STRAIGHT:
+        return f"{start}, and the mean of many steps one of {low:.2f} to {high:.2f}, which more --draws tell better."
     return f"{start}, and the mean of many steps only {straight:.2f}: no number of steps gives back what is lost there."
 
 

@@ -117,7 +117,7 @@ def _require_pairs(args: argparse.Namespace, pairs: int, sizes: list[int]) -> No
 def _require_room(args: argparse.Namespace, pairs: int, device: str) -> None:
     """Raises UserError: the scores of all pairs with each other, in about seven copies, do not fit into memory."""
     try:
-        require_room(7 * 4 * pairs**2, torch.device(device), f"scores of {pairs} pairs with each other")
+        require_room(7 * 4 * pairs**2, torch.device(device), f"matrix of scores of {pairs} pairs")
     except NoRoomError as error:
         raise UserError(f"--samples {args.samples}: {error}; use fewer") from error
 

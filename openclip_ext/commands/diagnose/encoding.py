@@ -52,7 +52,7 @@ def choose_source(args: argparse.Namespace) -> Source:
         if sum(listing.sizes[other] for other in drawn) < args.samples:
             drawn.append(index)
     drawn.sort()
-    urls, sizes = (tuple(values[index] for index in drawn) for values in (listing.urls, listing.sizes))
+    urls, sizes = tuple(listing.urls[index] for index in drawn), tuple(listing.sizes[index] for index in drawn)
     return dataclasses.replace(listing, urls=urls, sizes=sizes, length=sum(sizes))
 
 
@@ -68,13 +68,16 @@ def cached_encoding(model: LoadedModel, source: Source, args: argparse.Namespace
         UserError: fewer than two usable pairs, or features that are not finite or all the same.
     """
     captions = caption_format(args)
-    table = isinstance(source, Table)
-    paths = [source.name, *(path for path, _ in source.rows if path)] if table else source.urls
+    noted: tuple[str, ...] = ()
+    if isinstance(source, Table):
+        paths = [source.name, *(path for path, _ in source.rows if path)]
+    else:
+        paths, noted = list(source.urls), source.caption_keys
     files = files_identity(paths)
     identity = None
     if files is not None:
-        reading = {"captions": dataclasses.asdict(captions), "csv": csv_columns(args, args.train_data)}
-        reading |= {"noted": () if table else source.caption_keys, "samples": args.samples}
+        reading = {"captions": dataclasses.asdict(captions), "csv": csv_columns(args, args.train_data), "noted": noted,
+                   "samples": args.samples}  # fmt: skip
         identity = {"of": "diagnose", "files": files, "reading": reading, **model_identity(model)}
     encoded, _ = open_cache(args.feature_cache, args.no_feature_cache).get(
         identity, lambda: encode(model, source, captions, args)

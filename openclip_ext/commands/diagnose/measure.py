@@ -89,7 +89,7 @@ def measure_losses(
     for name in plans:
         own = full[repr(targets[name])]
         cosine = (own @ clip_full / (own.norm() * clip_full.norm())).item()
-        batches = [
+        found_at = [
             {
                 "batch_size": size,
                 **summarise(found, own),
@@ -99,7 +99,7 @@ def measure_losses(
             }
             for size, found in drawn[name].items()
         ]
-        rows.append({"name": name, "target": targets[name][0], "target_cosine": cosine, "batches": batches})
+        rows.append({"name": name, "target": targets[name][0], "target_cosine": cosine, "batches": found_at})
     return rows
 
 

@@ -39,9 +39,8 @@ def draw_diagnosis(report: dict[str, Any], path: str) -> None:
 def _draw_line(axes: Axes, loss: dict, name: str, index: int) -> None:
     rows = loss["batches"]
     sizes, values = [row["batch_size"] for row in rows], [row[name]["value"] for row in rows]
-    axes.fill_between(
-        sizes, *zip(*(row[name]["interval"] for row in rows), strict=True), alpha=0.12, color=row_style(index)["color"]
-    )
+    low, high = ([row[name]["interval"][end] for row in rows] for end in range(2))
+    axes.fill_between(sizes, low, high, alpha=0.12, color=row_style(index)["color"])
     # Thinner the later, so that lines that are the same are all seen.
     axes.plot(sizes, values, marker=".", linewidth=max(1.2, 4 - 0.5 * index), label=loss["name"], **row_style(index))
 

@@ -53,5 +53,5 @@ class Sample:
 def make_sample(encoded: dict[str, Tensor], device: torch.device) -> Sample:
     """The sample of what `encoding.encode` returns."""
     placed = {name: value.to(device) for name, value in encoded.items() if value.is_floating_point()}
-    towers = [Tower(placed[f"{name}_inputs"], placed[f"{name}_outputs"]) for name in ("image", "text")]
-    return Sample(*towers, placed["logit_scale"], placed.get("logit_bias"))
+    image, text = (Tower(placed[f"{name}_inputs"], placed[f"{name}_outputs"]) for name in ("image", "text"))
+    return Sample(image, text, placed["logit_scale"], placed.get("logit_bias"))

@@ -28,7 +28,7 @@ def settle(walk: Walk, negatives: Negatives, batch_size: int, seed: int) -> dict
         passes: over the sample; share: of the stationary variance that rates have reached, 1 where there are none;
         null where it is not known whether the memory has settled.
     """
-    loss = walk.loss.base
+    loss: Any = walk.loss.base
     if not walk.loss.has_state:
         return {"passes": 0, "share": 1.0}
     known = isinstance(loss, RateLoss | EMC2Loss) or getattr(loss, "recent", None) is not None

@@ -35,9 +35,10 @@ def summarise(draws: Draws, full: Tensor) -> dict[str, Value]:
     bias, half = jackknife(lambda kept: groups.part(kept).square_bias())
     root = [math.sqrt(max(value, 0.0)) for value in (bias, bias - half, bias + half)]
     found["bias"] = {"value": root[0], "interval": root[1:]}
-    for name in ("noise", "direction"):
-        value, half = jackknife(lambda kept, name=name: getattr(groups.part(kept), name)())
-        found[name] = {"value": value, "interval": [value - half, value + half]}
+    noise, half = jackknife(lambda kept: groups.part(kept).noise())
+    found["noise"] = {"value": noise, "interval": [max(noise - half, 0.0), noise + half]}
+    direction, half = jackknife(lambda kept: groups.part(kept).direction())
+    found["direction"] = {"value": direction, "interval": [max(direction - half, -1.0), min(direction + half, 1.0)]}
     return found
 
 
