@@ -41,8 +41,9 @@ def _draw_line(axes: Axes, loss: dict, name: str, index: int) -> None:
     sizes, values = [row["batch_size"] for row in rows], [row[name]["value"] for row in rows]
     low, high = ([row[name]["interval"][end] for row in rows] for end in range(2))
     axes.fill_between(sizes, low, high, alpha=0.12, color=row_style(index)["color"])
-    # Thinner the later, so that lines that are the same are all seen.
-    axes.plot(sizes, values, marker=".", linewidth=max(1.2, 4 - 0.5 * index), label=loss["name"], **row_style(index))
+    # Every other one is dashed, so that of two that are the same both are seen.
+    style = row_style(index) | {"linestyle": ("-", "--")[index % 2]}
+    axes.plot(sizes, values, marker=".", linewidth=2, label=loss["name"], **style)
 
 
 def _mark_equivalent(axes: Axes, loss: dict, size: int, index: int) -> None:
