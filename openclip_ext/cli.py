@@ -5,7 +5,19 @@ import sys
 from collections.abc import Sequence
 
 from openclip_ext import __version__
-from openclip_ext.commands import demo, eval, export, interpolate, losses, patch, report, shards, structure, train
+from openclip_ext.commands import (
+    demo,
+    diagnose,
+    eval,
+    export,
+    interpolate,
+    losses,
+    patch,
+    report,
+    shards,
+    structure,
+    train,
+)
 from openclip_ext.errors import RankError, UserError
 from openclip_ext.options import Parser
 from openclip_ext.redact import redacted
@@ -14,6 +26,7 @@ DESCRIPTION = "Contrastive objectives for OpenCLIP that work at small batch, by 
 COMMANDS = {
     "train": train,
     "losses": losses,
+    "diagnose": diagnose,
     "demo": demo,
     "eval": eval,
     "interpolate": interpolate,

@@ -12,7 +12,8 @@ from openclip_ext.upstream.v3 import REFUSED
 def test_help_does_not_wait_for_torch():
     code = "import sys; from openclip_ext.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n" \
            "assert 'torch' not in sys.modules, 'torch was imported'"  # fmt: skip
-    for command in (["--help"], ["train", "--help"], ["shards", "pack", "--help"], ["eval", "--help"]):
+    for command in (["--help"], ["train", "--help"], ["shards", "pack", "--help"], ["eval", "--help"],
+                    ["diagnose", "--help"]):  # fmt: skip
         subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True)
 
 

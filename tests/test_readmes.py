@@ -11,8 +11,9 @@ from batches import config
 from openclip_ext.data.pipeline import train_loader
 
 ROOT = pathlib.Path(__file__).parent.parent
-READMES = ["README.md", "openclip_ext/README.md", "openclip_ext/evaluation/README.md", "scripts/README.md",
-           "tests/README.md", "patches/README.md"]  # fmt: skip
+READMES = ["README.md", "openclip_ext/README.md", "openclip_ext/evaluation/README.md",
+           "openclip_ext/commands/diagnose/README.md", "scripts/README.md", "tests/README.md",
+           "patches/README.md"]  # fmt: skip
 README = (ROOT / "README.md").read_text()
 
 

@@ -28,11 +28,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", metavar="FOLDER", help="where OpenCLIP keeps what it downloads")
 
 
-def add_loading_arguments(group) -> None:
-    """How data is loaded; `require_loading` checks the values."""
-    group.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
+def add_loading_arguments(group, batch_size_is: str = "") -> None:
+    """How data is loaded; `require_loading` checks the values. `batch_size_is`: what `--batch-size` means besides."""
+    group.add_argument("--batch-size", type=int, default=64, help=f"{batch_size_is}default: %(default)s")
     cores = min(4, os.cpu_count() or 1)
     group.add_argument("--workers", type=int, default=cores, help="processes that load data (default: %(default)s)")
+
+
+def add_cache_arguments(group, what: str) -> None:
+    """Where `what` is kept, in the words of `feature_cache.open_cache`."""
+    group.add_argument(
+        "--feature-cache", metavar="FOLDER", help=f"where {what} are kept (default: openclip-ext/features in ~/.cache)"
+    )
+    group.add_argument("--no-feature-cache", action="store_true", help="neither keep them nor take kept ones")
 
 
 def require_loading(args: argparse.Namespace) -> None:

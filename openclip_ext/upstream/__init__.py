@@ -24,7 +24,7 @@ from openclip_ext.upstream.models import (
     register_model_config,
 )
 from openclip_ext.upstream.tokenizers import create_tokenizer, read_vocabulary
-from openclip_ext.upstream.trunks import find_trunks, watched
+from openclip_ext.upstream.trunks import find_projections, find_trunks, watched
 from openclip_ext.upstream.weights import SCHEMES
 from openclip_ext.upstream.zero_shot import CLASSES_PER_BATCH, imagenet_names, imagenet_templates, zero_shot_weights
 
@@ -69,6 +69,7 @@ __all__ = [
     "default_flags",
     "distill_loss",
     "example_inputs",
+    "find_projections",
     "find_trunks",
     "flags_with",
     "freeze_text",

@@ -32,6 +32,33 @@ def find_trunks(model: nn.Module) -> dict[str, Trunk]:
     return {modality: trunk for modality, trunk in trunks.items() if trunk is not None}
 
 
+def find_projections(model: nn.Module) -> dict[str, Trunk]:
+    """Where to see what the last linear map of the `image` and `text` towers is given.
+
+    A tower's features, before they are given unit norm, are that times the map's weights, plus its bias if it has one.
+    A tower that shows no such input, as a ResNet, which projects inside its attention, is left out.
+    """
+    from open_clip.hf_model import HFTextEncoder
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+    from torch.nn import Linear
+
+    found = find_trunks(model)
+    for modality, tower in (("image", model.visual), ("text", getattr(model, "text", model))):
+        projection: Any = None
+        if isinstance(tower, ModifiedResNet):
+            found.pop(modality, None)
+        elif isinstance(tower, TimmModel) and len(tower.head):
+            projection = getattr(tower.head, "proj", None) or getattr(tower.head, "mlp", None)
+            found.pop(modality)  # what a head without either ends in, such as attention, is no linear map
+        elif isinstance(tower, HFTextEncoder):
+            projection = tower.proj
+        linear = [module for module in projection.modules() if isinstance(module, Linear)] if projection else []
+        if linear:
+            found[modality] = _before(linear[-1])
+    return found
+
+
 @contextlib.contextmanager
 def watched(trunks: dict[str, Trunk]) -> Iterator[dict[str, Tensor]]:
     """What the trunks' modules see in a forward pass inside, by the trunks' names."""

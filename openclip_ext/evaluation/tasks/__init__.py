@@ -7,7 +7,7 @@ flags are part of `--help`.
 import argparse
 
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.flags import add_loading_arguments, require_loading
+from openclip_ext.evaluation.flags import add_cache_arguments, add_loading_arguments, require_loading
 from openclip_ext.evaluation.tasks import probes, retrieval, zero_shot
 from openclip_ext.evaluation.tasks.base import Task
 
@@ -20,11 +20,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         family.add_arguments(parser.add_argument_group(family.TITLE))
     group = parser.add_argument_group("loading")
     add_loading_arguments(group)
-    group.add_argument(
-        "--feature-cache", metavar="FOLDER",
-        help="where features for retrieval and probes are kept (default: openclip-ext/features in ~/.cache)",
-    )  # fmt: skip
-    group.add_argument("--no-feature-cache", action="store_true", help="neither keep them nor take kept ones")
+    add_cache_arguments(group, "features for retrieval and probes")
 
 
 def tasks_from(args: argparse.Namespace, *, required: bool = True) -> list[Task]:
