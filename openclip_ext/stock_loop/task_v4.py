@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -44,6 +44,8 @@ class Hosted(Protocol):
         image_aug: Tensor | None = None,
         text_aug: Tensor | None = None,
     ) -> dict[str, Tensor]: ...
+
+    def encode_again(self, batches: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]: ...
 
 
 class LossTask(CLIPTask):
