@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser, out: str, marks: tuple[str, s
     parser.add_argument("--quick", action="store_true", help=quick)
 
 
-def carry_out(args: argparse.Namespace, do: Callable[[], None], text: Callable[[], str], marks: tuple[str, str]) -> None:
+def carry_out(
+    args: argparse.Namespace, do: Callable[[], None], text: Callable[[], str], marks: tuple[str, str]
+) -> None:
     """Do the runs, unless --table says not to, and print or put into a file what is said of them.
 
     Args:
