@@ -1,11 +1,12 @@
 """What finished runs say: squared norms of exact gradients, as JSON, Markdown and a picture."""
 
 import dataclasses
-from itertools import groupby
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from runs.methods import place
 from runs.store import Store
 
 from openclip_ext.files import atomic
@@ -28,7 +29,7 @@ def summarise(store: Store[Run]) -> list[dict]:
         return []
     kinds = sorted({_kind(run) for run in runs}, key=lambda kind: kind.epochs)
     runs = sorted((run for run in runs if _kind(run) == kinds[-1]), key=lambda run: run.seed)
-    methods = list(dict.fromkeys(run.method for run in runs))
+    methods = sorted({run.method for run in runs}, key=place)
     records = []
     for method in methods:
         own = [run for run in runs if run.method == method]
@@ -88,24 +89,33 @@ def _ratio(values: list[float]) -> str:
 
 
 def draw(records: list[dict], path: str) -> None:
-    """Write a PNG: squared norm over iterations, a line per method with the range of its seeds."""
-    figure = Figure(figsize=(9.5, 5), layout="constrained")
-    axes = figure.subplots()
-    bases = [name for name, _ in groupby(records, key=lambda record: record["method"].split("+")[0])]
-    for record in records:
-        base = record["method"].split("+")[0]
-        color = matplotlib.colormaps["tab10"](bases.index(base) + ("kernel=mh" in record["method"]))
-        norms = np.array(record["squared_norm"])
-        axes.plot(record["iterations"], np.exp(np.log(norms).mean(0)), color=color, label=record["method"],
-                  linestyle="--" if "bank=index" in record["method"] else "-")  # fmt: skip
-        axes.fill_between(record["iterations"], norms.min(0), norms.max(0), color=color, alpha=0.08, linewidth=0)
-    axes.set(yscale="log", xlabel="iterations", ylabel="squared norm of the gradient of the loss over all images")
-    axes.grid(alpha=0.25, which="both")
-    figure.legend(loc="outside right center", fontsize="small", frameon=False)
+    """Write a PNG: squared norm and loss over iterations, a line per method with the range of its seeds."""
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_curves(left, records, "squared_norm")
+    _draw_curves(right, records, "loss")
+    left.set(yscale="log", xlabel="iterations", ylabel="squared norm of the gradient of the loss over all images")
+    right.set(xlabel="iterations", ylabel="loss over all images")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize="small", frameon=False)
     first = records[0]
     where = "images of a folder" if first["folder"] else "handwritten digits"
-    figure.suptitle(
-        f"{first['images']} {where}, batch {first['batch_size']}; mean and range of {len(first['seeds'])} seeds"
-    )
+    seeds = f"mean and range of {len(first['seeds'])} seeds"
+    figure.suptitle(f"{first['images']} {where}, batch {first['batch_size']}; {seeds}")
     with atomic(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
+        figure.savefig(partial, dpi=110, format="png")
+
+
+def _draw_curves(axes: Axes, records: list[dict], name: str) -> None:
+    """Colors by loss and kernel; dashed where states are encoded again."""
+    kinds = list(dict.fromkeys(_color_of(record["method"]) for record in records))
+    for record in records:
+        color = matplotlib.colormaps["tab10"](kinds.index(_color_of(record["method"])) % 10)
+        curves = np.array(record[name])
+        axes.plot(record["iterations"], curves.mean(0), color=color, label=record["method"],
+                  linestyle="--" if "bank=index" in record["method"] else "-")  # fmt: skip
+        axes.fill_between(record["iterations"], curves.min(0), curves.max(0), color=color, alpha=0.08, linewidth=0)
+    axes.grid(alpha=0.25, which="both")
+
+
+def _color_of(method: str) -> str:
+    return method.replace("+bank=index", "")

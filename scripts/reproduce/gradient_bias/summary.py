@@ -7,6 +7,7 @@ import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from runs.methods import place
 from runs.store import Store
 
 from openclip_ext.files import atomic
@@ -32,8 +33,7 @@ def summarise(store: Store[Run]) -> list[dict]:
             "reached": sum(value >= REACHED for value in found["metric"]),
             "mean": sum(found["metric"]) / run.starts, "bias": float((mean - best).norm() / best.norm()),
         })  # fmt: skip
-    methods = list(dict.fromkeys(record["method"] for record in records))
-    return sorted(records, key=lambda r: (methods.index(r["method"]), r["noise"], r["batch_size"], r["steps"]))
+    return sorted(records, key=lambda r: (*place(r["method"]), r["noise"], r["batch_size"], r["steps"]))
 
 
 def markdown(records: list[dict]) -> str:
@@ -83,7 +83,10 @@ def _draw_plane(axes: Axes, method: str, records: list[dict], noises: list[float
     for record in records:
         x, y = sizes.index(record["batch_size"]), noises.index(record["noise"])
         axes.add_patch(matplotlib.patches.Rectangle((x - 0.5, y - 0.5), 1, 1, color=colors(2 * record["mean"] - 1)))
-        axes.text(x, y, f"{record['reached']}\n{record['mean']:.2f}", ha="center", va="center", fontsize="small")
+        ink = "black" if 0.6 < record["mean"] < 0.95 else "white"
+        axes.text(
+            x, y, f"{record['reached']}\n{record['mean']:.2f}", ha="center", va="center", fontsize="small", color=ink
+        )
     axes.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.5, len(noises) - 0.5), xlabel="batch size", ylabel="noise, logits")
     axes.set_xticks(range(len(sizes)), map(str, sizes))
     axes.set_yticks(range(len(noises)), [f"{noise:g}" for noise in noises])
