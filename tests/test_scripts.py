@@ -114,7 +114,7 @@ def reproduce_structures(run, shards, tmp_path):
     _done(tmp_path, chosen, {"recall": 10.0, "seconds": 1.0})
     found = scores | recalls | {"seconds": 1.0, "structure": measured}
     row = run("reproduce_structures.py", *_done(tmp_path, chosen | {"seed": 0, "split": "test"}, found))[-1]
-    assert row.startswith("| digits | clip | lr 0.1 | 60.0 | 80.0 | 20.0 | 0.500 |")
+    assert row.startswith("| digits | clip | lr 0.1 | 60.0 | 80.0 | 20.0 | 0.5000 |")
 
 
 def _done(folder, record, found):

@@ -71,8 +71,8 @@ def markdown(records: list[dict]) -> str:
     heads = [*SCORES.values(), *(TITLES[name] for name in MEASURES)]
     lines = ["| data | loss | chosen | " + " | ".join(heads) + " |", "| --- | --- | --- |" + " ---: |" * len(heads)]
     for record in records:
-        chosen = ", ".join(f"{weight:g}" for _, weight in record["terms"]) or f"lr {record['lr']:g}"
-        cells = [_cell(record, name, 1) for name in SCORES] + [_cell(record, name, 3) for name in MEASURES]
+        chosen = ", ".join(f"{weight:.3g}" for _, weight in record["terms"]) or f"lr {record['lr']:.3g}"
+        cells = [_cell(record, name, 1) for name in SCORES] + [_cell(record, name, 4) for name in MEASURES]
         lines.append("| " + " | ".join([data_name(record), record["title"], chosen, *cells]) + " |")
     return "\n".join(lines)
 

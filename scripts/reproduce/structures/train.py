@@ -79,8 +79,8 @@ def train(run: Run) -> dict:
         train_run(parse_args(_flags(run, len(splits.examples["train"]), folder)))
         seconds = time.process_time() - started
         model = load_model(f"{folder}/logs/run", device="cpu")
-        pairs = captioned_shards(f"{folder}/{run.split}", "--out", CaptionFormat())
-        features = pair_features(model, pairs, batch_size=100, workers=0, progress=False)
+        held_out = captioned_shards(f"{folder}/{run.split}", "--out", CaptionFormat())
+        features = pair_features(model, held_out, batch_size=100, workers=0, progress=False)
         metrics = retrieval_metrics(features["image"], features["text"], features["image_of_text"])
         recalls = {name: 100 * metrics[name] for name in RECALLS}
         found: dict[str, Any] = {"recall": statistics.mean(recalls.values()), "seconds": seconds}
