@@ -2,6 +2,7 @@
 
 import difflib
 import gc
+import json
 import pathlib
 import runpy
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import stock
+from openclip_ext.evaluation.metrics.structure import TITLES
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -95,6 +97,42 @@ def soak(run, shards, tmp_path):
     assert ended.value.code == 0
 
 
+def reproduce_emc2(run, shards, tmp_path):
+    """Of what is done; how it is done has tests of its own."""
+    record = {"method": "clip", "folder": "", "images": 8, "batch_size": 4, "scale": 5.0, "lr": 0.1, "epochs": 1,
+              "every": 1, "seed": 0}  # fmt: skip
+    found = {"iterations": [0, 1], "squared_norm": [4.0, 2.0], "loss": [3.0, 2.5], "seconds": 1.0}
+    row = run("reproduce_emc2.py", *_done(tmp_path, record, found))[-1]
+    assert row == "| `clip` | 2.00 | 1.00 | 2.500 | 1 |"
+
+
+def reproduce_gradient_bias(run, shards, tmp_path):
+    record = {"method": "dcl", "batch_size": 4, "noise": 1.0, "starts": 2, "steps": 9}
+    found = {"metric": [0.95, 0.5], "shares": [[0.4, 0.3, 0.3], [1.0, 0.0, 0.0]]}
+    row = run("reproduce_gradient_bias.py", *_done(tmp_path, record, found))[-1]
+    assert row == "| `dcl` | 1 of 2; 0.72 |"
+
+
+def reproduce_structures(run, shards, tmp_path):
+    source = {"pairs": "", "captions": "title", "classes": "", "model_config": "", "weights": "", "frozen": False}
+    base = {"source": source, "loss": "clip", "lr": 0.1, "epochs": 1, "batch_size": 32}
+    chosen = base | {"terms": [], "seed": 1000, "split": "val"}
+    scores = {"recall": 20.0, "zero_shot": 60.0, "linear_probe": 80.0}
+    recalls = {f"{way}_R@{k}": 20.0 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    measured = dict.fromkeys(TITLES, 0.5)
+    _done(tmp_path, chosen, {"recall": 10.0, "seconds": 1.0})
+    found = scores | recalls | {"seconds": 1.0, "structure": measured}
+    row = run("reproduce_structures.py", *_done(tmp_path, chosen | {"seed": 0, "split": "test"}, found))[-1]
+    assert row.startswith("| digits | clip | lr 0.1 | 60.0 | 80.0 | 20.0 | 0.5000 |")
+
+
+def _done(folder, record, found):
+    """Flags that show a run that is done."""
+    with open(folder / "runs.jsonl", "a") as file:
+        file.write(json.dumps({"run": record, "found": found}) + "\n")
+    return "--out", folder, "--table"
+
+
 def installed(run, shards, tmp_path):
     with pytest.raises(SystemExit) as ended:
         run("installed.py")
@@ -112,6 +150,9 @@ def make_patch(run, shards, tmp_path):
 JOBS = {job.__name__: job for job in
         (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_train, compare_losses,
          installed, make_patch, soak)}  # fmt: skip
+
+
+         installed, make_patch, reproduce_emc2, reproduce_gradient_bias, reproduce_structures)}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))

@@ -3,15 +3,14 @@
 import dataclasses
 from typing import Any
 
+from runs.methods import SHORT, parse_method
+
 from openclip_ext import create_loss
 from openclip_ext.errors import UserError
 from openclip_ext.losses import Objective
 from openclip_ext.registry import TERMS, get_spec, registered_names
 
 from .tasks import EMBED
-
-#: Short for options that are named often.
-SHORT = {"recent": "recent_batches", "check": "recent_check", "limit": "recent_limit"}
 
 #: Losses that keep nothing from step to step: what a memory has to beat.
 STATELESS = ("clip", "dcl", "batch_corrected")
@@ -32,12 +31,11 @@ class Method:
 
     @property
     def name(self) -> str:
-        return self.text.split("+")[0]
+        return parse_method(self.text)[0]
 
     @property
     def options(self) -> dict[str, str]:
-        parts = [part.partition("=") for part in self.text.split("+")[1:]]
-        return {SHORT.get(key, key): value for key, _, value in parts}
+        return parse_method(self.text)[1]
 
     @property
     def without_recent(self) -> str | None:

@@ -9,3 +9,10 @@ def parse_method(text: str) -> tuple[str, dict[str, str]]:
     name, *parts = text.split("+")
     options = [part.partition("=") for part in parts]
     return name, {SHORT.get(key, key): value for key, _, value in options}
+
+
+def place(method: str) -> tuple[int, str]:
+    """Where a method stands in a table: what keeps nothing first, then what remembers."""
+    order = ("clip", "dcl", "batch_corrected", "sogclr", "gamma_decomp", "emc2")
+    name, _ = parse_method(method)
+    return (order.index(name) if name in order else len(order)), method
