@@ -94,7 +94,7 @@ def _shard_train_loader(
     left = 0
     if start:
         start, remarks = _dealt(config, start, layout, num_samples)
-        left = start.batches_per_worker * layout.workers - start.position.batches
+        left = max(0, start.batches_per_worker * layout.workers - start.position.batches)
     stream = TrainStream(config, layout, batches_per_worker, start)
     batches = _loader(stream, workers, pin_memory, batch_size=None)
     num_samples = num_batches * layout.global_batch
@@ -153,7 +153,7 @@ def _table_train_loader(config: StreamConfig, workers: int, pin_memory: bool, st
     layout = Layout(config.world_size, max(1, workers), config.batch_size, _data_name(config))
     if start and start.position.layout != layout:
         start = Start(start.epoch, Position(layout, start.position))
-    left = (len(config.source) - start.position.samples) // layout.global_batch if start else 0
+    left = max(0, len(config.source) - start.position.samples) // layout.global_batch if start else 0
     sampler = RowOrder(len(config.source), config, start)
 
     def set_epoch(epoch: int) -> None:
@@ -193,7 +193,7 @@ class RowOrder(Sampler[int]):
         """Places in the epoch's order of all ranks."""
         done = self._start.position.samples if self._start and self._start.epoch == self._epoch else 0
         world_size = self._config.world_size
-        return range(done, done + (self._num_rows - done) // world_size * world_size)
+        return range(done, done + max(0, self._num_rows - done) // world_size * world_size)
 
     def __len__(self) -> int:
         return len(self._left()) // self._config.world_size

@@ -93,7 +93,7 @@ class TrainStream(IterableDataset):
             # Batches come from workers by turns, beginning with the first: it is to be the one whose turn it is.
             done = self._start.position.batches
             worker = (worker + done) % self.layout.workers
-            left = self._start.batches_per_worker - len(range(worker, done, self.layout.workers))
+            left = max(0, self._start.batches_per_worker - len(range(worker, done, self.layout.workers)))
             place = copy.deepcopy(self._start.position.places[self.config.rank][worker])
             if self._start.shares is not None:
                 parts = self._start.shares[self.config.rank][worker]

@@ -126,6 +126,11 @@ def test_a_shard_that_is_gone_meanwhile_is_told(shards, tmp_path):
     assert "unreadable shard" in batch["error"]
 
 
+def test_an_epoch_that_has_become_shorter_meanwhile_is_over(shards):
+    _, state = read_epoch(config(shards))[9]
+    assert read_epoch(config(shards), start=Start(2, Position.from_state_dict(state)), num_samples=100) == []
+
+
 def ids(batches):
     return [number for batch, _ in batches for number in batch["sample_ids"].tolist()]
 
