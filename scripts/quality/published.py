@@ -26,8 +26,8 @@ ROWS = {
 #: Its columns: task, batch size, and what it is called.
 COLUMNS = (
     ("stream", 16, "stream, 16"),
-    ("stream", 64, "64"),
-    ("stream", 256, "256"),
+    ("stream", 64, "stream, 64"),
+    ("stream", 256, "stream, 256"),
     ("stream2", 32, "stream2, 32"),
     ("flickr", 64, "features, 64"),
     ("photos", 64, "fine-tuning, 64"),
@@ -46,14 +46,15 @@ def publish(runs: str) -> None:
 
 
 def short_table(records: list[dict]) -> str:
-    """One line per method of `ROWS`, one column per entry of `COLUMNS`; a dash where nothing was measured."""
-    scores = {
+    """One line per method of `ROWS`, one column per entry of `COLUMNS` of which something was measured."""
+    scores: dict[tuple, str] = {
         (record["task"], record["batch_size"], record["method"]): format_interval(record["score"], record["half_width"])
         for record in records
         if record["scale"] == "fixed" or record["task"] == "photos"
     }
-    lines = ["| | " + " | ".join(name for *_, name in COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    columns = [(*place, name) for *place, name in COLUMNS if any((*place, method) in scores for method in ROWS)]
+    lines = ["| | " + " | ".join(name for *_, name in columns) + " |", "|---|" + "---|" * len(columns)]
     for method, name in ROWS.items():
-        cells = (scores.get((task, size, method), "–") for task, size, _ in COLUMNS)
+        cells = (scores.get((task, size, method), "–") for task, size, _ in columns)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

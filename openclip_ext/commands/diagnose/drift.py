@@ -61,7 +61,9 @@ def probe_drift(model: LoadedModel, source: Source, args: argparse.Namespace) ->
     recent: Any = trainer.loss.base
     found = []
     for check in range(CHECKS):
-        trainer.train_epoch(check, _silent(check, steps, batch))
+        for _ in trainer.steps(_silent(check, steps, batch)):
+            pass
+        trainer.clock.end_epoch()
         found.append(dict(recent.recent.errors))
         recent.recent.usable = 0  # it has just found all ages fresh, by a limit that lets all pass
     errors = {age: math.fsum(one[age] for one in found[1:]) / (CHECKS - 1) for age in found[-1]}
