@@ -52,7 +52,7 @@ def short_table(records: list[dict]) -> str:
         for record in records
         if record["scale"] == "fixed" or record["task"] == "photos"
     }
-    columns = [(*place, name) for *place, name in COLUMNS if any((*place, method) in scores for method in ROWS)]
+    columns = [column for column in COLUMNS if any((*column[:2], method) in scores for method in ROWS)]
     lines = ["| | " + " | ".join(name for *_, name in columns) + " |", "|---|" + "---|" * len(columns)]
     for method, name in ROWS.items():
         cells = (scores.get((task, size, method), "–") for task, size, _ in columns)
