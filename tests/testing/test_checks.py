@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from open_clip.loss import ClipLoss
 
 import rank_jobs
 from openclip_ext import Loss, LossSpec, promoted
@@ -132,7 +133,7 @@ def two_steps_of_a_loss_without_gathered_gradient(rank, num_ranks, name, options
 
     def without_gradient(*args, **kwargs):
         loss = original(*args, **kwargs)
-        loss.base.loss.gather_with_grad = False
+        loss.base = ClipLoss(local_loss=True, gather_with_grad=False, rank=rank, world_size=num_ranks)
         return loss
 
     checks.create_loss = without_gradient
