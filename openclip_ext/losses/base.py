@@ -124,6 +124,8 @@ class PairLoss(Loss):
         context: as of `Loss`.
     """
 
+    least_pairs = 2  # of the global batch; with one there is no negative
+
     def __init__(self, options: Any = None, context: LossContext | None = None) -> None:
         super().__init__(options, context)
         self.recent: RecentPairs | None = recent_pairs(options, self.context.device)
@@ -151,10 +153,13 @@ class PairLoss(Loss):
     ) -> PairBatch:
         """The global batch, with the stored pairs that may join it. A collective call over several ranks."""
         context, stored = self.context, None if self.recent is None else self.recent.joining()
-        return gather_pairs(
+        pairs = gather_pairs(
             image_features, text_features, logit_scale, sample_ids, context.rank, context.world_size, stored,
             context.loss_tile,
         )  # fmt: skip
+        if len(pairs.all_ids) < self.least_pairs:
+            raise ValueError("a contrastive loss needs at least two pairs in the global batch; raise --batch-size")
+        return pairs
 
     def terms(self, log_mean: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
         """Value and log weight of anchors, by what is seen of their negatives now; elementwise.

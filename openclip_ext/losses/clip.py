@@ -17,6 +17,8 @@ class ClipLoss(PairLoss):
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021.
     """
 
+    least_pairs = 1  # as OpenCLIP's, which is 0 then
+
     def terms(self, log_mean: Tensor, log_count: Tensor) -> tuple[Tensor, Tensor]:
         """`log(1 + n mean r)`, weighted by `n / (1 + n mean r)`, n negatives."""
         value = softplus(log_mean + log_count)

@@ -180,7 +180,7 @@ def gather_pairs(
     its own.
 
     Raises:
-        ValueError: image and text features differ in shape, or the global batch holds fewer than two pairs.
+        ValueError: image and text features differ in shape.
     """
     if image_features.shape != text_features.shape or image_features.ndim != 2:
         raise ValueError(
@@ -189,8 +189,6 @@ def gather_pairs(
         )
     image, text = promoted(image_features, text_features)
     sizes = gather_sizes(len(image), world_size, image.device)
-    if sum(sizes) < 2:
-        raise ValueError("a contrastive loss needs at least two pairs in the global batch; raise --batch-size")
     if world_size == 1:
         all_image, all_text = image.detach(), text.detach()
     else:

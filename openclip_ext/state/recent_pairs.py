@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from openclip_ext.ops.gather import mean_over_ranks
+from openclip_ext.ops.gather import gather_rows, sum_over_ranks
 from openclip_ext.ops.pairs import PairBatch, StoredPairs
 from openclip_ext.state.table import require_room
 
@@ -113,12 +113,12 @@ class RecentPairs(nn.Module):
             text_again: (B', D), its texts.
         """
         step = self.began % self.num_steps
-        own = slice(pairs.rank * len(image_again), (pairs.rank + 1) * len(image_again))
-        squares = [
-            (pairs.logit_scale * anchors @ (column[step, own] - again.to(column.dtype)).T).square().mean()
+        total = torch.stack([
+            (pairs.logit_scale * anchors @ (column[step] - gather_rows(again, pairs.sizes).to(column.dtype)).T)
+            .square().sum()
             for anchors, column, again in ((pairs.image, self.text, text_again), (pairs.text, self.image, image_again))
-        ]
-        mean = mean_over_ranks(torch.stack(squares), len(pairs.sizes))
+        ])  # fmt: skip
+        mean = sum_over_ranks(total, len(pairs.sizes)) / len(pairs.all_ids) ** 2
         self._found = self.steps - self.began, mean.max().sqrt()
 
     @torch.no_grad()

@@ -62,7 +62,7 @@ def test_a_run_evaluates_keeps_and_resumes_its_average(train_flags, tmp_path, va
     flags = (*FLAGS, "--val-data", val_shards)
     assert main(train_flags(*flags, "--name", "whole")) == 0
     saved = checkpoint(tmp_path, "whole", 2)
-    assert saved.keys() == {"epoch", "name", "state_dict", "optimizer", "state_dict_ema", "loss_name"}
+    assert saved.keys() == {"epoch", "name", "state_dict", "optimizer", "state_dict_ema", "loss_name", "clock"}
     assert saved["state_dict_ema"].keys() == saved["state_dict"].keys()
     row = results(tmp_path, "whole")[-1]
     assert row["ema-clip_val_loss"] != row["clip_val_loss"]

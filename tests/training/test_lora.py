@@ -139,7 +139,7 @@ def test_a_run_learns_resumes_exactly_and_loads_in_openclip(train_flags, tmp_pat
     assert [row["loss"] for row in rows(tmp_path, "rest")] == losses[4:]
     again = checkpoint(tmp_path, "rest", 3)
     for key in ("state_dict", "state_dict_ema", "loss"):
-        torch.testing.assert_close(again[key], whole[key], rtol=0, atol=0)
+        torch.testing.assert_close(again[key], whole[key], rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(again["optimizer"]["state"], whole["optimizer"]["state"], rtol=0, atol=0)
     for key in ("state_dict", "state_dict_ema"):
         torch.testing.assert_close(again["lora"][key], whole["lora"][key], rtol=0, atol=0)

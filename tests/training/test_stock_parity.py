@@ -23,7 +23,7 @@ def test_losses_equal_stocks_over_24_steps(monkeypatch, train_flags, tmp_path, e
     assert ours == pytest.approx(reference, rel=1e-5)
     checkpoints = [torch.load(tmp_path / "logs" / name / "checkpoints" / "epoch_3.pt") for name in ("ours", "stock")]
     torch.testing.assert_close(moving(checkpoints[0]), moving(checkpoints[1]), rtol=1e-3, atol=1e-5)
-    assert checkpoints[0].keys() - {"loss_name"} == checkpoints[1].keys()
+    assert checkpoints[0].keys() - {"loss_name", "clock"} == checkpoints[1].keys()
 
 
 @pytest.mark.parametrize("first", ["ours", "stock"])
