@@ -135,6 +135,7 @@ def test_a_tower_that_shows_no_projection_is_said(tmp_path, diagnose, capsys):
     assert "the image tower shows no last projection" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_numbers_of_one(by_hand, diagnose, shards, tmp_path):
     flags = ("--pretrained", by_hand, "--losses", "emc2", "sogclr", "dcl:recent_batches=2", *FEW)
     _, alone = diagnose(*flags)

@@ -20,7 +20,11 @@ def two_shards(tmp_path, pairs):
 @pytest.mark.parametrize(
     ("launcher", "loss", "extra"),
     [
-        ("accelerate", "gamma_decomp", ["--loss-arg", "draws=2", "--loss-arg", "gamma_decay=0", "--warm-start-pass"]),
+        (
+            "accelerate",
+            "gamma_decomp",
+            ["--loss-arg", "draws=2", "--loss-arg", "gamma_decay=0", "--warm-start-pass", "--recent-batches", "0"],
+        ),
         ("torchrun", "clip", ["--grad-clip-norm", "1"]),
         ("torchrun", "dcl", TERMS.split()),
     ],
