@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from openclip_ext.ops.gather import exchange_columns
+from openclip_ext.ops.pair_sums import PairSums
 from openclip_ext.ops.pairs import PairBatch
 
 
@@ -56,13 +57,11 @@ class _WeightedPairLoss(torch.autograd.Function):
 def _gradients(pairs: PairBatch, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to this rank's image features, text features, and the logit scale."""
     as_columns = [exchange_columns(weight, pairs.sizes, pairs.rank) for weight in weights]
-    positive = weights[0].sum(1) + weights[1].sum(1)
     # An own image meets all texts twice: as an anchor of direction 0 and as a column of direction 1.
     image_weights = weights[0] + as_columns[1]
     text_weights = image_weights.T if len(pairs.sizes) == 1 else weights[1] + as_columns[0]
-    image_gradient, text_gradient = image_weights @ pairs.all_text, text_weights @ pairs.all_image
-    scale = (pairs.image * image_gradient).sum() - (positive * (pairs.image * pairs.text).sum(1)).sum()
-    image_gradient -= positive[:, None] * pairs.text
-    text_gradient -= positive[:, None] * pairs.image
-    factor = len(pairs.sizes) / (2 * len(pairs.all_ids))
-    return factor * pairs.logit_scale * image_gradient, factor * pairs.logit_scale * text_gradient, factor * scale
+    sums = PairSums(pairs)
+    sums.features = [image_weights @ pairs.all_text, text_weights @ pairs.all_image]
+    sums.positive = weights[0].sum(1) + weights[1].sum(1)
+    sums.scale = torch.linalg.vecdot(pairs.image, sums.features[0]).sum()
+    return sums.gradients(pairs)

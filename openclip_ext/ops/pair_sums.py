@@ -100,7 +100,7 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, logit_scale, value, factor, all_factor, stored_factor, pairs):
         if any(ctx.needs_input_grad):
-            sums = _Sums(pairs)
+            sums = PairSums(pairs)
             if len(pairs.sizes) == 1:
                 sums.add_both_directions(pairs.in_batch[0], factor)
             else:
@@ -109,8 +109,8 @@ class _PairLoss(torch.autograd.Function):
             sums.scale = torch.linalg.vecdot(pairs.image, sums.features[0]).sum()
             if stored_factor is not None:
                 for direction, columns in enumerate(pairs.in_stored):
-                    sums.add(direction, columns, factor[direction], stored_factor[1 - direction])
-                    sums.add_scale(columns, factor[direction], pairs.logit_scale)
+                    scale = sums.add(direction, columns, factor[direction], stored_factor[1 - direction], True)
+                    sums.scale += scale / pairs.logit_scale
             ctx.save_for_backward(*sums.gradients(pairs))
         return value.clone()
 
@@ -120,7 +120,7 @@ class _PairLoss(torch.autograd.Function):
         return *(grad_value * gradient for gradient in ctx.saved_tensors), None, None, None, None, None
 
 
-class _Sums:
+class PairSums:
     """What the gradient is made of, added up tile by tile.
 
     Attributes:
@@ -144,18 +144,22 @@ class _Sums:
             self.features[0].addmm_(weights, columns.columns[place])
             self.features[1][place].addmm_(weights.T, columns.anchors)
 
-    def add(self, direction: int, columns: Columns, factor: Tensor, column_factor: Tensor) -> None:
-        """Own anchors (B,) with all columns (C,), each of which is an anchor of the other direction too."""
+    def add(
+        self, direction: int, columns: Columns, factor: Tensor, column_factor: Tensor, with_scores: bool = False
+    ) -> Tensor:
+        """Own anchors (B,) with all columns (C,), each of which is an anchor of the other direction too.
+
+        Returns `sum_ij w_ij s_ij` over own anchors i, () if `with_scores`, else 0.
+        """
+        total = torch.zeros_like(self.scale)
         for place, scores, same in columns:
             weights = _weights(scores, same, factor[:, None])
             self.positive += weights.sum(1)
+            if with_scores:
+                total += (weights * scores).sum()
             weights += _weights(scores, same, column_factor[place])
             self.features[direction].addmm_(weights, columns.columns[place])
-
-    def add_scale(self, columns: Columns, factor: Tensor, logit_scale: Tensor) -> None:
-        """The logit scale's share of own anchors alone."""
-        for _, scores, same in columns:
-            self.scale += (_weights(scores, same, factor[:, None]) * scores).sum() / logit_scale
+        return total
 
     def gradients(self, pairs: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
         """With respect to this rank's image features, text features, and the logit scale."""

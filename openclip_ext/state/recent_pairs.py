@@ -80,6 +80,8 @@ class RecentPairs(nn.Module):
     def visit(self, pairs: PairBatch, log_mean: Tensor, image_again: Tensor | None, text_again: Tensor | None) -> None:
         """Stage the global batch, and check freshness where the loop has encoded again what it kept."""
         self.stage(pairs, log_mean)
+        if self.ids.shape[1] != len(pairs.all_ids):  # the memory begins anew with this step
+            return
         if self.probe == "encode" and image_again is not None and text_again is not None:
             self.check(pairs, image_again, text_again)
 
