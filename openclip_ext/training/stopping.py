@@ -28,6 +28,7 @@ class Stop:
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._signal, self._came = GO_ON, 0.0
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     @property
     def reason(self) -> int:
@@ -51,13 +52,20 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self._signal == GO_ON:
+        if os.getpid() != self._process:  # forked from it, and inherits the handler: it takes no step to finish
+            if number == signal.SIGTERM:
+                _end_at_once(number)
+        elif self._signal == GO_ON:
             self._signal, self._came = number, time.monotonic()
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 os.write(2, f"{describe(number)}: stops after this step; a second signal ends at once\n".encode())
         elif time.monotonic() - self._came > _SAME:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            _end_at_once(number)
+
+
+def _end_at_once(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def elected(votes: Sequence[int]) -> int:

@@ -108,7 +108,7 @@ def test_views_are_a_function_of_seed_epoch_and_sample(shards):
 def test_only_what_is_asked_for_is_made_and_the_first_view_does_not_change(shards):
     plain = epoch(shards, image_transform=noisy)
     both = epoch(shards, image_transform=noisy, image_aug_transform=noisy)
-    assert set(plain[0]) == {"image", "text", "sample_ids", "skipped"} and set(both[0]) - set(plain[0]) == {"image_aug"}
+    assert not any(name.endswith("_aug") for name in plain[0]) and set(both[0]) - set(plain[0]) == {"image_aug"}
     assert all(torch.equal(x["image"], y["image"]) for x, y in zip(plain, both, strict=True))
 
 
@@ -256,7 +256,7 @@ def test_accumulated_batches_equal_one_large_batch_with_all_terms(train_flags, t
     assert main(train_flags(*common, "--batch-size", 128, "--accum-freq", 2, "--name", "parts")) == 0
     for large, parts in zip(rows(tmp_path, "large"), rows(tmp_path, "parts"), strict=True):
         for key in [key for key in large if key.endswith("_loss")]:
-            assert parts[key] == pytest.approx(large[key], rel=1e-5), key
+            assert parts[key] == pytest.approx(large[key], rel=1e-5, abs=1e-6), key
     large, parts = (torch.load(tmp_path / f"logs/{name}/checkpoints/epoch_3.pt") for name in ("large", "parts"))
     torch.testing.assert_close(parts["state_dict"], large["state_dict"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(parts["loss"], large["loss"], rtol=1e-4, atol=1e-6)
