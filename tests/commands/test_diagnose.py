@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from launching import launch
+from launching import fork
 from openclip_ext import UserError, upstream
 from openclip_ext.cli import main
 from openclip_ext.commands.diagnose import body
@@ -140,7 +140,7 @@ def test_several_processes_give_the_numbers_of_one(by_hand, diagnose, shards, tm
     flags = ("--pretrained", by_hand, "--losses", "emc2", "sogclr", "dcl:recent_batches=2", *FEW)
     _, alone = diagnose(*flags)
     shared = [*map(str, flags), "--train-data", shards, "--device", "cpu", "--workers", "0", "--no-feature-cache"]
-    result = launch("accelerate", ["diagnose", *shared, "--out", str(tmp_path / "two")])
+    result = fork("accelerate", ["diagnose", *shared, "--out", str(tmp_path / "two")])
     assert result.returncode == 0, result.stderr
     together = json.loads((tmp_path / "two" / "diagnosis.json").read_text())
     assert together["losses"] == alone["losses"]

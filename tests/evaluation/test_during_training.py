@@ -13,7 +13,7 @@ import torch
 from torchvision.transforms import ToTensor
 
 import rank_jobs
-from launching import launch
+from launching import fork, launch
 from openclip_ext.cli import main
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
@@ -137,7 +137,7 @@ def test_two_processes_write_the_results_of_one(train_flags, tmp_path, sources, 
     data = ("--val-data", sources / "shards", "--probe-train", digit_folders, "--probe-val", digit_folders)
     flags = ("--lr", 0, "--batch-size", 20, "--workers", 2, *data)  # 3 batches for two
     assert main(train_flags(*flags, "--name", "one")) == 0
-    result = launch(launcher, train_flags(*flags, "--name", "two"))
+    result = fork(launcher, train_flags(*flags, "--name", "two"))
     assert result.returncode == 0, result.stderr
     one, two = (json.loads((tmp_path / "logs" / name / "checkpoints/results.jsonl").read_text())
                 for name in ("one", "two"))  # fmt: skip

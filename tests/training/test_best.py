@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from launching import launch
+from launching import fork
 from openclip_ext.cli import main
 from openclip_ext.data import digits
 from openclip_ext.training.evaluator import metric_names
@@ -111,7 +111,7 @@ def test_a_measurement_that_is_no_number_is_never_the_best(train_flags, tmp_path
 
 def test_two_processes_agree_on_the_best(train_flags, tmp_path, val_shards, digit_folders):
     flags = ("--val-data", val_shards, "--zero-shot", digit_folders, "--batch-size", 16, "--epochs", 2)
-    result = launch("torchrun", train_flags(*flags, "--save-best", f"{digit_folders.name}-zeroshot-val-top1"))
+    result = fork("torchrun", train_flags(*flags, "--save-best", f"{digit_folders.name}-zeroshot-val-top1"))
     assert result.returncode == 0, result.stderr
     values = [row.get(f"{digit_folders.name}-zeroshot-val-top1") for row in results(tmp_path)]
     assert best(tmp_path)["best"]["value"] == max(value for value in values if value is not None)
@@ -137,7 +137,7 @@ def test_shards_of_classes_give_several_processes_the_scores_of_one(train_flags,
     data = cls_shards(tmp_path / "marks")
     flags = ("--zero-shot", data, "--templates", "simple", "--lr", 0, "--batch-size", 16)
     assert main(train_flags(*flags, "--name", "one")) == 0
-    assert launch("torchrun", train_flags(*flags, "--name", "two")).returncode == 0
+    assert fork("torchrun", train_flags(*flags, "--name", "two")).returncode == 0
     assert results(tmp_path, "two") == results(tmp_path, "one")
     assert results(tmp_path, "one")[0]["marks-zeroshot-val-top5"] > 0
 

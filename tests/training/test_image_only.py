@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 import oracles
-from launching import launch
+from launching import fork
 from openclip_ext.cli import main
 from openclip_ext.losses import LossContext, ObjectivePlan, Widths
 from openclip_ext.losses.base import total_loss
@@ -281,7 +281,7 @@ def test_two_processes_equal_one_with_twice_the_batch(train_flags, tmp_path, pai
     folder = write_images_only(tmp_path / "two", pairs[:32], 16)
     common = ("--train-data", folder, *flags, "--loss", loss, "--epochs", 6, "--opt", "timm/sgd", "--lr", 0.2)
     assert main(train_flags(*common, "--batch-size", 32, "--name", "one")) == 0
-    result = launch("torchrun", train_flags(*common, "--batch-size", 16, "--name", "two"))
+    result = fork("torchrun", train_flags(*common, "--batch-size", 16, "--name", "two"))
     assert result.returncode == 0, result.stderr
     curve = losses(tmp_path, "one")
     assert len(curve) == 6 and curve[0] != curve[-1]

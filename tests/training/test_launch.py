@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from launching import TERMS, launch
+from launching import TERMS, fork, launch
 from openclip_ext.cli import main
 from openclip_ext.data.pack import pack
 
@@ -18,22 +18,23 @@ def two_shards(tmp_path, pairs):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "loss", "extra"),
+    ("start", "launcher", "loss", "extra"),
     [
         (
+            launch,
             "accelerate",
             "gamma_decomp",
             ["--loss-arg", "draws=2", "--loss-arg", "gamma_decay=0", "--warm-start-pass", "--recent-batches", "0"],
         ),
-        ("torchrun", "clip", ["--grad-clip-norm", "1"]),
-        ("torchrun", "dcl", TERMS.split()),
+        (fork, "torchrun", "clip", ["--grad-clip-norm", "1"]),
+        (launch, "torchrun", "dcl", TERMS.split()),
     ],
 )
-def test_two_processes_equal_one_with_twice_the_batch(train_flags, tmp_path, two_shards, launcher, loss, extra):
+def test_two_processes_equal_one_with_twice_the_batch(train_flags, tmp_path, two_shards, start, launcher, loss, extra):
     flags = ("--train-data", two_shards, "--loss", loss, "--epochs", 6, "--opt", "timm/sgd", *extra)
     flags += () if "--lr" in extra else ("--lr", 0.5)
     assert main(train_flags(*flags, "--batch-size", 32, "--name", "one")) == 0
-    result = launch(launcher, train_flags(*flags, "--batch-size", 16, "--name", "two"))
+    result = start(launcher, train_flags(*flags, "--batch-size", 16, "--name", "two"))
     assert result.returncode == 0, result.stderr
     assert "2 processes on cpu" in (tmp_path / "logs" / "two" / "out.log").read_text()
     curves = []
@@ -60,7 +61,7 @@ def test_two_processes_agree_on_ids_that_are_given_on_the_way(train_flags, tmp_p
     flags = ("--train-data", two_shards, "--loss", "gamma_decomp", "--loss-arg", "gamma_decay=0", "--sample-id", "hash",
              "--epochs", 4, "--opt", "timm/sgd", "--lr", 0.5)  # fmt: skip
     assert main(train_flags(*flags, "--batch-size", 32, "--name", "one")) == 0
-    result = launch("torchrun", train_flags(*flags, "--batch-size", 16, "--name", "two"))
+    result = fork("torchrun", train_flags(*flags, "--batch-size", 16, "--name", "two"))
     assert result.returncode == 0, result.stderr
     by_sample = []
     for name in ("one", "two"):
@@ -80,6 +81,6 @@ def test_a_rank_without_enough_data_ends_all_with_one_line(train_flags, tmp_path
 
 
 def test_a_wrong_flag_is_said_once(train_flags):
-    result = launch("torchrun", train_flags("--loss", "nope"))
+    result = fork("torchrun", train_flags("--loss", "nope"))
     assert result.returncode != 0
     assert result.stderr.count("--loss nope: no such loss") == 1

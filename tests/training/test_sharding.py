@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rank_jobs
-from launching import TERMS, launch
+from launching import TERMS, fork
 from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data.pack import pack
@@ -78,7 +78,7 @@ def test_a_sharded_run_equals_one_that_is_not(train_flags, tmp_path, val_shards,
     path = os.pathsep.join([learned_loss, os.environ.get("PYTHONPATH", "")])
     flags = ("--loss", loss, "--batch-size", 16, "--epochs", 2, "--val-data", val_shards, *extra)
     for launcher, name in (("accelerate", "ddp"), ("fsdp", "fsdp")):
-        result = launch(launcher, train_flags(*flags, "--name", name), PYTHONPATH=path)
+        result = fork(launcher, train_flags(*flags, "--name", name), PYTHONPATH=path)
         assert result.returncode == 0, result.stderr
     ddp, fsdp = tmp_path / "logs" / "ddp", tmp_path / "logs" / "fsdp"
     assert ["are sharded (FSDP)" in (run / "out.log").read_text() for run in (ddp, fsdp)] == [False, True]
@@ -109,7 +109,7 @@ def test_runs_sharded_and_not_go_on_from_each_other(monkeypatch, train_flags, tm
         return train_flags(*known, "--epochs", epochs, "--batch-size", batch_size, *resume)
 
     def sharded(*arguments):
-        result = launch("fsdp", flags(*arguments))
+        result = fork("fsdp", flags(*arguments))
         assert result.returncode == 0, result.stderr
 
     assert main(flags("reference", 6, 32)) == 0

@@ -1,10 +1,7 @@
 """Processes that die: the others end, and say which one it was."""
 
-import io
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,22 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launching import FORKING, free_port, write_to
 from openclip_ext.errors import UserError
 from openclip_ext.training.watch import watched
 
 TIMEOUT = 4.0
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def work(rank, size, port, connection, errors):
     """A rank that takes a step for each word it is sent."""
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+    sys.stderr = write_to(2, errors)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     try:
         with watched(rank, size, TIMEOUT):
@@ -46,14 +37,12 @@ class Ranks:
     """Processes of one group, without a launcher that would end them together."""
 
     def __init__(self, size, folder):
-        context = multiprocessing.get_context("forkserver")  # which imports torch once
-        context.set_forkserver_preload([__name__])
         port = free_port()
         self.errors = [folder / f"{rank}.txt" for rank in range(size)]
         self.pipes, self.processes = [], []
         for rank in range(size):
-            here, there = context.Pipe()
-            process = context.Process(target=work, args=(rank, size, port, there, str(self.errors[rank])), daemon=True)
+            here, there = FORKING.Pipe()
+            process = FORKING.Process(target=work, args=(rank, size, port, there, str(self.errors[rank])), daemon=True)
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
