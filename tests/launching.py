@@ -99,6 +99,7 @@ def _run_forked(flags, variables, out, err, sharded):
     sys.path[:0] = variables.get("PYTHONPATH", "").split(os.pathsep)
     sys.stdout, sys.stderr = write_to(1, out), write_to(2, err)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as in a process that a launcher starts
     if sharded:
         import sharded_on_cpu  # noqa: F401
     sys.exit(main([str(flag) for flag in flags]))

@@ -248,6 +248,7 @@ def assert_equal_runs(tmp_path, epoch):
     torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(run_ours, run_two_processes, two_shards, tmp_path):
     flags = [*ONE_STEP_PER_EPOCH.split(), "--train-data", two_shards]
     reference = run_ours(*flags, "--batch-size", 32, "--name", "one")
