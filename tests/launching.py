@@ -1,4 +1,4 @@
-"""`openclip-ext` in two processes: started as a user starts them, or by forking a process that has the imports behind it."""
+"""`openclip-ext` in two processes: started as a user starts them, or forked from one that has imported torch."""
 
 import io
 import multiprocessing
