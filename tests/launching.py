@@ -40,20 +40,20 @@ def launch(launcher, flags, **variables):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
-def fork(launcher, flags, **variables):
+def fork(launcher, flags, ranks=(0, 1), **variables):
     """What `launch` returns, of processes with the same variables that have torch and OpenCLIP imported already."""
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if launcher != "torchrun":
         place |= _set_by_accelerate(LAUNCHERS[launcher][1:])
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [[f"{folder}/{rank}.{name}" for name in ("out", "err")] for rank in range(2)]
+        outputs = [[f"{folder}/{rank}.{name}" for name in ("out", "err")] for rank in ranks]
         processes = [
             FORKING.Process(
                 target=_run_forked,
-                args=(flags, place | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, *outputs[rank]),
+                args=(flags, place | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, *paths),
                 kwargs={"sharded": launcher == "fsdp"},
             )
-            for rank in range(2)
+            for rank, paths in zip(ranks, outputs, strict=True)
         ]
         for process in processes:
             process.start()

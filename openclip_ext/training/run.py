@@ -34,7 +34,7 @@ from openclip_ext.training.stopping import GO_ON, Stop
 from openclip_ext.training.stopping import describe as describe_stop
 from openclip_ext.training.tracking import Tracking
 from openclip_ext.training.warm_start import warm_start_pass
-from openclip_ext.training.watch import watched
+from openclip_ext.training.watch import awaited, watched
 
 METRICS, RESULTS, SKIPPED = "metrics.jsonl", os.path.join("checkpoints", "results.jsonl"), "skipped.jsonl"
 
@@ -52,7 +52,8 @@ def train(config: RunConfig) -> dict[str, float]:
     if config.model_config:
         upstream.register_model_config(config.model_config)
     config = config.decided(precision=choose_precision(config))
-    accelerator = make_accelerator(config)
+    with awaited(config.rank_timeout):
+        accelerator = make_accelerator(config)
     with watched(accelerator.process_index, accelerator.num_processes, config.rank_timeout):
         return _train(config, plan, data, accelerator)
 

@@ -62,6 +62,34 @@ def watched(rank: int, world_size: int, timeout: float) -> Iterator[None]:
     watch.leave(_DONE)
 
 
+@contextlib.contextmanager
+def awaited(timeout: float) -> Iterator[None]:
+    """In the block, where processes of a run find each other, this one ends with a line if the others do not come.
+
+    Args:
+        timeout: seconds to wait for them; 0: for ever.
+    """
+    timer = threading.Timer(timeout, _end_alone, [timeout])
+    timer.daemon = True
+    if timeout > 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end_alone(timeout: float) -> None:
+    rank, size = os.environ.get("RANK", "0"), os.environ["WORLD_SIZE"]
+    print(
+        f"openclip-ext: --rank-timeout {timeout:g}: rank {rank} of {size} has not met the others in this time: one of "
+        "them has died before it came, cannot reach MASTER_ADDR, or is slow, and then a longer time helps",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_CODE)
+
+
 class Watch:
     """Says in the store that this process is alive, and ends it when another one is not.
 

@@ -31,6 +31,9 @@ PARITY = {
     "gamma_decomp": "--loss gamma_decomp --loss-arg gamma=0.3 --grad-clip-norm 1",
     "views": "--loss clip --loss-term brownian_bridge=0.25 --loss-term geometric_consistency=0.02",
     "siglip": "--loss siglip",
+    "clip": "--loss clip --recent-batches 2",
+    "batch_corrected": "--loss batch_corrected",
+    "sogclr": "--loss sogclr",
     "distill": "--loss dcl --distill-model tiny-test --distill-pretrained WEIGHTS",
     "emc2": "--loss emc2",
 }

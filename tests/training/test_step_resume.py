@@ -207,11 +207,12 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(train_flags, tmp_path
     assert_equal(tmp_path, "again", "epoch_2")
 
 
-def test_a_memory_in_files_goes_on_where_a_signal_ended_the_run(train_flags, tmp_path, signalled):
+@pytest.mark.parametrize(("loss", "table"), [("emc2", "bank"), ("gamma_decomp", "rate")])
+def test_a_memory_in_files_goes_on_where_a_signal_ended_the_run(train_flags, tmp_path, signalled, loss, table):
     files = {}
     for name in ("whole", "again"):
-        files[name] = tmp_path / f"bank_{name}"
-        flags = ("--loss", "emc2", "--loss-arg", "bank_device=mmap", "--loss-arg", f"bank_path={files[name]}")
+        files[name] = tmp_path / f"{table}_{name}"
+        flags = ("--loss", loss, "--loss-arg", f"{table}_device=mmap", "--loss-arg", f"{table}_path={files[name]}")
         if name == "again":
             signalled(4, signal.SIGUSR1)
         assert main(train_flags(*flags, "--name", name)) == 0

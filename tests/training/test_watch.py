@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launching import FORKING, free_port, write_to
+from launching import FORKING, fork, free_port, write_to
 from openclip_ext.errors import UserError
 from openclip_ext.training.watch import watched
 
@@ -108,6 +108,15 @@ def test_ranks_that_end_one_after_another_are_not_dead(three_ranks):
         three_ranks.send("end", rank)
         ((code, errors, _),) = three_ranks.ends(rank)
         assert code == 0 and "ends too" not in errors
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_meets_no_other_ends(train_flags, tmp_path, rank):
+    finished = fork("torchrun", train_flags("--rank-timeout", 1), ranks=[rank])
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr
+    *_, line = finished.stderr.splitlines()
+    assert line.startswith(f"openclip-ext: --rank-timeout 1: rank {rank} of 2 has not met the others in this time")
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_training_of_which_a_rank_is_killed_ends(train_flags):
