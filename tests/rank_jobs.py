@@ -202,17 +202,17 @@ def a_step_that_is_not_taken(rank, num_ranks, shards, bad_rank):
     if rank == bad_rank:
         features[1, 2] = float("nan")
     values = {"contrastive_loss": torch.tensor(float("nan") if rank == bad_rank else 1.0)}
-    finite, sums = faults.is_finite(values["contrastive_loss"], [("corrupt image", "a.tar", 12)], [rank, 5])
+    finite, sums = faults.are_finite([values["contrastive_loss"]], [("corrupt image", "a.tar", 12)], [rank, 5])
     assert sums == [1, 10]
     errors = []
     for in_row, skipped in ((1, 12), (2, 14)):
         try:
             faults.skip_step(7, 0, in_row, values, [batch], [torch.ones(3, 4), features])
-            faults.is_finite(torch.tensor(1.0), [("corrupt image", f"{rank}.tar", skipped)], [])
+            faults.are_finite([torch.tensor(1.0)], [("corrupt image", f"{rank}.tar", skipped)], [])
         except UserError as error:
             errors.append(str(error))
     try:
-        faults.is_finite(torch.tensor(1.0), [("corrupt image", f"{rank}.tar", 14)], [])
+        faults.are_finite([torch.tensor(1.0)], [("corrupt image", f"{rank}.tar", 14)], [])
     except UserError as error:
         errors.append(str(error))
     return finite, rows, errors

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from openclip_ext.state.table import Placement, SampleTable
+from openclip_ext.state.table import Placement, SampleTable, place_of_first
 
 DIRECTIONS = 2
 EMPTY = -1
@@ -64,13 +64,12 @@ class NegativeBank(nn.Module):
         if self.embedding is not None and self.embedding.stamp is not None:
             self.embedding.stamp = int(step) + 1
         (ids, state, column_ids, *columns), self._staged = self._staged, None
-        unique, place = ids.unique(return_inverse=True)
-        rows = torch.arange(len(ids), device=ids.device)
-        last = torch.zeros_like(unique).scatter_reduce(0, place, rows, "amax", include_self=False)
+        place, rows = place_of_first(ids), torch.arange(len(ids), device=ids.device)
+        last = torch.zeros_like(ids).scatter_reduce(0, place, rows, "amax")[place]
         for direction in range(DIRECTIONS):
-            moved = state[direction, last] >= 0
-            samples, row = unique[moved], state[direction, last[moved]]
-            self.ids.write(direction, samples, column_ids[row])
-            self.stored_at.write(direction, samples, step.expand_as(samples))
+            column = state[direction, last]
+            moved, column = column >= 0, column.clamp_min(0)
+            self.ids.write(direction, ids, column_ids[column], moved)
+            self.stored_at.write(direction, ids, step.expand_as(ids), moved)
             if self.embedding is not None:
-                self.embedding.write(direction, samples, columns[direction][row])
+                self.embedding.write(direction, ids, columns[direction][column], moved)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from openclip_ext.ops.pairs import PairBatch
-from openclip_ext.state.table import Placement, SampleTable
+from openclip_ext.state.table import Placement, SampleTable, place_of_first
 
 
 class RateTable(SampleTable):
@@ -76,12 +76,11 @@ class RateTable(SampleTable):
         if self._staged is None:
             return
         (ids, log_rate), self._staged = self._staged, None
-        unique, position, count = ids.unique(return_inverse=True, return_counts=True)
-        position = position.expand(2, -1)
-        largest = log_rate.new_full((2, len(unique)), -math.inf).scatter_reduce(1, position, log_rate, "amax")
-        scaled = (log_rate - largest.gather(1, position)).exp()
-        total = torch.zeros_like(largest).scatter_add(1, position, scaled)
-        merged = (largest + (total / count).log()).to(self.values.dtype)
-        merged = torch.where(merged.isfinite(), merged, self.read(unique))
-        for direction, rows in enumerate(merged):
-            self.write(direction, unique, rows)
+        place = place_of_first(ids).expand(2, -1)
+        largest = torch.full_like(log_rate, -math.inf).scatter_reduce(1, place, log_rate, "amax").gather(1, place)
+        total = torch.zeros_like(log_rate).scatter_add(1, place, (log_rate - largest).exp())
+        count = torch.zeros_like(log_rate).scatter_add(1, place, torch.ones_like(log_rate))
+        mean = (largest + (total / count).gather(1, place).log()).to(self.values.dtype)
+        mean = torch.where(mean.isfinite(), mean, self.read(ids))
+        for direction, rows in enumerate(mean):
+            self.write(direction, ids, rows)

@@ -92,13 +92,16 @@ class SampleTable(nn.Module):
         return super()._apply(fn, recurse) if self.placement.kind == "device" else self
 
     def check(self, ids: Tensor, name: str) -> None:
-        """Raises IndexError: an id outside of the table, which the message calls `name`."""
+        """Raises IndexError: an id outside of the table, which the message calls `name`.
+
+        On a GPU the device stops with the message, so that the host need not wait for it.
+        """
         outside = (ids < 0) | (ids >= self.values.shape[1])
-        if outside.any():
-            raise IndexError(
-                f"sample id {ids[outside][0].item()} is outside of the {name} of {self.values.shape[1]} samples; "
-                "num_samples must cover the whole data set"
-            )
+        where = f"outside of the {name} of {self.values.shape[1]} samples; num_samples must cover the whole data set"
+        if outside.is_cuda:
+            torch._assert_async(~outside.any(), f"a sample id is {where}")
+        elif outside.any():
+            raise IndexError(f"sample id {ids[outside][0].item()} is {where}")
 
     @property
     def stamp(self) -> int | None:
@@ -121,12 +124,24 @@ class SampleTable(nn.Module):
             self._transfer(os.preadv, direction, ids, part)
         return rows.to(ids.device)
 
-    def write(self, direction: int, ids: Tensor, rows: Tensor) -> None:
-        """Replace the rows of one direction at `ids` (B,), which differ from each other."""
+    def write(self, direction: int, ids: Tensor, rows: Tensor, chosen: Tensor | None = None) -> None:
+        """Replace the rows of one direction.
+
+        Args:
+            direction: 0 or 1.
+            ids: (B,); equal ones have equal rows.
+            rows: (B, ...).
+            chosen: (B,) bool, which of them to replace, the same for equal ids; None: all.
+        """
         place = self.values.device
-        rows = rows.to(place, self.values.dtype)
+        ids, rows = ids.to(place), rows.to(place, self.values.dtype)
+        if chosen is not None and place.type == "cpu":
+            chosen = chosen.to(place)
+            ids, rows = ids[chosen], rows[chosen]
+        elif chosen is not None:  # how many they are is known to the device only
+            rows = torch.where(chosen.view(-1, *(1,) * (rows.ndim - 1)), rows, self.values[direction, ids])
         if self._file is None:
-            self.values[direction, ids.to(place)] = rows
+            self.values[direction, ids] = rows
         else:
             self._transfer(os.pwritev, direction, ids, rows.contiguous())
 
@@ -143,6 +158,11 @@ class SampleTable(nn.Module):
         first = direction * self.values.shape[1]
         for row, sample in enumerate(ids.tolist()):
             call(self._file, [memory[row * size : (row + 1) * size]], (first + sample) * size)
+
+
+def place_of_first(ids: Tensor) -> Tensor:
+    """For each of `ids` (B,) a number below B, the same for equal ones and different for others, (B,)."""
+    return torch.searchsorted(ids.sort().values, ids)
 
 
 def require_room(size: int, device: torch.device, what: str) -> None:

@@ -107,7 +107,7 @@ class CaptionWordsTerm(Loss):
 
     def _counted(self, words: Tensor, is_word: Tensor) -> tuple[Tensor, Tensor]:
         """How many captions of all ranks there are up to now, and how many hold each word. A collective call."""
-        new = torch.bincount(words[is_word], minlength=len(self.captions_with))
+        new = torch.zeros_like(self.captions_with).scatter_add(0, words.flatten(), is_word.flatten().long())
         added = sum_over_ranks(torch.cat([new, new.new_tensor([len(words)])]), self.context.world_size)
         return self.captions + added[-1], self.captions_with + added[:-1]
 
@@ -117,9 +117,13 @@ class CaptionWordsTerm(Loss):
             raise UserError(f"text_tokens: is {kind}; must be one row of token ids per pair, ({pairs}, L)")
         low, high = tokens.aminmax()
         size = len(self.is_special)
-        if low < 0 or high >= size:
-            wrong = int(low if low < 0 else high)
-            raise UserError(f"text_tokens: holds the id {wrong}, and vocab_size={size}; give that of the tokenizer")
+        fix = f"and vocab_size={size}; give that of the tokenizer"
+        if tokens.is_cuda:  # the device stops, so that the host need not wait for it
+            torch._assert_async(
+                (low >= 0) & (high < size), f"text_tokens: holds an id outside of the vocabulary, {fix}"
+            )
+        elif low < 0 or high >= size:
+            raise UserError(f"text_tokens: holds the id {int(low if low < 0 else high)}, {fix}")
 
 
 SPEC = LossSpec(

@@ -43,11 +43,13 @@ class Faults:
     max_bad: float | None
     write: Callable[[dict[str, Any]], None] | None = None
 
-    def is_finite(self, loss: Tensor, skipped: Skipped, told: Sequence[int]) -> tuple[bool, list[int]]:
-        """Whether the loss of a step is finite on all ranks, and sums of `told`. A collective call.
+    def are_finite(self, values: Sequence[Tensor], skipped: Skipped, told: Sequence[int]) -> tuple[bool, list[int]]:
+        """Whether numbers of a step are finite on all ranks, and sums of `told`. A collective call.
+
+        The one place of a step at which the host waits for the device.
 
         Args:
-            loss: of this rank.
+            values: () each, of this rank.
             skipped: (kind, shard, count) of what this rank could not use in this epoch.
             told: numbers of this rank, which it saves a call to add up here.
 
@@ -55,8 +57,8 @@ class Faults:
             UserError: on all ranks; the samples that none could use are more than `max_bad` allows.
         """
         bad = 0 if self.max_bad is None else _unusable(skipped)
-        infinite = (~loss.detach().isfinite()).long()
-        numbers = torch.cat([infinite[None], infinite.new_tensor([bad, *told])])
+        infinite = (~torch.stack([value.detach().isfinite() for value in values])).sum()
+        numbers = torch.cat([infinite[None], torch.tensor([bad, *told]).to(infinite.device, non_blocking=True)])
         if self.world_size > 1:
             dist.all_reduce(numbers)
         infinite, bad, *sums = numbers.tolist()

@@ -224,12 +224,11 @@ class Trainer:
         """Step the optimizer and commit the loss's state, or do neither where something is not finite."""
         self._average_gradients()
         outputs["grad_norm"] = self._gradient_norm()
-        finite, votes = self.faults.is_finite(total_loss(outputs), self.clock.skipped, self.stop.votes())
-        self.stop_reason = elected(votes)
-        to_tell = not finite
+        checked = [total_loss(outputs)]
         if self.accelerator.scaler is None:  # which looks at the gradients itself, and expects infinite ones
-            finite = finite and bool(outputs["grad_norm"].isfinite())
-            to_tell = not finite
+            checked.append(outputs["grad_norm"])
+        finite, votes = self.faults.are_finite(checked, self.clock.skipped, self.stop.votes())
+        self.stop_reason = elected(votes)
         if finite:
             self.optimizer.step()
         if finite and not self.optimizer.step_was_skipped:
@@ -243,7 +242,7 @@ class Trainer:
                 self.average.update()
             return
         self.skipped_steps += 1
-        if to_tell or self.skipped_steps >= self.faults.max_skipped:
+        if not finite or self.skipped_steps >= self.faults.max_skipped:
             when = self.clock.step, self.clock.epoch, self.skipped_steps
             self.faults.skip_step(*when, outputs, batches, self._features)
 
