@@ -46,6 +46,19 @@ def test_a_loss_gives_on_the_gpu_what_it_gives_on_the_cpu(name):
     torch.testing.assert_close(results(name, "cuda"), results(name, "cpu"), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_host_does_not_wait_for_a_loss(name):
+    loss = create_loss(name, num_samples=30, embed_dim=WIDTH, device="cuda")
+    model = ToyModel(loss.needs).cuda()
+    for number, batch in enumerate([[tensor.cuda() for tensor in batch] for batch in 2 * toy_steps()]):
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")  # libraries are loaded by the first steps
+        try:
+            evaluate_loss(loss, model, *batch)["contrastive_loss"].backward()
+            loss.commit()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("precision", ["amp", "amp_bf16", "fp32", "pure_bf16"])
 @pytest.mark.parametrize("accum_freq", [1, 2])
 def test_every_precision_trains(train_flags, tmp_path, precision, accum_freq):
@@ -56,6 +69,19 @@ def test_every_precision_trains(train_flags, tmp_path, precision, accum_freq):
     assert sum(curve[-4:]) < sum(curve[:4])
     checkpoint = torch.load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_3.pt")
     assert ("scaler" in checkpoint) == (precision == "amp")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_host_does_not_wait_for_a_loss(name):
+    loss = create_loss(name, num_samples=30, embed_dim=WIDTH, device="cuda")
+    model = ToyModel(loss.needs).cuda()
+    for number, batch in enumerate([[tensor.cuda() for tensor in batch] for batch in 2 * toy_steps()]):
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")  # libraries are loaded by the first steps
+        try:
+            evaluate_loss(loss, model, *batch)["contrastive_loss"].backward()
+            loss.commit()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["amp", "amp_bf16", "fp32", "pure_bf16"])
@@ -76,6 +102,19 @@ def test_every_precision_trains_sharded(train_flags, tmp_path, precision, accum_
     checkpoint = torch.load(run / "checkpoints" / "epoch_3.pt")
     assert ("scaler" in checkpoint) == (precision == "amp")
     assert all(type(value) is torch.Tensor for value in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_host_does_not_wait_for_a_loss(name):
+    loss = create_loss(name, num_samples=30, embed_dim=WIDTH, device="cuda")
+    model = ToyModel(loss.needs).cuda()
+    for number, batch in enumerate([[tensor.cuda() for tensor in batch] for batch in 2 * toy_steps()]):
+        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")  # libraries are loaded by the first steps
+        try:
+            evaluate_loss(loss, model, *batch)["contrastive_loss"].backward()
+            loss.commit()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["amp", "amp_bf16"])

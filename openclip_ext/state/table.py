@@ -135,15 +135,15 @@ class SampleTable(nn.Module):
         """
         place = self.values.device
         ids, rows = ids.to(place), rows.to(place, self.values.dtype)
-        if chosen is not None and place.type == "cpu":
-            chosen = chosen.to(place)
-            ids, rows = ids[chosen], rows[chosen]
-        elif chosen is not None:  # how many they are is known to the device only
-            rows = torch.where(chosen.view(-1, *(1,) * (rows.ndim - 1)), rows, self.values[direction, ids])
-        if self._file is None:
-            self.values[direction, ids] = rows
-        else:
+        chosen = None if chosen is None else chosen.to(place)
+        if self._file is not None:
+            if chosen is not None:
+                ids, rows = ids[chosen], rows[chosen]
             self._transfer(os.pwritev, direction, ids, rows.contiguous())
+            return
+        if chosen is not None:  # how many they are is known to the device only
+            rows = torch.where(chosen.view(-1, *(1,) * (rows.ndim - 1)), rows, self.values[direction, ids])
+        self.values[direction, ids] = rows
 
     def _transfer(self, call: Callable, direction: int, ids: Tensor, rows: Tensor) -> None:
         """Between the file and `rows` (B, ...), one call per row.
