@@ -71,19 +71,6 @@ def test_every_precision_trains(train_flags, tmp_path, precision, accum_freq):
     assert ("scaler" in checkpoint) == (precision == "amp")
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_host_does_not_wait_for_a_loss(name):
-    loss = create_loss(name, num_samples=30, embed_dim=WIDTH, device="cuda")
-    model = ToyModel(loss.needs).cuda()
-    for number, batch in enumerate([[tensor.cuda() for tensor in batch] for batch in 2 * toy_steps()]):
-        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")  # libraries are loaded by the first steps
-        try:
-            evaluate_loss(loss, model, *batch)["contrastive_loss"].backward()
-            loss.commit()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("precision", ["amp", "amp_bf16", "fp32", "pure_bf16"])
 @pytest.mark.parametrize("accum_freq", [1, 2])
 def test_every_precision_trains_sharded(train_flags, tmp_path, precision, accum_freq, val_shards):
@@ -102,19 +89,6 @@ def test_every_precision_trains_sharded(train_flags, tmp_path, precision, accum_
     checkpoint = torch.load(run / "checkpoints" / "epoch_3.pt")
     assert ("scaler" in checkpoint) == (precision == "amp")
     assert all(type(value) is torch.Tensor for value in checkpoint["state_dict"].values())
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_host_does_not_wait_for_a_loss(name):
-    loss = create_loss(name, num_samples=30, embed_dim=WIDTH, device="cuda")
-    model = ToyModel(loss.needs).cuda()
-    for number, batch in enumerate([[tensor.cuda() for tensor in batch] for batch in 2 * toy_steps()]):
-        torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")  # libraries are loaded by the first steps
-        try:
-            evaluate_loss(loss, model, *batch)["contrastive_loss"].backward()
-            loss.commit()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["amp", "amp_bf16"])

@@ -17,27 +17,10 @@ from openclip_ext.testing.checks import ToyModel, evaluate_loss, toy_loss, toy_s
 from openclip_ext.training.loop import Trainer
 from ours import LOSSES, TERMS
 
-WAITING = set(
-    [
-        "item",
-        "tolist",
-        "numpy",
-        "cpu",
-        "nonzero",
-        "argwhere",
-        "unique",
-        "unique_consecutive",
-        "masked_select",
-        "equal",
-        "bincount",
-        "repeat_interleave",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__contains__",
-    ]
-)
+WAITING = {
+    *("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__"),
+    *("nonzero", "argwhere", "unique", "unique_consecutive", "masked_select", "equal", "bincount", "repeat_interleave"),
+}
 
 
 class Waits(TorchFunctionMode):
