@@ -114,6 +114,7 @@ class RunConfig:
     resume_other_loss: bool = False
     log_local: bool
     log_every_n_steps: int
+    profile: int = 0
     debug: bool
     report_to: str
     wandb_notes: str

@@ -1,4 +1,4 @@
-"""The folder of a run: its name, and whether it can be written to."""
+"""The folder of a run: its name, whether it can be written to, and what is in it from the beginning."""
 
 import datetime
 import os
@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 
 from openclip_ext.errors import UserError
 from openclip_ext.training.config import RunConfig
+from openclip_ext.training.record import Record
 
 
 def choose_name(config: RunConfig, accelerator: Accelerator) -> str | None:
@@ -49,12 +50,26 @@ def _require_writable(folder: str, logs: str) -> None:
         raise UserError(f"--logs {logs}: {place} cannot be written to; give another folder, or none to keep nothing")
 
 
-def make_run_folder(folder: str) -> None:
-    """Make it, with its folder for checkpoints. Raises UserError: that cannot be done."""
+def make_run_folder(config: RunConfig, folder: str, record: Record) -> None:
+    """Make it, with its folder for checkpoints, the record of the run and the code where it is to hold that.
+
+    Raises:
+        UserError: that cannot be done.
+    """
     try:
         os.makedirs(os.path.join(folder, "checkpoints"), exist_ok=True)
     except OSError as error:
         raise UserError(f"--logs: {folder} cannot be made ({error.strerror}); give another folder") from error
+    try:
+        record.write(folder)
+    except OSError as error:
+        raise UserError(
+            f"--logs: {folder} cannot be written to ({error.strerror}); make room, or give another"
+        ) from error
+    if config.copy_codebase:
+        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        target = os.path.join(folder, "code", os.path.basename(package))
+        shutil.copytree(package, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
 
 
 def entries(folder: str) -> set[str] | None:

@@ -38,6 +38,14 @@ def add_keep_flags(ours) -> None:
         help="Stop after the step at which the run has taken M minutes, and keep a checkpoint to go on from, as after "
         "SIGTERM, SIGUSR1 or SIGINT.",
     )
+    ours.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="Profile so many steps near the beginning: which parts of a step take its time goes to the log and to "
+        "profile/step.txt in the run's folder, a trace for a browser to profile/trace.json.gz.",
+    )
 
 
 def require_keep_limits(config: RunConfig) -> None:
@@ -46,5 +54,9 @@ def require_keep_limits(config: RunConfig) -> None:
         raise UserError(f"--save-every-steps {config.save_every_steps}: must be at least 1")
     if config.max_minutes is not None and not config.max_minutes > 0:
         raise UserError(f"--max-minutes {config.max_minutes}: must be above 0")
+    if config.profile < 0:
+        raise UserError(f"--profile {config.profile}: must be a number of steps, or 0 for none")
+    if config.profile and config.logs_folder is None:
+        raise UserError(f"--profile {config.profile}: is written into the run's folder; there is none with --logs none")
     if config.keep_last < 0:
         raise UserError(f"--keep-last {config.keep_last}: must be at least 0, which keeps all")

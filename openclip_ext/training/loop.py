@@ -27,6 +27,7 @@ from openclip_ext.training.faults import Faults
 from openclip_ext.training.image_only import MomentumEncoder
 from openclip_ext.training.log import EpochLog
 from openclip_ext.training.lora import Adapters
+from openclip_ext.training.profile import part
 from openclip_ext.training.replay import random_state, replayed
 from openclip_ext.training.stopping import GO_ON, Stop, elected
 
@@ -115,9 +116,11 @@ class Trainer:
             if self.schedule is not None:
                 self.schedule(clock.step)
             self.loss.begin_step(step=clock.step, total_steps=clock.total_steps)
-            inputs = list(itertools.islice(batches, self.accum_freq))
+            with part("data"):
+                inputs = list(itertools.islice(batches, self.accum_freq))
             outputs = self._backward(inputs)
-            self._update(outputs, inputs)
+            with part("optimizer"):
+                self._update(outputs, inputs)
             outputs["logit_scale"] = self.module.get_parameter("logit_scale").detach().exp()
             log.step(clock.index, clock.step, outputs, lr=self._learning_rate(), skipped_steps=self.skipped_steps)
             clock.end_step()
@@ -163,13 +166,18 @@ class Trainer:
         """Gradients of one optimizer step; the loss's outputs, detached."""
         self.optimizer.zero_grad()
         run = self._backward_whole if len(batches) == 1 else self._backward_in_parts
-        outputs = run(batches, self.kept_inputs.features([model_inputs(batch) for batch in batches], self.model))
+        with part("encoders"):
+            again = self.kept_inputs.features([model_inputs(batch) for batch in batches], self.model)
+        outputs = run(batches, again)
         return {name: value.detach() for name, value in outputs.items()}
 
     def _backward_whole(self, batches: list[dict], again: dict[str, Tensor]) -> dict[str, Tensor]:
         (batch,) = batches
-        outputs = self._loss(self.model(**model_inputs(batch)), self.constants(batch) | again)
-        self.accelerator.backward(total_loss(outputs))
+        with part("encoders"):
+            model_out = self.model(**model_inputs(batch))
+        outputs = self._loss(model_out, self.constants(batch) | again)
+        with part("encoders"):
+            self.accelerator.backward(total_loss(outputs))
         return outputs
 
     def _backward_in_parts(self, batches: list[dict], again: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -182,7 +190,7 @@ class Trainer:
         random_states, parts = [], []
         for batch in batches:
             random_states.append(random_state(self.accelerator.device))
-            with torch.no_grad():
+            with part("encoders"), torch.no_grad():
                 parts.append(self.model(**model_inputs(batch)))
         leaves = {key: value.detach().clone() for key, value in concatenated(parts).items()}
         for leaf in leaves.values():
@@ -195,7 +203,8 @@ class Trainer:
             last = number == len(batches) - 1
             # Gradients of a sharded model are averaged with every part: to wait with them takes room for all of them.
             average = last or self.accelerator.is_fsdp2
-            with contextlib.nullcontext() if average else self.accelerator.no_sync(self.model), replayed(state):
+            together = contextlib.nullcontext() if average else self.accelerator.no_sync(self.model)
+            with part("encoders"), together, replayed(state):
                 again = self.model(**model_inputs(batch))
                 pairs = [(again[key], gradient[number]) for key, gradient in gradients.items()]
                 if last:  # scalars belong to no part
@@ -218,7 +227,8 @@ class Trainer:
         features = dict(model_out)
         required = [features.pop(key) for key in ("image_features", "text_features", "logit_scale")]
         self._features = [value.detach() for value in required[:2]]
-        return self.loss(*required, **features, **constants)
+        with part("loss"):
+            return self.loss(*required, **features, **constants)
 
     def _update(self, outputs: dict[str, Tensor], batches: list[dict]) -> None:
         """Step the optimizer and commit the loss's state, or do neither where something is not finite."""

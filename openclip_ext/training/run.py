@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import shutil
 import signal
 
 from accelerate import Accelerator
@@ -12,7 +11,7 @@ from accelerate.utils import gather_object
 
 from openclip_ext import upstream
 from openclip_ext.data.listing import ShardListing
-from openclip_ext.errors import UserError, counted
+from openclip_ext.errors import counted
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.files import keep_rows
 from openclip_ext.losses import ObjectivePlan
@@ -28,6 +27,7 @@ from openclip_ext.training.learning_rates import describe
 from openclip_ext.training.log import EpochLog, RowFiles, logger, report_skips, start_logging, stop_logging
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.objective import plan_objective
+from openclip_ext.training.profile import StepProfile
 from openclip_ext.training.record import Record
 from openclip_ext.training.resume import find_resumed, new_record
 from openclip_ext.training.stopping import GO_ON, Stop
@@ -89,7 +89,7 @@ def _train(
         checkpoint.content.clear()  # it is as large as the model and its optimizer
     elif config.resume:
         remarks.append(f"--resume {config.resume}: no checkpoint of this run yet: it starts from the beginning")
-    with stop, _Run(config, trainer, folder, record) as run:
+    with stop, _Run(config, trainer, folder, record) as run, StepProfile(run.folder, config.profile) as run.profile:
         trainer.stop = stop
         run.say_start(data, checkpoint, remarks)
         if config.warm_start_pass and new_memory and trainer.clock.epoch < config.epochs:
@@ -109,6 +109,7 @@ class _Run:
         self.clock, self.main = trainer.clock, self.accelerator.is_main_process
         self.run_folder = folder
         self.folder = folder if self.main else None  # where this rank writes
+        self.profile = StepProfile(None, 0)
         self._finish_sync, self._began = None, False
         self._before: set[str] | None = None
         self._tracking: Tracking | None = None
@@ -128,7 +129,7 @@ class _Run:
         config = self.config
         if self.folder:
             self._before = entries(self.folder)
-            _make_folder(config, self.folder, self.record)
+            make_run_folder(config, self.folder, self.record)
             self._drop_rows_to_come()
         start_logging(self._log_path(), console=self.main, debug=config.debug)
         if self.folder and config.remote_sync:
@@ -261,6 +262,7 @@ class _Run:
         )
         with contextlib.closing(log), contextlib.closing(self.trainer.steps(log)) as steps:
             for _ in steps:
+                self.profile.step()
                 if self.trainer.stop_reason != GO_ON:
                     return True
                 if keeper and every and clock.step % every == 0:
@@ -283,18 +285,3 @@ class _Run:
     def _track(self, prefix: str, values: dict, step: int) -> None:
         if self._tracking:
             self._tracking.log({f"{prefix}/{name}": value for name, value in values.items()}, step)
-
-
-def _make_folder(config: RunConfig, folder: str, record: Record) -> None:
-    """Make the run's folder and write the record. Raises UserError: that cannot be done."""
-    make_run_folder(folder)
-    try:
-        record.write(folder)
-    except OSError as error:
-        raise UserError(
-            f"--logs: {folder} cannot be written to ({error.strerror}); make room, or give another"
-        ) from error
-    if config.copy_codebase:
-        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        target = os.path.join(folder, "code", os.path.basename(package))
-        shutil.copytree(package, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)

@@ -47,7 +47,7 @@ ROLES: dict[str, Role] = {
         ("name", "logs", "log_local", "log_level", "log_path", "tensorboard_path", "checkpoint_path", "resume",
          "resume_other_loss", "report_to", "wandb", "wandb_notes", "wandb_project_name", "tensorboard", "debug",
          "save_logs", "save_frequency", "save_most_recent", "save_best", "save_every_steps", "keep_last", "max_minutes",
-         "delete_previous_checkpoint", "copy_codebase", "log_every_n_steps",
+         "delete_previous_checkpoint", "copy_codebase", "log_every_n_steps", "profile",
          "remote_sync", "remote_sync_frequency", "remote_sync_protocol",
          "cache_dir", "rank", "local_rank", "rank_timeout", "max_skipped", "max_bad", "loss_tile"),
         Role.BOOKKEEPING,
