@@ -70,7 +70,7 @@ def test_every_flag_of_openclip_is_known_with_its_default():
         "view_aug", "pairs", "momentum_encoder", "probe_train", "probe_val", "caption_key", "caption_separator",
         "layer_decay", "image_lr", "image_layer_decay", "text_lr", "text_layer_decay",
         "warm_start_pass", "ema", "lora", "resume_other_loss", "save_best", "save_every_steps",
-        "keep_last", "max_minutes", "rank_timeout", "max_skipped", "max_bad",
+        "keep_last", "max_minutes", "profile", "rank_timeout", "max_skipped", "max_bad",
         "zero_shot", "class_names", "templates", "classes", "recent_batches", "recent_check", "recent_limit",
         "loss_tile",
     }  # fmt: skip
