@@ -74,7 +74,9 @@ def scale_bias(loss, features, full, epochs=80, warm_up=30):
     return ((torch.stack(gradients[warm_up * N // B :]).mean() - full) / full).abs().item()
 
 
-@BOTH_KERNELS
+@pytest.mark.parametrize(
+    "options", [{"kernel": "isir"}, pytest.param({"kernel": "mh"}, marks=pytest.mark.slow)], ids=["isir", "mh"]
+)
 def test_the_bias_is_below_a_quarter_of_openclips_and_dropping_stored_states_above_it(monkeypatch, features, options):
     everything = torch.arange(N)
     full = scale_gradient(create_loss("batch_corrected", num_samples=N, negatives=10**9), features, everything)

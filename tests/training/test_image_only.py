@@ -318,6 +318,7 @@ def test_a_tower_with_batch_norm_trains_against_its_average(train_flags, tmp_pat
         assert torch.equal(content["momentum_encoder"][f"average.{name}"], content["state_dict"][f"visual.{name}"])
 
 
+@pytest.mark.slow
 def test_neighbours_are_nearer_after_training(train_flags, tmp_path, pairs):
     data = write_images_only(tmp_path / "images", pairs[:896], 224)
     fit, measure = class_folders(tmp_path / "fit", "train", 300, skip=896), class_folders(tmp_path / "val", "val", 150)

@@ -27,7 +27,7 @@ def two_shards(tmp_path, pairs):
             ["--loss-arg", "draws=2", "--loss-arg", "gamma_decay=0", "--warm-start-pass", "--recent-batches", "0"],
         ),
         (fork, "torchrun", "clip", ["--grad-clip-norm", "1"]),
-        (launch, "torchrun", "dcl", TERMS.split()),
+        (fork, "torchrun", "dcl", TERMS.split()),
     ],
 )
 def test_two_processes_equal_one_with_twice_the_batch(train_flags, tmp_path, two_shards, start, launcher, loss, extra):

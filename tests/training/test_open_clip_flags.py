@@ -129,6 +129,7 @@ def test_distillation_in_parts_equals_one_batch(train_flags, tmp_path):
     assert curve(tmp_path, "parts") == pytest.approx(curve(tmp_path, "large"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_coca_model_trains_as_in_stock(monkeypatch, train_flags, tmp_path):
     flags = coca_flags(tmp_path)
     assert main(train_flags(*flags, "--name", "ours")) == 0

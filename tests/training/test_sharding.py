@@ -71,7 +71,7 @@ TUNED = "--accum-freq 2 --grad-clip-norm 0.5 --layer-decay 0.5 --text-lr 2e-3 --
     ("loss", "extra"),
     [
         ("gamma_decomp", [*ADAPTED.split(), *TERMS.split()]),
-        ("learned", TUNED.split()),
+        pytest.param("learned", TUNED.split(), marks=pytest.mark.slow),
     ],
 )
 def test_a_sharded_run_equals_one_that_is_not(train_flags, tmp_path, val_shards, learned_loss, loss, extra):
