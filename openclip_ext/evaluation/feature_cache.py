@@ -22,6 +22,7 @@ from torch import Tensor
 from openclip_ext.data.listing import is_local
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import LoadedModel, tensors_sha256, weights_sha256
+from openclip_ext.evaluation.ranks import ALONE, Ranks
 from openclip_ext.files import atomic
 
 FORMAT = 2  # to be raised when other features are kept, or they are computed in another way
@@ -35,7 +36,7 @@ class FeatureCache:
     folder: str | None
 
     def get(
-        self, identity: dict[str, Any] | None, compute: Callable[[], dict[str, Tensor]]
+        self, identity: dict[str, Any] | None, compute: Callable[[], dict[str, Tensor]], ranks: Ranks = ALONE
     ) -> tuple[dict[str, Tensor], bool]:
         """The tensors that `compute` returned, or would return, for `identity`, and whether they were on disk.
 
@@ -45,24 +46,21 @@ class FeatureCache:
         Args:
             identity: all that the tensors depend on, as JSON takes it; None: not known, so nothing is kept.
             compute: makes the tensors, on the CPU.
+            ranks: which compute together; the first has the tensors, the others nothing.
         """
         if self.folder is None or identity is None:
             return compute(), False
         described = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
         path = os.path.join(self.folder, f"{hashlib.sha256(described.encode()).hexdigest()}.safetensors")
-        if os.path.exists(path):
-            try:
-                tensors = _read(path, described)
-            except (SafetensorError, OSError, ValueError) as error:
-                _say(f"{path}: damaged ({error}); its features are computed anew")
-            else:
-                _say(f"features taken from {path}")
-                return tensors, True
+        kept = _kept(path, described) if ranks.first else None
+        if ranks.on_all(kept is not None)[0]:
+            return kept or {}, True
         tensors = compute()
-        try:
-            _write(path, described, tensors)
-        except (SafetensorError, OSError) as error:
-            _say(f"{path}: cannot be written ({error}); these features are not kept")
+        if ranks.first:
+            try:
+                _write(path, described, tensors)
+            except (SafetensorError, OSError) as error:
+                _say(f"{path}: cannot be written ({error}); these features are not kept")
         return tensors, False
 
 
@@ -122,6 +120,19 @@ def require_finite(features: dict[str, Tensor], model: LoadedModel, flag: str = 
             "take a checkpoint from before it diverged"
         )
     return features
+
+
+def _kept(path: str, described: str) -> dict[str, Tensor] | None:
+    """What is in a file, said; None: there is none, or it is damaged."""
+    if not os.path.exists(path):
+        return None
+    try:
+        tensors = _read(path, described)
+    except (SafetensorError, OSError, ValueError) as error:
+        _say(f"{path}: damaged ({error}); its features are computed anew")
+        return None
+    _say(f"features taken from {path}")
+    return tensors
 
 
 def _read(path: str, described: str) -> dict[str, Tensor]:

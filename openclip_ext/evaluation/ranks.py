@@ -1,9 +1,12 @@
 """What several ranks have measured, brought together."""
 
 import dataclasses
+import datetime
+import os
 from typing import Any
 
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import nn
 
 
@@ -49,3 +52,18 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def join_ranks(device_type: str) -> tuple[Ranks, str]:
+    """The processes that `accelerate launch` or `torchrun` has started, and this one's device of a type."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE, device_type
+    # The first one fits probes while the others wait.
+    state = PartialState(cpu=device_type == "cpu", timeout=datetime.timedelta(hours=6))
+    return Ranks(state.process_index, state.num_processes), str(state.device)
+
+
+def leave_ranks(ranks: Ranks) -> None:
+    """Inverse of `join_ranks`, for the end of a command. A collective call."""
+    if ranks.world_size > 1:
+        PartialState().destroy_process_group()

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import shutil
-import tarfile
 import types
 from pathlib import Path
 
@@ -25,8 +24,10 @@ from openclip_ext.cli import main
 from openclip_ext.data import digits
 from openclip_ext.evaluation.datasets.imagenet import wnids
 from openclip_ext.evaluation.loading import load_model, weights_sha256
+from openclip_ext.evaluation.ranks import ALONE
 from openclip_ext.evaluation.tasks import add_task_arguments, tasks_from
 from openclip_ext.evaluation.tasks.base import run_tasks
+from pictures import write_shard
 
 
 @pytest.fixture
@@ -65,17 +66,6 @@ def pictures(root, label, images):
         (folder / f"{len(list(folder.iterdir())):04}.png").write_bytes(image)
 
 
-def shard(path, samples):
-    """A shard of samples: dicts of a file's extension to its bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for number, sample in enumerate(samples):
-            for extension, data in sample.items():
-                info = tarfile.TarInfo(f"{number:04}.{extension}")
-                info.size = len(data)
-                file.addfile(info, io.BytesIO(data))
-
-
 def by_hand(run, folder, names, templates):
     """OpenCLIP's classifier on the pictures of class folders 0 to 9: (logits, labels)."""
     model, _, transform = open_clip.create_model_and_transforms(
@@ -94,7 +84,9 @@ def test_one_report_says_what_was_measured_of_what(evaluate, digit_run, digit_fo
     code, report = evaluate("--zero-shot", digit_folders)
     file = digit_run / "checkpoints" / "epoch_6.pt"
     assert code == 0
-    assert report.keys() == {"created", "versions", "model", "checkpoint", "precision", "device", "tasks"}
+    assert report.keys() == {
+        "created", "versions", "model", "checkpoint", "precision", "device", "processes", "tasks"
+    }  # fmt: skip
     assert report["versions"]["open_clip_torch"] == open_clip.__version__
     assert report["model"] == "tiny-test"  # the run knows
     assert report["checkpoint"] == {
@@ -134,7 +126,7 @@ def wds(folder, digit_folders):
     samples = [{"png": file.read_bytes(), "cls": file.parent.name.encode()}
                for file in sorted(digit_folders.glob("*/*.png"))]  # fmt: skip
     for number, part in enumerate((samples[:50], samples[50:])):
-        shard(folder / "test" / f"{number}.tar", part)
+        write_shard(folder / "test" / f"{number}.tar", part)
     (folder / "test" / "nshards.txt").write_text("2")
     for file in digit_folders.glob("*.txt"):
         shutil.copy(file, folder)
@@ -153,8 +145,8 @@ def test_shards_score_as_their_folder(evaluate, digit_folders, tmp_path, workers
 def test_braces_name_several_folders_of_shards(evaluate, digit_folders, tmp_path):
     samples = [{"png": file.read_bytes(), "cls": file.parent.name.encode()}
                for file in sorted(digit_folders.glob("*/*.png"))]  # fmt: skip
-    shard(tmp_path / "parts" / "a" / "0.tar", samples[:50])
-    shard(tmp_path / "parts" / "b" / "0.tar", samples[50:])
+    write_shard(tmp_path / "parts" / "a" / "0.tar", samples[:50])
+    write_shard(tmp_path / "parts" / "b" / "0.tar", samples[50:])
     flags = "--class-names", digit_folders / "classnames.txt"
     code, report = evaluate("--zero-shot", tmp_path / "parts" / "{a,b}", *flags)
     assert code == 0 and report["tasks"]["parts"]["num_samples"] == 80
@@ -253,10 +245,10 @@ def test_sets_with_the_same_classes_share_a_classifier(evaluate, digit_run, digi
     add_task_arguments(parser)
     tasks = tasks_from(parser.parse_args(["--zero-shot", str(digit_folders), "--workers", "0"]))
     model = load_model(str(digit_run), device="cpu")
-    assert run_tasks(model, tasks)[tasks[0].name]["scores"] == first["scores"]
+    assert run_tasks(model, tasks, ALONE)[tasks[0].name]["scores"] == first["scores"]
     model.model.text_projection.neg_()
     other = dataclasses.replace(model, sha256=weights_sha256(model.model))
-    assert run_tasks(other, tasks)[tasks[0].name]["scores"]["top1"] < first["scores"]["top1"]
+    assert run_tasks(other, tasks, ALONE)[tasks[0].name]["scores"]["top1"] < first["scores"]["top1"]
 
 
 def test_a_part_of_imagenets_classes(evaluate, digit_run, two_templates, tmp_path, pairs, capsys):
@@ -429,8 +421,8 @@ def bad(tmp_path, monkeypatch, digit_folders, weights, pairs):
     (tmp_path / "fixed").write_text("a {}\na photo\n")
     for name, sample in {"above": {**good, "cls": b"2"}, "words": {**good, "cls": b"cat"}, "no_cls": {"png": b""},
                          "broken": {**good, "png": b"rot"}, "textual": {"cls": b"1"}}.items():  # fmt: skip
-        shard(tmp_path / name / "0.tar", [good, sample])
-    shard(tmp_path / "cut" / "0.tar", [good] * 3)
+        write_shard(tmp_path / name / "0.tar", [good, sample])
+    write_shard(tmp_path / "cut" / "0.tar", [good] * 3)
     (tmp_path / "cut/0.tar").write_bytes((tmp_path / "cut/0.tar").read_bytes()[:5000])
     return tmp_path
 

@@ -8,9 +8,9 @@ import torch
 
 from launching import fork
 from openclip_ext.cli import main
-from openclip_ext.data import digits
 from openclip_ext.training.evaluator import metric_names
 from openclip_ext.training.flags import parse_args
+from pictures import cls_shards
 
 
 def results(tmp_path, name="run"):
@@ -117,24 +117,8 @@ def test_two_processes_agree_on_the_best(train_flags, tmp_path, val_shards, digi
     assert best(tmp_path)["best"]["value"] == max(value for value in values if value is not None)
 
 
-def cls_shards(folder):
-    """Eight digits as clip_benchmark keeps sets, in one shard."""
-    import io
-    import tarfile
-
-    folder.mkdir()
-    with tarfile.open(folder / "0.tar", "w") as shard:
-        for number, (image, _, label) in enumerate(digits.digit_splits()["test"][:8]):
-            for name, data in (("png", image), ("cls", str(label).encode())):
-                info = tarfile.TarInfo(f"{number:03}.{name}")
-                info.size = len(data)
-                shard.addfile(info, io.BytesIO(data))
-    (folder / "classnames.txt").write_text("\n".join(digits.CLASS_NAMES))
-    return folder
-
-
 def test_shards_of_classes_give_several_processes_the_scores_of_one(train_flags, tmp_path):
-    data = cls_shards(tmp_path / "marks")
+    data = cls_shards(tmp_path / "marks", 8)
     flags = ("--zero-shot", data, "--templates", "simple", "--lr", 0, "--batch-size", 16)
     assert main(train_flags(*flags, "--name", "one")) == 0
     assert fork("torchrun", train_flags(*flags, "--name", "two")).returncode == 0

@@ -1,12 +1,10 @@
 """`openclip-ext diagnose`: what a small batch costs on a checkpoint and its data, and which loss gives it back."""
 
 import argparse
-import datetime
 import os
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from tabulate import tabulate
 from torch import Tensor
 
@@ -30,7 +28,7 @@ from openclip_ext.commands.eval.body import describe
 from openclip_ext.errors import UserError, counted
 from openclip_ext.evaluation.flags import caption_format, require_loading
 from openclip_ext.evaluation.loading import LoadedModel, choose_device, load_model
-from openclip_ext.evaluation.ranks import ALONE, Ranks
+from openclip_ext.evaluation.ranks import Ranks, join_ranks, leave_ranks
 from openclip_ext.files import make_out_folder, write_json
 from openclip_ext.losses import Vocabulary
 from openclip_ext.state.table import NoRoomError, require_room
@@ -50,7 +48,7 @@ def run_diagnose(args: argparse.Namespace) -> dict[str, Any] | None:
     plans = {name: parse_loss(name) for name in dict.fromkeys(("clip", *(args.losses or LOSSES)))}
     source = choose_source(args)
     _require_pairs(args, pairs_in(source), sizes)
-    ranks, device = _join_processes(args.device)
+    ranks, device = join_ranks(choose_device(args.device).type)
     _require_room(args, min(pairs_in(source), args.samples), device)
     model = load_model(
         args.pretrained, name=args.model, model_config=args.model_config, device=device, precision=args.precision,
@@ -66,8 +64,7 @@ def run_diagnose(args: argparse.Namespace) -> dict[str, Any] | None:
     sample = make_sample(encoded, model.device)
     negatives = scan_negatives(sample, args.seed)
     losses = measure_losses(plans, sample, negatives, sizes, args.draws, args.seed, ranks, progress=ranks.first)
-    if ranks.world_size > 1:
-        PartialState().destroy_process_group()
+    leave_ranks(ranks)
     if not ranks.first:
         return None
     report = describe(model) | {
@@ -120,16 +117,6 @@ def _require_room(args: argparse.Namespace, pairs: int, device: str) -> None:
         require_room(7 * 4 * pairs**2, torch.device(device), f"matrix of scores of {pairs} pairs")
     except NoRoomError as error:
         raise UserError(f"--samples {args.samples}: {error}; use fewer") from error
-
-
-def _join_processes(device: str) -> tuple[Ranks, str]:
-    """The processes that `accelerate launch` or `torchrun` has started, and this one's device."""
-    kind = choose_device(device).type
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return ALONE, kind
-    # The first one encodes while the others wait.
-    state = PartialState(cpu=kind == "cpu", timeout=datetime.timedelta(hours=6))
-    return Ranks(state.process_index, state.num_processes), str(state.device)
 
 
 def _encode_on_first(model: LoadedModel, source: Source, args: argparse.Namespace, ranks: Ranks) -> dict[str, Tensor]:

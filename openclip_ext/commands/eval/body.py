@@ -8,7 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.loading import LoadedModel, load_model
+from openclip_ext.evaluation.loading import LoadedModel, choose_device, load_model
+from openclip_ext.evaluation.ranks import join_ranks, leave_ranks
 from openclip_ext.evaluation.tasks import tasks_from
 from openclip_ext.evaluation.tasks.base import run_tasks, table
 from openclip_ext.files import write_json
@@ -20,6 +21,8 @@ PACKAGES = ("openclip-ext", "open_clip_torch", "torch", "torchvision", "timm", "
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     """Check all tasks, load the model, run them, print a table and write the report (after each task anew).
 
+    Processes that `accelerate launch` or `torchrun` has started share the pictures; the first one has the scores.
+
     The report:
 
         created       when, ISO 8601
@@ -27,7 +30,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
         model         OpenCLIP's name of the architecture
         checkpoint    source (as given), path (of the file, null: from the hub), sha256 (of the file, without one of
                       the weights)
-        precision, device
+        precision, device, processes (that shared the work)
         tasks         by name: dataset (path as given), num_samples, num_classes (of which one is right; not of
                       retrieval), data, seconds, scores (name to number), and what the task adds, such as a note
         data          of a task, what its scores were measured on: images, texts (of retrieval), and checksum, a SHA-256
@@ -41,18 +44,23 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     """
     tasks = tasks_from(args)
     require_folder(args.out)
+    ranks, device = join_ranks(choose_device(args.device).type)
     model = load_model(
-        args.pretrained, name=args.model, model_config=args.model_config, device=args.device, precision=args.precision,
+        args.pretrained, name=args.model, model_config=args.model_config, device=device, precision=args.precision,
         cache_dir=args.cache_dir,
     )  # fmt: skip
-    out = args.out or default_path(model)
-    report = describe(model) | {"tasks": {}}
-    _require_writable(out)
+    report = describe(model) | {"processes": ranks.world_size, "tasks": {}}
+    out = args.out or (default_path(model) if ranks.first else "")
+    if ranks.first:
+        _require_writable(out)
     for task in tasks:
-        report["tasks"] |= run_tasks(model, [task])
-        write_json(redacted_values(report), out)
-    print(table(report["tasks"]))
-    print(out)
+        report["tasks"] |= run_tasks(model, [task], ranks)
+        if ranks.first:
+            write_json(redacted_values(report), out)
+    leave_ranks(ranks)
+    if ranks.first:
+        print(table(report["tasks"]))
+        print(out)
     return report
 
 

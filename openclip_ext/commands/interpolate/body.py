@@ -13,7 +13,8 @@ from openclip_ext.commands.eval.body import describe
 from openclip_ext.commands.interpolate.mixing import interpolate, parse_alphas, require_same_architecture, require_share
 from openclip_ext.commands.interpolate.picture import draw_interpolation
 from openclip_ext.errors import UserError
-from openclip_ext.evaluation.loading import LoadedModel, load_model, weights_sha256
+from openclip_ext.evaluation.loading import LoadedModel, choose_device, load_model, weights_sha256
+from openclip_ext.evaluation.ranks import join_ranks, leave_ranks
 from openclip_ext.evaluation.tasks import tasks_from
 from openclip_ext.evaluation.tasks.base import run_tasks
 from openclip_ext.files import atomic, make_out_folder, write_json
@@ -27,7 +28,7 @@ Weights = dict[str, Tensor]
 def run_interpolate(args: argparse.Namespace) -> dict[str, Any] | None:
     """Score the mixtures, print a table, write `interpolation.json` and `interpolation.png` into `--out`.
 
-    Without tasks, `--save` alone is done.
+    Without tasks, `--save` alone is done. Several processes share each task, as in `openclip-ext eval`.
 
     The report is as that of `openclip-ext eval`, with these in place of `checkpoint` and `tasks`:
 
@@ -47,21 +48,28 @@ def run_interpolate(args: argparse.Namespace) -> dict[str, Any] | None:
         "name": args.model, "model_config": args.model_config, "cache_dir": args.cache_dir,
         "run": _run_of(args.b) or _run_of(args.a),
     }  # fmt: skip
+    ranks, device = join_ranks(choose_device(args.device).type)
     (a, first), (b, second) = (_weights(source, flag, common) for source, flag in ((args.a, "A"), (args.b, "B")))
     require_same_architecture(first, second)
-    if save:
+    if save and ranks.first:
         _save(first, second, *save, sources=(args.a, args.b))
     if not tasks:
+        leave_ranks(ranks)
         return None
-    model = load_model(args.b, **common, device=args.device, precision=args.precision, flag="B")
+    model = load_model(args.b, **common, device=device, precision=args.precision, flag="B")
     report = describe(model) | {"a": a, "b": b, "mixtures": []}
     del report["checkpoint"]
-    for alpha in tqdm(alphas, desc="mixtures", unit="mixture"):
+    for alpha in tqdm(alphas, desc="mixtures", unit="mixture", disable=not ranks.first):
         mixture = _mixture(model, first, second, alpha)
-        row = {"alpha": alpha, "sha256": mixture.sha256, "tasks": run_tasks(mixture, tasks)}
+        row = {"alpha": alpha, "sha256": mixture.sha256, "tasks": run_tasks(mixture, tasks, ranks)}
+        if not ranks.first:
+            continue
         report["mixtures"].append(row)
         write_json(report, str(out / "interpolation.json"))  # before a wrong --metric can end it
         report["metrics"] = shown_metrics(list(task_scores(row)), args.metric)
+    leave_ranks(ranks)
+    if not ranks.first:
+        return None
     write_json(report, str(out / "interpolation.json"))
     _show(report, args, out)
     return report

@@ -1,7 +1,7 @@
 """Pictures with one or more captions each, from shards and from CSV files, and a model's features of both."""
 
-import collections
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +18,12 @@ from openclip_ext.data.captions import CaptionFormat, require_caption_key
 from openclip_ext.data.check import EMPTY_CAPTION
 from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.pairs import captions_by_image, pairs_from_csv
+from openclip_ext.data.pipeline import shared_batches
 from openclip_ext.errors import RankError, UserError
 from openclip_ext.evaluation.datasets.content import content_id
 from openclip_ext.evaluation.datasets.rows import ShardRows, first_error, opened
 from openclip_ext.evaluation.loading import LoadedModel
+from openclip_ext.evaluation.ranks import ALONE, Ranks
 
 
 class Captioned(NamedTuple):
@@ -104,38 +106,56 @@ def pair_features(
     *,
     batch_size: int,
     workers: int,
+    ranks: Ranks = ALONE,
     desc: str = "retrieval",
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Unit features in float32 on the CPU, of the pictures and of all their captions.
 
+    Of several ranks each encodes every so many whole batches, the same as one rank's, and the first has the features
+    of all, in the order of one rank's batches if they are of files.
+
     Returns:
         `image` (N, D), `text` (M, D), `image_of_text` (M,), a row of `image`, and `image_id` (N,) and `text_id` (M,),
-        the `content_id` of each picture's file and of each caption.
+        the `content_id` of each picture's file and of each caption. Nothing on ranks other than the first.
 
     Raises:
         UserError: a picture or caption that cannot be read, or there is none at all.
     """
-    count = len(dataset) if isinstance(dataset, CaptionedFiles) else None
-    workers = workers if count else min(workers, len(dataset.files))
-    collate = functools.partial(_collate, model.transform, model.tokenizer)
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
-    parts, done = collections.defaultdict(list), 0
-    with tqdm(total=count, desc=desc, unit="image", disable=not progress, leave=False) as bar:
+    loader, count = _loader(model, dataset, batch_size, workers, ranks)
+    own = []
+    with tqdm(total=count, desc=desc, unit="image", disable=not (progress and ranks.first), leave=False) as bar:
         for batch in loader:
             if isinstance(batch, RankError):
                 raise batch
             pictures, tokens, owner, ids = batch
-            parts["image"].append(model.encode_images(pictures).float().cpu())
-            parts["text"] += [model.encode_texts(part).float().cpu() for part in tokens.split(batch_size)]
-            parts["image_of_text"].append(owner + done)
-            for name, values in ids.items():
-                parts[name].append(values)
-            done += len(pictures)
-            bar.update(len(pictures))
-    if not parts:
+            texts = [model.encode_texts(part).float().cpu() for part in tokens.split(batch_size)]
+            images = model.encode_images(pictures).float().cpu()
+            own.append({"image": images, "text": torch.cat(texts), "image_of_text": owner, **ids})
+            bar.update(len(pictures) * ranks.world_size)
+    parts = ranks.on_first(own)
+    if not ranks.first:
+        return {}
+    batches = [batch for turn in itertools.zip_longest(*parts) for batch in turn if batch is not None]
+    if not batches:
         raise UserError(f"{dataset.files[0]}: holds no sample")
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+    done = 0
+    for batch in batches:
+        batch["image_of_text"] += done
+        done += len(batch["image"])
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _loader(
+    model: LoadedModel, dataset: CaptionedFiles | CaptionedShards, batch_size: int, workers: int, ranks: Ranks
+) -> tuple[DataLoader, int | None]:
+    """A rank's batches, and how many pictures all ranks have; None: not known."""
+    collate = functools.partial(_collate, model.transform, model.tokenizer)
+    if isinstance(dataset, CaptionedShards):
+        shared, workers = dataset.shared(batch_size, ranks), min(workers, len(dataset.files))
+        return DataLoader(shared, batch_size=batch_size, num_workers=workers, collate_fn=collate), None
+    batches: Any = list(filter(len, shared_batches(len(dataset), batch_size, ranks.rank, ranks.world_size)))
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate), len(dataset)
 
 
 def _collate(transform, tokenizer, rows: list) -> Any:

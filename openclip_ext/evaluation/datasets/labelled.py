@@ -105,7 +105,7 @@ class LabelledBatches:
 
     Of several ranks each takes every so many whole batches: these are the same batches as one rank's, so features of
     a picture do not depend on the number of ranks. All take as many: one that lacks a batch at the end gets a black
-    picture of class -1 instead. Shards are for one rank.
+    picture of class -1 instead; of shards, whose number of pictures is not known, some take one batch less.
 
     Args:
         dataset: of (picture, class index).
@@ -130,7 +130,8 @@ class LabelledBatches:
         source: Dataset
         options: dict[str, Any]
         if isinstance(dataset, LabelledShards):
-            source, options = _TransformedStream(dataset, transform), {"batch_size": batch_size}
+            source = _TransformedStream(dataset.shared(batch_size, ranks), transform)
+            options = {"batch_size": batch_size}
             workers = min(workers, len(dataset.urls))
         else:
             source = _Transformed(dataset, transform)

@@ -3,6 +3,7 @@
 Raised in a process that loads data, an error would lose its one line; as a row it comes to where batches are taken.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from openclip_ext.data import tar
 from openclip_ext.errors import RankError, UserError
+from openclip_ext.evaluation.ranks import ALONE, Ranks
 
 
 def opened(path: str) -> Image.Image | RankError:
@@ -31,6 +33,13 @@ class ShardRows(IterableDataset):
 
     def __init__(self, urls: Sequence[str]) -> None:
         self.urls = urls
+        self._batch_size, self._ranks = 1, ALONE
+
+    def shared(self, batch_size: int, ranks: Ranks) -> "ShardRows":
+        """The same rows for one of several ranks: every so many whole batches of each worker. It decodes no others."""
+        shared = copy.copy(self)
+        shared._batch_size, shared._ranks = batch_size, ranks
+        return shared
 
     def row(self, sample: dict, record: tar.Record) -> Any | None:
         """The row of a sample, or None, recorded, where its files cannot be used.
@@ -42,9 +51,13 @@ class ShardRows(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
+        worker, number = info.id if info else 0, -1
         for url in self.urls[info.id :: info.num_workers] if info else self.urls:
             faults = tar.Skips()
             for sample in tar.read_shard(url, faults.record):
+                number += 1
+                if (number // self._batch_size + worker) % self._ranks.world_size != self._ranks.rank:
+                    continue
                 try:
                     row = self.row(sample, faults.record)
                     fault = _first(faults) if row is None else None

@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 if TYPE_CHECKING:
     from openclip_ext.evaluation.loading import LoadedModel
+    from openclip_ext.evaluation.ranks import Ranks
 
 
 class Task(Protocol):
@@ -21,21 +22,23 @@ class Task(Protocol):
     name: str
     dataset: str
 
-    def run(self, model: "LoadedModel") -> dict[str, Any]:
+    def run(self, model: "LoadedModel", ranks: "Ranks") -> dict[str, Any]:
         """What the report says of it: `num_samples`, `scores` (name to number), and anything else worth knowing.
+
+        Ranks share the work; those other than the first return nothing.
 
         Raises:
             UserError: data that cannot be used.
         """
 
 
-def run_tasks(model: "LoadedModel", tasks: Iterable[Task]) -> dict[str, dict[str, Any]]:
-    """By task: `dataset`, what its `run` returns, and `seconds`."""
+def run_tasks(model: "LoadedModel", tasks: Iterable[Task], ranks: "Ranks") -> dict[str, dict[str, Any]]:
+    """By task: `dataset`, what its `run` returns, and `seconds`; nothing on ranks other than the first."""
     results = {}
     for task in tasks:
         start = time.perf_counter()
-        result = task.run(model)
-        results[task.name] = {"dataset": task.dataset, **result, "seconds": round(time.perf_counter() - start, 3)}
+        if result := task.run(model, ranks):
+            results[task.name] = {"dataset": task.dataset, **result, "seconds": round(time.perf_counter() - start, 3)}
     return results
 
 

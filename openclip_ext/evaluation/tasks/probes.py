@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from openclip_ext.evaluation.datasets.probe_sets import ProbeSets
     from openclip_ext.evaluation.feature_cache import FeatureCache
     from openclip_ext.evaluation.loading import LoadedModel
+    from openclip_ext.evaluation.ranks import Ranks
 
 TITLE = "probes"
 KINDS = ("knn", "linear", "few-shot")
@@ -74,20 +75,24 @@ class ProbeFeatures:
         self._features: dict[str, tuple[Any, Any]] = {}
         self.cached = False
 
-    def of(self, model: "LoadedModel") -> dict[str, tuple[Any, Any]]:
-        """(features, labels) as arrays, of `train`, `val` and, if there is one, `select`."""
+    def of(self, model: "LoadedModel", ranks: "Ranks") -> dict[str, tuple[Any, Any]]:
+        """(features, labels) of `train`, `val` and, if there is one, `select`; features are the first rank's only."""
         from openclip_ext.evaluation.feature_cache import model_identity
 
         identity = model_identity(model)
         if identity != self._identity:
             sets = {name: getattr(self.sets, name) for name in ("train", "val", "select")}
-            found = {name: self._of_set(name, data, model, identity) for name, data in sets.items() if data is not None}
+            found = {
+                name: self._of_set(name, data, model, identity, ranks)
+                for name, data in sets.items()
+                if data is not None
+            }
             self._features = {name: (features, labels) for name, (features, labels, _) in found.items()}
             self.cached = all(cached for _, _, cached in found.values())
             self._identity = identity
         return self._features
 
-    def _of_set(self, name: str, data, model: "LoadedModel", identity: dict) -> tuple[Any, Any, bool]:
+    def _of_set(self, name: str, data, model: "LoadedModel", identity: dict, ranks: "Ranks") -> tuple[Any, Any, bool]:
         import torch
 
         from openclip_ext.evaluation.datasets.labelled import LabelledBatches
@@ -95,15 +100,13 @@ class ProbeFeatures:
         from openclip_ext.evaluation.feature_cache import files_identity, require_finite
 
         def compute():
-            batches = LabelledBatches(data, model.transform, **self._loading)
-            found = probe_features(model, batches, desc=f"probe-{name}")
-            assert found is not None  # there is one rank
-            features, _ = found
-            return require_finite({"image": features}, model)
+            batches = LabelledBatches(data, model.transform, ranks=ranks, **self._loading)
+            found = probe_features(model, batches, ranks=ranks, desc=f"probe-{name}", progress=ranks.first)
+            return {} if found is None else require_finite({"image": found[0]}, model)
 
         files = files_identity(path for path, _ in data.samples)
-        tensors, cached = self.cache.get({"of": "images", "files": files, **identity}, compute)
-        return tensors["image"], torch.tensor([label for _, label in data.samples]), cached
+        tensors, cached = self.cache.get({"of": "images", "files": files, **identity}, compute, ranks)
+        return tensors.get("image"), torch.tensor([label for _, label in data.samples]), cached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +139,12 @@ class KnnTask(ProbeTask):
 
     name = "knn"
 
-    def run(self, model: "LoadedModel") -> dict[str, Any]:
+    def run(self, model: "LoadedModel", ranks: "Ranks") -> dict[str, Any]:
         from openclip_ext.evaluation.metrics.probes import NEIGHBOURS, class_scores, knn_hits
 
-        data = self.features.of(model)
+        data = self.features.of(model, ranks)
+        if not ranks.first:
+            return {}
         hits = knn_hits(*data["train"], *data["val"])
         return self._report(class_scores(hits.numpy(), data["val"][1].numpy()), neighbours=NEIGHBOURS)
 
@@ -149,13 +154,16 @@ class LinearProbeTask(ProbeTask):
 
     name = "linear-probe"
 
-    def run(self, model: "LoadedModel") -> dict[str, Any]:
+    def run(self, model: "LoadedModel", ranks: "Ranks") -> dict[str, Any]:
         from openclip_ext.evaluation.metrics.probes import class_scores, linear_probe
 
-        data = _arrays(self.features.of(model))
+        found = self.features.of(model, ranks)
+        if not ranks.first:
+            return {}
+        data = _arrays(found)
         features, labels = data["val"]
-        found, strength = linear_probe(*data["train"], features, data.get("select"), progress=True)
-        return self._report(class_scores(found == labels, labels), C=strength)
+        classes, strength = linear_probe(*data["train"], features, data.get("select"), progress=True)
+        return self._report(class_scores(classes == labels, labels), C=strength)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +179,14 @@ class FewShotTask(ProbeTask):
     seeds: int
     name = "few-shot"
 
-    def run(self, model: "LoadedModel") -> dict[str, Any]:
+    def run(self, model: "LoadedModel", ranks: "Ranks") -> dict[str, Any]:
         from openclip_ext.evaluation.metrics.probes import few_shot_accuracies
         from openclip_ext.report.intervals import half_width
 
-        data = _arrays(self.features.of(model))
+        found = self.features.of(model, ranks)
+        if not ranks.first:
+            return {}
+        data = _arrays(found)
         accuracies = few_shot_accuracies(
             *data["train"], *data["val"], data.get("select"), shots=self.shots, seeds=self.seeds
         )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from openclip_ext.evaluation.datasets.captioned import CaptionedFiles, CaptionedShards
     from openclip_ext.evaluation.feature_cache import FeatureCache
     from openclip_ext.evaluation.loading import LoadedModel
+    from openclip_ext.evaluation.ranks import Ranks
 
 TITLE = "retrieval"
 FLAG = "--retrieval"
@@ -53,7 +54,7 @@ class RetrievalTask:
     batch_size: int
     workers: int
 
-    def run(self, model: "LoadedModel") -> dict[str, Any]:
+    def run(self, model: "LoadedModel", ranks: "Ranks") -> dict[str, Any]:
         """Scores are recalls; `ranks` has the mean and median ranks, `cached` is whether features were on disk."""
         from openclip_ext.evaluation.datasets.captioned import pair_features
         from openclip_ext.evaluation.datasets.content import checksum_of_pairs
@@ -61,14 +62,17 @@ class RetrievalTask:
         from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
 
         def compute():
-            loading: dict[str, Any] = {"batch_size": self.batch_size, "workers": self.workers, "desc": self.name}
+            loading: dict[str, Any] = {"batch_size": self.batch_size, "workers": self.workers, "ranks": ranks}
+            loading["desc"] = self.name
             return require_finite(pair_features(model, self.pairs, **loading), model)
 
         files = files_identity(self.pairs.files)
         identity = None
         if files is not None:
             identity = {"of": "pairs", "files": files, "reading": self.reading, **model_identity(model)}
-        features, cached = self.cache.get(identity, compute)
+        features, cached = self.cache.get(identity, compute, ranks)
+        if not ranks.first:
+            return {}
         checksum = checksum_of_pairs(*(features[name] for name in ("image_id", "text_id", "image_of_text")))
         metrics = retrieval_metrics(*(features[name].to(model.device) for name in ("image", "text", "image_of_text")))
         return {

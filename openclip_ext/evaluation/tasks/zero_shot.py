@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from openclip_ext.evaluation.datasets.labelled import LabelledSet
     from openclip_ext.evaluation.loading import LoadedModel
+    from openclip_ext.evaluation.ranks import Ranks
 
 TITLE = "zero-shot classification"
 CIFAR = (10, 100)
@@ -130,13 +131,14 @@ class _Classifier:
         self._made_for: tuple | None = None
         self._columns: Tensor | None = None
 
-    def of(self, model: "LoadedModel") -> "Tensor":
+    def of(self, model: "LoadedModel", ranks: "Ranks") -> "Tensor":
         """(D, C); see `zero_shot_classifier`. Raises UserError: it is not finite."""
         from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier
 
         identity = model.sha256, model.name, model.precision, model.device
         if self._made_for != identity:
-            self._columns = zero_shot_classifier(model, self.class_names, self.templates)
+            words = self.class_names, self.templates
+            self._columns = zero_shot_classifier(model, *words, ranks=ranks, progress=ranks.first)
             self._made_for = identity
         assert self._columns is not None
         if not self._columns.isfinite().all():
@@ -162,14 +164,19 @@ class ZeroShotTask:
     batch_size: int
     workers: int
 
-    def run(self, model: "LoadedModel") -> dict[str, Any]:
+    def run(self, model: "LoadedModel", ranks: "Ranks") -> dict[str, Any]:
         """Beside samples and scores (`zero_shot_scores`): `num_classes`, `num_templates`, and a `note` if any."""
         from openclip_ext.evaluation.datasets.labelled import LabelledBatches
         from openclip_ext.evaluation.metrics.zero_shot import zero_shot_counts, zero_shot_scores
 
         labelled = self.labelled
-        batches = LabelledBatches(labelled.pictures, model.transform, batch_size=self.batch_size, workers=self.workers)
-        counts = zero_shot_counts(model, self.classifier.of(model), batches, desc=self.name)
+        loading: dict[str, Any] = {"batch_size": self.batch_size, "workers": self.workers, "ranks": ranks}
+        batches = LabelledBatches(labelled.pictures, model.transform, **loading)
+        classifier = self.classifier.of(model, ranks)
+        parts = ranks.on_first(zero_shot_counts(model, classifier, batches, desc=self.name, progress=ranks.first))
+        if not ranks.first:
+            return {}
+        counts = sum(parts[1:], parts[0])
         num_samples = counts[:, 0].sum().item()
         result = {
             "num_samples": num_samples,
