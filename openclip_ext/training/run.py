@@ -55,13 +55,16 @@ def train(config: RunConfig) -> dict[str, float]:
     with awaited(config.rank_timeout):
         accelerator = make_accelerator(config)
     with watched(accelerator.process_index, accelerator.num_processes, config.rank_timeout):
-        return _train(config, plan, data, accelerator)
+        metrics, stop_reason = _train(config, plan, data, accelerator)
+    if stop_reason == signal.SIGINT:
+        raise KeyboardInterrupt
+    return metrics
 
 
 def _train(
     config: RunConfig, plan: ObjectivePlan, data: TrainingData | None, accelerator: Accelerator
-) -> dict[str, float]:
-    """The same, once processes know of each other."""
+) -> tuple[dict[str, float], int]:
+    """The same, once processes know of each other; beside the metrics why the run has stopped, or `GO_ON`."""
     stop = Stop(config.max_minutes)
     config = config.decided(name=choose_name(config, accelerator))
     folder = run_folder(config, accelerator)
@@ -79,7 +82,7 @@ def _train(
     evaluator = make_evaluator(config, accelerator, tokenizer, eval_transform)
     checkpoint = resumed.checkpoint if resumed else None
     if data is None:
-        return evaluate_only(config, accelerator, model, evaluator, checkpoint)
+        return evaluate_only(config, accelerator, model, evaluator, checkpoint), GO_ON
     trainer, remarks = build_trainer(config, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
     new_memory = not (resumed and resumed.has_loss_state)
     record = new_record(config, resumed, trainer.clock.step, remarks)
@@ -95,9 +98,7 @@ def _train(
         if config.warm_start_pass and new_memory and trainer.clock.epoch < config.epochs:
             run.warm_start()
         metrics = run.epochs(evaluator, keeper)
-    if trainer.stop_reason == signal.SIGINT:
-        raise KeyboardInterrupt
-    return metrics
+    return metrics, trainer.stop_reason
 
 
 class _Run:

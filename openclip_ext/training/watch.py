@@ -56,8 +56,8 @@ def watched(rank: int, world_size: int, timeout: float) -> Iterator[None]:
             raise RankError(_line(cause, watch.rank)) from None
         watch.leave(_FAILED + _described(error))
         raise
-    except BaseException:  # an interrupt, which the others get too
-        watch.leave(_DONE)
+    except BaseException:  # an interrupt, which the others may have noted only, and wait for this one
+        watch.leave(_FAILED + "interrupted")
         raise
     watch.leave(_DONE)
 

@@ -24,6 +24,8 @@ def work(rank, size, port, connection, errors):
     try:
         with watched(rank, size, TIMEOUT):
             while (word := connection.recv()) != "end":
+                if word == "interrupt":
+                    raise KeyboardInterrupt
                 if word == "fail":
                     raise ZeroDivisionError("nothing left")
                 dist.all_reduce(torch.ones(1))
@@ -101,6 +103,14 @@ def test_ranks_end_when_one_has_an_error_and_say_which(three_ranks):
     assert failed[0] == 1 and "ZeroDivisionError: nothing left" in failed[1].splitlines()[-1]
     for code, errors, _ in three_ranks.ends(0, 1):
         assert code == 2 and "rank 2 has ended: ZeroDivisionError: nothing left; rank" in errors
+
+
+def test_ranks_end_when_only_one_takes_an_interrupt_at_once(three_ranks):
+    three_ranks.send("interrupt", 2)
+    three_ranks.send("step", 0, 1)
+    for code, errors, seconds in three_ranks.ends(0, 1):
+        assert code == 2 and seconds < TIMEOUT + 3
+        assert "rank 2 has ended: interrupted; rank" in errors
 
 
 def test_ranks_that_end_one_after_another_are_not_dead(three_ranks):
