@@ -14,6 +14,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from openclip_ext.ops.column_draws import first_reaching
+
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
@@ -48,30 +50,37 @@ def metropolis_hastings(scores: Tensor, start: Tensor, proposals: Tensor, noise:
         noise: (R, B), for each anchor independent draws of Exp(1).
         burn_in: steps left out of the weights.
     """
-    steps = len(proposals)
-    proposed = scores.T.gather(0, proposals)
+    (steps, anchors), columns = proposals.shape, scores.shape[1]
+    rows = torch.arange(anchors, device=scores.device) * columns
+    places = proposals + rows  # in the flattened matrix, for which gathers are fast
+    scores = scores.contiguous()
+    proposed = scores.take(places)
     threshold = proposed + noise
     reach, score = threshold.clone(), proposed.clone()
     _scan_(reach, score)
     # The maps were composed for a chain that starts at -inf. Another one joins it at the first step it accepts.
-    start_score = scores.gather(1, start.clamp_min(0)[:, None]).squeeze(1).masked_fill(start < 0, -torch.inf)
-    joined = (start_score <= reach) & (score > -torch.inf)
-    accepted = joined & (proposed > -torch.inf)
-    accepted[1:] &= score[:-1] <= threshold[1:]
-    # Runs of one state, by anchor: from the step that accepted it to the next that accepts another.
-    anchor, begin = accepted.T.nonzero(as_tuple=True)
-    last = torch.ones_like(anchor, dtype=torch.bool)
-    last[:-1] = anchor[1:] != anchor[:-1]
-    end = torch.where(last, steps, begin.roll(-1))
-    column = proposals[begin, anchor]
-    weights = torch.zeros_like(scores)
-    kept = (end.clamp_min(burn_in) - begin.clamp_min(burn_in)).to(weights.dtype)
-    weights.index_put_((anchor, column), kept, accumulate=True)
-    waiting = torch.where(start < 0, 0, (~joined[burn_in:]).sum(0)).to(weights.dtype)
-    weights.scatter_add_(1, start.clamp_min(0)[:, None], waiting[:, None])
-    weights /= weights.sum(1, keepdim=True).clamp_min(1)
-    state = start.scatter(0, anchor[last], column[last])
-    return Visit(weights, state, torch.tensor(len(begin) / max(1, accepted.numel()), device=scores.device))
+    at_start = scores.take(rows + start.clamp_min(0)).masked_fill_(start < 0, -torch.inf)
+    accepted = (proposed > -torch.inf).logical_and_(at_start <= reach)
+    accepted[1:].logical_and_(score[:-1] <= threshold[1:])
+    begun, state = (_state_after(accepted[:count], proposals, start) for count in (burn_in + 1, steps))
+    # Runs of one state among the steps that are kept, by anchor: from a step that accepts to the next that does.
+    begins = accepted[burn_in:].T.clone(memory_format=torch.contiguous_format)
+    begins[:, 0] = True
+    place = places[burn_in:].T.clone(memory_format=torch.contiguous_format)
+    nowhere = scores.numel()  # of a chain that has no state yet
+    place[:, 0] = torch.where(begun < 0, nowhere, begun + rows)
+    begin = begins.flatten().nonzero().squeeze(1)
+    length = torch.diff(begin, append=begin.new_full((1,), begins.numel())).to(scores.dtype)
+    weights = scores.new_zeros(nowhere + 1).scatter_add_(0, place.flatten()[begin], length)[:-1].view_as(scores)
+    weights /= weights.sum(1, keepdim=True).clamp_min_(1)
+    return Visit(weights, state, accepted.float().mean())
+
+
+def _state_after(accepted: Tensor, proposals: Tensor, start: Tensor) -> Tensor:
+    """The column accepted last, (B,); that of `start` where none was."""
+    steps = torch.arange(len(accepted), dtype=torch.int32, device=accepted.device)
+    last = torch.where(accepted, steps[:, None], -1).amax(0)
+    return torch.where(last < 0, start, proposals.gather(0, last.clamp_min(0).long()[None])[0])
 
 
 def _scan_(threshold: Tensor, score: Tensor) -> None:
@@ -106,8 +115,6 @@ def resampled(scores: Tensor, start: Tensor, uniform: Tensor) -> Visit:
         uniform: (B,) draws in (0, 1).
     """
     weights = scores.softmax(1).nan_to_num_(0.0)
-    cumulated = weights.cumsum(1)
-    target = uniform[:, None].to(weights.dtype) * cumulated[:, -1:]
-    state = torch.searchsorted(cumulated, target).squeeze(1).clamp_max(scores.shape[1] - 1)
-    state = state.masked_fill(cumulated[:, -1] == 0, -1)
+    state, _ = first_reaching(weights, uniform.to(weights.dtype) * weights.sum(1))
+    state = state.masked_fill(weights.sum(1) == 0, -1)
     return Visit(weights, state, (state != start).float().mean())
