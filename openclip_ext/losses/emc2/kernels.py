@@ -10,6 +10,7 @@ softmax of the batch, whose bias the chain is there to remove.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -39,10 +40,6 @@ def metropolis_hastings(scores: Tensor, start: Tensor, proposals: Tensor, noise:
 
     Step r moves to its proposal c with probability `min(1, exp(score[c] - score[state]))`, else stays.
 
-    Without a loop over steps: a step is the map `x -> p if x <= t else x` of the current score, p the proposal's score
-    and `t = p + noise`. Maps of this form are closed under composition, `(t, p)` then `(t', p')` being
-    `(max(t, t'), p' if p <= t' else p)`, so all prefixes come from a parallel scan of depth 2 log R.
-
     Args:
         scores: (B, C), -inf for what is no candidate; such a proposal is refused.
         start: (B,) column of the state before the visit; -1: none, so the first candidate proposed is accepted.
@@ -50,50 +47,71 @@ def metropolis_hastings(scores: Tensor, start: Tensor, proposals: Tensor, noise:
         noise: (R, B), for each anchor independent draws of Exp(1).
         burn_in: steps left out of the weights.
     """
-    (steps, anchors), columns = proposals.shape, scores.shape[1]
-    rows = torch.arange(anchors, device=scores.device) * columns
-    places = proposals + rows  # in the flattened matrix, for which gathers are fast
-    scores = scores.contiguous()
-    proposed = scores.take(places)
-    threshold = proposed + noise
-    reach, score = threshold.clone(), proposed.clone()
-    _scan_(reach, score)
+    (visit,) = walk([(scores, start, proposals, noise)], burn_in)
+    return visit
+
+
+@torch.no_grad()
+def walk(parts: Iterable[tuple[Tensor, Tensor, Tensor, Tensor]], burn_in: int) -> list[Visit]:
+    """`metropolis_hastings` of anchors in several parts, all of which take a step before any takes the next.
+
+    Parts are small on the CPU: what is looked up in the scores of one is in its cache then.
+    """
+    shapes, limits, candidates, before = zip(*(_looked_up(*part) for part in parts), strict=True)
+    limit, candidate, state = torch.cat(limits, 1), torch.cat(candidates, 2), torch.cat(before, 1)
+    # A loop takes as long for few anchors as for many.
+    loop = limit.device.type == "cpu" and limit.shape[1] >= 512
+    states, accepted = (states_by_steps if loop else states_by_scan)(limit, candidate, state)
+    anchors = [anchors for anchors, _ in shapes]
+    split = zip(states.split(anchors, 1), accepted.split(anchors, 1), shapes, strict=True)
+    return [_counted(states, accepted, shape, burn_in) for states, accepted, shape in split]
+
+
+def states_by_steps(limit: Tensor, candidate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of the states after each step, and whether the step accepted its proposal, (R, B) each.
+
+    Args:
+        limit: (R, B), a step accepts if the state's score is not above.
+        candidate: (R, 2, B), score and column of the proposals.
+        state: (2, B), those of the state before; the score is finite, where there is no state the least number.
+    """
+    accepted = torch.empty_like(limit, dtype=torch.bool)
+    states = torch.empty_like(candidate)
+    rows = (x.unbind() for x in (limit, candidate, accepted, states))
+    for limits, candidates, accepts, after in zip(*rows, strict=True):
+        torch.le(state[0], limits, out=accepts)
+        state = torch.where(accepts, candidates, state, out=after)
+    return states[:, 1], accepted
+
+
+def states_by_scan(limit: Tensor, candidate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without a loop over steps.
+
+    A step is the map `x -> p if x <= t else x` of the current score, p the proposal's score and `t = p + noise`. Maps
+    of this form are closed under composition, `(t, p)` then `(t', p')` being `(max(t, t'), p' if p <= t' else p)`, so
+    all prefixes come from a parallel scan of depth 2 log R.
+    """
+    reach, states = limit.clone(), candidate.clone()
+    _scan_(reach, states)
     # The maps were composed for a chain that starts at -inf. Another one joins it at the first step it accepts.
-    at_start = scores.take(rows + start.clamp_min(0)).masked_fill_(start < 0, -torch.inf)
-    accepted = (proposed > -torch.inf).logical_and_(at_start <= reach)
-    accepted[1:].logical_and_(score[:-1] <= threshold[1:])
-    begun, state = (_state_after(accepted[:count], proposals, start) for count in (burn_in + 1, steps))
-    # Runs of one state among the steps that are kept, by anchor: from a step that accepts to the next that does.
-    begins = accepted[burn_in:].T.clone(memory_format=torch.contiguous_format)
-    begins[:, 0] = True
-    place = places[burn_in:].T.clone(memory_format=torch.contiguous_format)
-    nowhere = scores.numel()  # of a chain that has no state yet
-    place[:, 0] = torch.where(begun < 0, nowhere, begun + rows)
-    begin = begins.flatten().nonzero().squeeze(1)
-    length = torch.diff(begin, append=begin.new_full((1,), begins.numel())).to(scores.dtype)
-    weights = scores.new_zeros(nowhere + 1).scatter_add_(0, place.flatten()[begin], length)[:-1].view_as(scores)
-    weights /= weights.sum(1, keepdim=True).clamp_min_(1)
-    return Visit(weights, state, accepted.float().mean())
+    joined = state[0] <= reach
+    accepted = joined & (candidate[:, 0] > -torch.inf)
+    accepted[1:] &= states[:-1, 0] <= limit[1:]
+    return torch.where(joined, states[:, 1], state[1]), accepted
 
 
-def _state_after(accepted: Tensor, proposals: Tensor, start: Tensor) -> Tensor:
-    """The column accepted last, (B,); that of `start` where none was."""
-    steps = torch.arange(len(accepted), dtype=torch.int32, device=accepted.device)
-    last = torch.where(accepted, steps[:, None], -1).amax(0)
-    return torch.where(last < 0, start, proposals.gather(0, last.clamp_min(0).long()[None])[0])
-
-
-def _scan_(threshold: Tensor, score: Tensor) -> None:
+def _scan_(limit: Tensor, state: Tensor) -> None:
     """Replace each step's map by the composition of all up to it, started at a score of -inf (Brent & Kung, 1982).
 
-    Both (R, B).
+    `limit` is (R, B), `state` (R, 2, B).
     """
-    length, stride = len(score), 1
+    length, stride = len(limit), 1
 
     def compose(first: slice, second: slice) -> None:
         """Write the composition of the maps at `first`, then those at `second`, to `second`."""
-        torch.where(score[first] > threshold[second], score[first], score[second], out=score[second])
-        torch.maximum(threshold[first], threshold[second], out=threshold[second])
+        stays = state[first, :1] > limit[second, None]
+        torch.where(stays, state[first], state[second], out=state[second])
+        torch.maximum(limit[first], limit[second], out=limit[second])
 
     while stride < length:
         compose(slice(stride - 1, length - stride, 2 * stride), slice(2 * stride - 1, length, 2 * stride))
@@ -101,6 +119,30 @@ def _scan_(threshold: Tensor, score: Tensor) -> None:
     while stride > 1:
         stride //= 2
         compose(slice(2 * stride - 1, length - stride, 2 * stride), slice(3 * stride - 1, length, 2 * stride))
+
+
+def _looked_up(scores: Tensor, start: Tensor, proposals: Tensor, noise: Tensor):
+    """Shape of `scores`, and what `states_by_steps` takes."""
+    first = torch.arange(len(start), device=start.device) * scores.shape[1]
+    flat = scores.flatten()
+    places = (proposals + first.to(proposals.dtype)).flatten()
+    proposed = flat.index_select(0, places).view_as(noise)
+    candidate = torch.stack([proposed, proposals.to(scores.dtype)], dim=1)
+    # Finite where there is no state: then what is no candidate is refused too.
+    score = flat[first + start.clamp_min(0)].masked_fill_(start < 0, torch.finfo(scores.dtype).min)
+    return scores.shape, proposed + noise, candidate, torch.stack([score, start.to(scores.dtype)])
+
+
+def _counted(states: Tensor, accepted: Tensor, shape: tuple[int, int], burn_in: int) -> Visit:
+    """The visit that is made of the states (R, B) after each step, -1 where there is none."""
+    anchors, columns = shape
+    kept = states[burn_in:].long() + 1  # a column more, for no state
+    kept += torch.arange(anchors, device=kept.device) * (columns + 1)
+    one = states.new_ones(()).expand(kept.numel())
+    counts = states.new_zeros(anchors * (columns + 1)).scatter_add_(0, kept.flatten(), one)
+    weights = counts.view(anchors, columns + 1)[:, 1:]
+    weights = weights / weights.sum(1, keepdim=True).clamp_min_(1)
+    return Visit(weights, states[-1].long(), accepted.count_nonzero() / max(1, accepted.numel()))
 
 
 @torch.no_grad()

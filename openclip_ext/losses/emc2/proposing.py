@@ -1,12 +1,13 @@
 """Metropolis-Hastings over the candidates of as many anchors at a time as make a tile."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from openclip_ext.losses.emc2.chain import Chain, Moves
-from openclip_ext.losses.emc2.kernels import Visit, metropolis_hastings
+from openclip_ext.losses.emc2.kernels import Visit, walk
 from openclip_ext.ops.counter_random import uniform
 from openclip_ext.ops.given_weights import add_all, add_columns, add_rows
 from openclip_ext.ops.pair_sums import PairSums
@@ -32,16 +33,14 @@ def propose(
     with_gradient = torch.is_grad_enabled()
     with torch.no_grad():
         gradient = _Gradient(pairs, chains, share)
-        moves = []
-        for direction, chain in enumerate(chains):
-            parts = []
-            for first, rows in gradient.tiles():
-                visit = _walk(chain, rows, pairs.ids[rows], (step, direction), steps or chain.columns - 1, burn_in)
-                parts.append(_moves(chain, rows, visit))
+        moves: list[list[Moves]] = [[], []]
+        for first, rows in gradient.tiles():
+            visits = _walk(chains, rows, pairs.ids[rows], step, steps or chains[0].columns - 1, burn_in)
+            for direction, visit in enumerate(visits):
+                moves[direction].append(_moves(chains[direction], rows, visit))
                 if with_gradient:
                     gradient.add(direction, first, rows, visit.weights)
-            moves.append(_joined(parts))
-        return moves, gradient.complete()
+        return [_joined(parts) for parts in moves], gradient.complete()
 
 
 class _Gradient:
@@ -82,28 +81,45 @@ class _Gradient:
         return self._sums
 
 
-def _walk(chain: Chain, rows: slice, ids: Tensor, stream: tuple[Tensor, int], steps: int, burn_in: float) -> Visit:
-    """The visit of the anchors `rows`, whose samples are `ids` (b,)."""
-    scores, columns, start = chain.scores(rows), chain.columns, chain.start[rows]
-    (step, direction), visits = stream, []
-    at_once = fitting_tile(16 * columns, scores.device)  # a CPU's cache holds what a walk goes over several times
-    for first in range(0, max(1, len(ids)), at_once):
-        some = slice(first, first + at_once)
-        proposals, noise = (_draws(step, ids[some], steps, 2 * direction + which) for which in range(2))
-        proposals = proposals.mul_(columns).long().clamp_max_(columns - 1)
-        noise = noise.clamp_min_(2.0**-25).log_().neg_()
-        visits.append(metropolis_hastings(scores[some], start[some], proposals, noise, int(burn_in * steps)))
-    return Visit(
-        torch.cat([visit.weights for visit in visits]),
-        torch.cat([visit.state for visit in visits]),
-        torch.stack([visit.acceptance * len(visit.state) for visit in visits]).sum() / max(1, len(ids)),
-    )
+def _walk(chains: list[Chain], rows: slice, ids: Tensor, step: Tensor, steps: int, burn_in: float) -> list[Visit]:
+    """Per direction, the visit of the anchors `rows`, whose samples are `ids` (b,)."""
+    columns = chains[0].columns
+    at_once = fitting_tile(16 * columns, ids.device)
+    some = [slice(first, first + at_once) for first in range(0, max(1, len(ids)), at_once)]
+    parts: list[Iterator] = [
+        _parts(chain.scores(rows), chain.start[rows], _Draws(step, ids, steps, direction), some)
+        for direction, chain in enumerate(chains)
+    ]
+    visits = walk(itertools.chain(*parts), int(burn_in * steps))
+    return [_one(visits[: len(some)]), _one(visits[len(some) :])]
 
 
-def _draws(step: Tensor, ids: Tensor, steps: int, stream: int) -> Tensor:
-    """Uniform draws (R, b), independent over the steps of each anchor: common ones, turned by the anchor's own."""
-    common = uniform(step, torch.arange(steps, device=ids.device), 2 * stream)
-    return (common[:, None] + uniform(step, ids, 2 * stream + 1)).frac_()
+def _parts(scores: Tensor, start: Tensor, draws: "_Draws", some: list[slice]) -> Iterator[tuple[Tensor, ...]]:
+    columns = scores.shape[1]
+    for rows in some:
+        proposals = draws.of(0, rows).mul_(columns).int().clamp_max_(columns - 1)
+        yield scores[rows], start[rows], proposals, draws.of(1, rows).clamp_min_(2.0**-25).log_().neg_()
+
+
+class _Draws:
+    """Uniform draws, independent over the steps of each anchor: common ones, turned by the anchor's own."""
+
+    def __init__(self, step: Tensor, ids: Tensor, steps: int, direction: int) -> None:
+        every = torch.arange(steps, device=ids.device)
+        streams = [2 * (2 * direction + which) for which in range(2)]  # of proposals and of noise
+        self._common = [uniform(step, every, stream)[:, None] for stream in streams]
+        self._own = [uniform(step, ids, stream + 1) for stream in streams]
+
+    def of(self, which: int, rows: slice) -> Tensor:
+        """(R, b), of the anchors `rows`."""
+        return (self._common[which] + self._own[which][rows]).frac_()
+
+
+def _one(visits: list[Visit]) -> Visit:
+    """Visits of some anchors, and of those behind them, as one."""
+    weights, state = (torch.cat([getattr(visit, name) for visit in visits]) for name in ("weights", "state"))
+    accepted = torch.stack([visit.acceptance * len(visit.state) for visit in visits]).sum()
+    return Visit(weights, state, accepted / max(1, len(state)))
 
 
 def _moves(chain: Chain, rows: slice, visit: Visit) -> Moves:
