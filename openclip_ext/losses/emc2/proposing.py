@@ -1,6 +1,5 @@
 """Metropolis-Hastings over the candidates of as many anchors at a time as make a tile."""
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -86,19 +85,17 @@ def _walk(chains: list[Chain], rows: slice, ids: Tensor, step: Tensor, steps: in
     columns = chains[0].columns
     at_once = fitting_tile(16 * columns, ids.device)
     some = [slice(first, first + at_once) for first in range(0, max(1, len(ids)), at_once)]
-    parts: list[Iterator] = [
-        _parts(chain.scores(rows), chain.start[rows], _Draws(step, ids, steps, direction), some)
-        for direction, chain in enumerate(chains)
-    ]
-    visits = walk(itertools.chain(*parts), int(burn_in * steps))
+    draws = [_Draws(step, ids, steps, direction) for direction in range(2)]
+    whole = [(chain.scores(rows), chain.start[rows]) for chain in chains]
+
+    def drawn(part: int) -> tuple[Tensor, Tensor]:
+        direction, place = divmod(part, len(some))
+        proposals, noise = (draws[direction].of(which, some[place]) for which in range(2))
+        return proposals.mul_(columns).int().clamp_max_(columns - 1), noise.clamp_min_(2.0**-25).log_().neg_()
+
+    parts = [(scores[own], start[own]) for scores, start in whole for own in some]
+    visits = walk(parts, drawn, steps, int(burn_in * steps))
     return [_one(visits[: len(some)]), _one(visits[len(some) :])]
-
-
-def _parts(scores: Tensor, start: Tensor, draws: "_Draws", some: list[slice]) -> Iterator[tuple[Tensor, ...]]:
-    columns = scores.shape[1]
-    for rows in some:
-        proposals = draws.of(0, rows).mul_(columns).int().clamp_max_(columns - 1)
-        yield scores[rows], start[rows], proposals, draws.of(1, rows).clamp_min_(2.0**-25).log_().neg_()
 
 
 class _Draws:
@@ -118,8 +115,7 @@ class _Draws:
 def _one(visits: list[Visit]) -> Visit:
     """Visits of some anchors, and of those behind them, as one."""
     weights, state = (torch.cat([getattr(visit, name) for visit in visits]) for name in ("weights", "state"))
-    accepted = torch.stack([visit.acceptance * len(visit.state) for visit in visits]).sum()
-    return Visit(weights, state, accepted / max(1, len(state)))
+    return Visit(weights, state, visits[0].acceptance)
 
 
 def _moves(chain: Chain, rows: slice, visit: Visit) -> Moves:
