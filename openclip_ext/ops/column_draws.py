@@ -9,6 +9,7 @@ scores of the one block that a draw falls into must be formed again.
 """
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -42,18 +43,19 @@ class BlockSums:
     def add(self, scores: Tensor, first: int, anchors: slice, dim: int) -> None:
         """Add scores of `anchors` with columns from `first` on, which lie along `dim`; -inf: no negative."""
         stop = first + scores.shape[dim]
-        for block in range(first // self.width, math.ceil(stop / self.width)):
-            start, end = max(first, block * self.width), min(stop, (block + 1) * self.width)
-            part = scores.narrow(dim, start - first, end - start)
-            largest = part.amax(dim, keepdim=True).clamp_min_(torch.finfo(part.dtype).min)
-            ratios = (part - largest).exp_()
-            largest = largest.squeeze(dim)
-            self._gain(self.log_sum[anchors, block], largest + ratios.sum(dim).log_())
-            self._gain(self.log_square[anchors], 2 * largest + ratios.square_().sum(dim).log_())
+        largest = scores.amax(dim, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)
+        ratios = (scores - largest).exp_()
+        blocks = slice(first // self.width, -(-stop // self.width))
+        borders = [max(first, block * self.width) - first for block in range(blocks.start, blocks.stop)]
+        sizes = [end - start for start, end in itertools.pairwise([*borders, stop - first])]
+        sums = torch.stack([part.sum(dim) for part in ratios.split(sizes, dim)], dim=1)
+        largest = largest.squeeze(dim)
+        _gain(self.log_sum[anchors, blocks], largest[:, None] + sums.log_())
+        _gain(self.log_square[anchors], 2 * largest + ratios.square_().sum(dim).log_())
 
-    @staticmethod
-    def _gain(total: Tensor, more: Tensor) -> None:
-        total.copy_(torch.logaddexp(total, more))
+
+def _gain(total: Tensor, more: Tensor) -> None:
+    total.copy_(torch.logaddexp(total, more))
 
 
 def block_sums(pairs: PairBatch) -> tuple[BlockSums, BlockSums]:

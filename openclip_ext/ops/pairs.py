@@ -89,7 +89,10 @@ class Columns:
         return scores[rows], same[rows]
 
     def at(self, rows: slice, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with some columns `places` of each of the anchors alone, (b, n) each, formed of gathered rows."""
+        """The same with some columns `places` (b, n) of each of these anchors alone, (b, n) each."""
+        if self.fit:
+            _, scores, same = self.whole
+            return scores[rows].gather(1, places), same[rows].gather(1, places)
         scores = self._logit_scale * (self.columns[places] @ self.anchors[rows, :, None]).squeeze(2)
         return scores, self._same(rows, places)
 
@@ -159,11 +162,21 @@ class PairBatch:
 
     def scores_of(self, direction: int, rows: slice) -> tuple[Tensor, Tensor]:
         """s_ij of the own anchors `rows` and the batch's columns, and whether both are one sample, (b, G) each."""
-        images = self.in_batch[0]
-        if direction == 1 and len(self.sizes) == 1 and images.fit:  # a copy costs a tenth of a product
-            _, scores, same = images.whole
+        if self._turned(direction):
+            _, scores, same = self.in_batch[0].whole
             return scores[:, rows].T.contiguous(), same[:, rows].T
         return self.in_batch[direction].of_rows(rows)
+
+    def scores_at(self, direction: int, rows: slice, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with some columns `places` (b, n) of each of these anchors alone, (b, n) each."""
+        if self._turned(direction):
+            _, scores, same = self.in_batch[0].whole
+            return scores[:, rows].T.gather(1, places), same[:, rows].T.gather(1, places)
+        return self.in_batch[direction].at(rows, places)
+
+    def _turned(self, direction: int) -> bool:
+        """Whether the other direction's scores are at hand: a copy costs a tenth of a product."""
+        return direction == 1 and len(self.sizes) == 1 and self.in_batch[0].fit
 
     @cached_property
     def batch_count(self) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from openclip_ext.ops.gather import gather_rows, mean_over_ranks
-from openclip_ext.ops.pairs import Columns, PairBatch
+from openclip_ext.ops.pairs import Columns, PairBatch, fitting_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +52,11 @@ class Chain:
         anchors, partners = (pairs.text, pairs.image) if direction else (pairs.image, pairs.text)
         self._pairs, self._direction, self._stored_ids = pairs, direction, stored_ids
         self.own = torch.arange(len(anchors), device=anchors.device) + pairs.own_rows.start
-        stored_score = pairs.logit_scale * torch.linalg.vecdot(anchors, stored)
-        positive = pairs.logit_scale * torch.linalg.vecdot(anchors, partners)
         column = _first_column(pairs.all_ids, stored_ids)
         self.waiting = (stored_ids >= 0) & (column < 0)
-        self.stored_gap = torch.where(self.waiting, stored_score - positive, 0.0)
-        self.held = stored_score.detach().masked_fill(~self.waiting, -torch.inf)
+        gap = pairs.logit_scale * torch.linalg.vecdot(anchors, stored - partners)
+        self.stored_gap = torch.where(self.waiting, gap, 0.0)
+        self.held = (gap.detach() + pairs.positive).masked_fill_(~self.waiting, -torch.inf)
         self.start = torch.where(self.waiting, self.own, column)
         self.recent: Columns | None = None
         if pairs.stored is not None:
@@ -72,11 +71,6 @@ class Chain:
         """C = G + S, of candidates."""
         return len(self._pairs.all_ids) + (0 if self.recent is None else len(self.recent))
 
-    @property
-    def width(self) -> int:
-        """D, of the embeddings."""
-        return self._pairs.image.shape[1]
-
     def scores(self, rows: slice) -> Tensor:
         """Scores of the candidates of the anchors `rows`, (b, C), -inf for what is none."""
         in_batch, same = self._pairs.scores_of(self._direction, rows)
@@ -88,19 +82,18 @@ class Chain:
 
     def scores_at(self, rows: slice, places: Tensor) -> Tensor:
         """Scores of the candidates at some columns `places` (b, w) of the anchors `rows`, -inf for what is none."""
-        pairs, size = self._pairs, len(self._pairs.all_ids)
-        in_batch = places.clamp_max(size - 1)
-        if pairs.in_batch[0].fit:
-            scores, same = (values.gather(1, in_batch) for values in pairs.scores_of(self._direction, rows))
-        else:
-            scores, same = pairs.in_batch[self._direction].at(rows, in_batch)
+        size = len(self._pairs.all_ids)
+        scores, same = self._pairs.scores_at(self._direction, rows, places.clamp_max(size - 1))
         if self.recent is not None:
-            of_recent = self.recent.at(rows, (places - size).clamp_min(0))
-            scores, same = (
-                torch.where(places < size, *values) for values in zip((scores, same), of_recent, strict=True)
-            )
+            recent = self.recent.at(rows, (places - size).clamp_min(0))
+            scores, same = (torch.where(places < size, *values) for values in zip((scores, same), recent, strict=True))
         scores = scores.masked_fill(same, -torch.inf)
         return torch.where(places == self.own[rows, None], self.held[rows, None], scores)
+
+    def fitting_rows(self, places: int) -> int:
+        """Of how many anchors `scores_at` may be asked at once, with so many columns each."""
+        kept = self._pairs.in_batch[0].fit and self.recent is None
+        return fitting_tile(places * (1 if kept else self._pairs.image.shape[1]), self.own.device)
 
     def moved_to(self, moves: Moves) -> Tensor:
         """Columns to which the chains moved, (B,); -1 for those that stayed at their stored state."""

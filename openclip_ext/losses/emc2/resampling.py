@@ -6,7 +6,6 @@ from torch import Tensor
 from openclip_ext.losses.emc2.chain import Chain, Moves
 from openclip_ext.ops.column_draws import BlockSums, first_reaching, sums_of
 from openclip_ext.ops.counter_random import uniform
-from openclip_ext.ops.pairs import fitting_tile
 
 
 @torch.no_grad()
@@ -61,7 +60,7 @@ def _drawn(chain: Chain, of_blocks: Tensor, log_sum: Tensor, blocks: Tensor, wid
         draw: (B,), in (0, 1).
     """
     places = torch.arange(width, device=draw.device)
-    at_once = fitting_tile(width * chain.width, draw.device)
+    at_once = chain.fitting_rows(width)
     states = []
     for start in range(0, len(draw), at_once):
         rows = slice(start, start + at_once)
