@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from openclip_ext.ops.gather import gather_rows, mean_over_ranks
 from openclip_ext.ops.pairs import Columns, PairBatch, fitting_tile
@@ -54,7 +55,7 @@ class Chain:
         self.own = torch.arange(len(anchors), device=anchors.device) + pairs.own_rows.start
         column = _first_column(pairs.all_ids, stored_ids)
         self.waiting = (stored_ids >= 0) & (column < 0)
-        gap = pairs.logit_scale * torch.linalg.vecdot(anchors, stored - partners)
+        gap = _Gap.apply(anchors, partners, pairs.logit_scale, stored)
         self.stored_gap = torch.where(self.waiting, gap, 0.0)
         self.held = (gap.detach() + pairs.positive).masked_fill_(~self.waiting, -torch.inf)
         self.start = torch.where(self.waiting, self.own, column)
@@ -98,6 +99,26 @@ class Chain:
     def moved_to(self, moves: Moves) -> Tensor:
         """Columns to which the chains moved, (B,); -1 for those that stayed at their stored state."""
         return moves.state.masked_fill(moves.state == self.own, -1)
+
+
+class _Gap(torch.autograd.Function):
+    """`scale * <x, z - y>` of anchors x, partners y and stored states z, (B, D) each; z of any precision."""
+
+    @staticmethod
+    def forward(ctx, anchors, partners, scale, stored):
+        rows = zip(anchors.split(1024), partners.split(1024), stored.split(1024), strict=True)
+        gap = torch.cat([torch.linalg.vecdot(x, z.to(x.dtype) - y) for x, y, z in rows])
+        ctx.save_for_backward(anchors, partners, scale, stored, gap)
+        return scale * gap
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        anchors, partners, scale, stored, gap = ctx.saved_tensors
+        factor = (scale * gradient)[:, None]
+        of_anchors = stored.to(anchors.dtype, copy=True).sub_(partners).mul_(factor)
+        of_stored = (anchors * factor).to(stored.dtype) if ctx.needs_input_grad[3] else None
+        return of_anchors, anchors * -factor, torch.dot(gradient, gap), of_stored
 
 
 def _first_column(all_ids: Tensor, ids: Tensor) -> Tensor:

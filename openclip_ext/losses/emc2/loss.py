@@ -189,9 +189,7 @@ class EMC2Loss(PairLoss):
         ids = self.bank.ids.read(pairs.ids)
         stored = self.bank.embedding.read(pairs.ids) if self.bank.embedding is not None else stored_features
         assert stored is not None  # as the needs say
-        return [
-            Chain(pairs, direction, ids[direction], stored[direction].to(pairs.image.dtype)) for direction in range(2)
-        ]
+        return [Chain(pairs, direction, ids[direction], stored[direction]) for direction in range(2)]
 
     def _visit(self, pairs: PairBatch, chains: list[Chain], step: Tensor) -> tuple[list[Moves], Tensor, Tensor]:
         """Move the chains with draws of `step` (), and stage their new states.
