@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024, 2048, 8192], help="G")
     parser.add_argument("--widths", type=int, nargs="+", default=[512], help="D")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="0: time the one step whose memory is measured")
     parser.add_argument("--peers", action="store_true", help=f"also {', '.join(PEERS)}")
     parser.add_argument("--alone", action="store_true", help="without ClipLoss, which at 32,768 pairs takes 22 GB")
     parser.add_argument("--json", metavar="FILE", help="write all rows to this file")

@@ -79,13 +79,18 @@ def registered(name: str, leaves: list[Tensor], scale: Tensor) -> Callable[[], T
 
 
 def measure(name: str, batch: int, width: int, device: str, repeats: int, alone: bool) -> dict:
-    """Bytes of one step and median seconds of several, and of ClipLoss's in turns, in this process."""
+    """Bytes of one step and median seconds of several, and of ClipLoss's in turns, in this process.
+
+    Without repeats: seconds of the step that memory was measured by.
+    """
     stepper(name, 64, width, device)()  # libraries allocate on first use
     step, cuda = stepper(name, batch, width, device), device.startswith("cuda")
+    clock = time.perf_counter if cuda else time.process_time
+    start = clock()
     found: dict = {"bytes": extra_bytes(step, cuda)}
+    first = clock() - start
     steps = {"seconds": step} | ({} if alone else {"stock_seconds": stepper(STOCK, batch, width, device)})
     taken: dict[str, list[float]] = {key: [] for key in steps}
-    clock = time.perf_counter if cuda else time.process_time
     for _ in range(repeats):
         for key, function in steps.items():
             start = clock()
@@ -93,4 +98,6 @@ def measure(name: str, batch: int, width: int, device: str, repeats: int, alone:
             if cuda:
                 torch.cuda.synchronize()
             taken[key].append(clock() - start)
-    return found | {key: statistics.median(values) for key, values in taken.items()}
+    return found | (
+        {key: statistics.median(values) for key, values in taken.items()} if repeats else {"seconds": first}
+    )

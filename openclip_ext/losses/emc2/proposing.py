@@ -51,8 +51,11 @@ class _Gradient:
     def __init__(self, pairs: PairBatch, chains: list[Chain], share: Tensor) -> None:
         self._pairs, self._chains, self._share = pairs, chains, share
         self._sums = PairSums(pairs)
-        self._tile = pairs.tile or fitting_tile(chains[0].columns, pairs.image.device)
+        columns, device = chains[0].columns, pairs.image.device
+        self._tile = pairs.tile or fitting_tile(columns, device)
         self._together = max(pairs.sizes) <= self._tile
+        if pairs.tile is None and not self._together:
+            self._tile = fitting_tile(2 * columns, device)  # walks keep several numbers of each proposal
         self._kept: list[Tensor] = []
 
     def tiles(self) -> Iterator[tuple[int, slice]]:
