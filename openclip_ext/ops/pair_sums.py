@@ -120,11 +120,23 @@ def score_weighted_loss(
                 sums.add(direction, columns, factor[direction], all_factor[1 - direction])
         sums.scale = torch.linalg.vecdot(pairs.image, sums.features[0]).sum()
         for direction, columns in enumerate(in_stored):
-            of_columns = None if stored_factor is None else stored_factor[1 - direction]
-            sums.scale += sums.add(direction, columns, factor[direction], of_columns, True) / pairs.logit_scale
+            both_ways = () if stored_factor is None else (stored_factor[1 - direction], centre(pairs, direction))
+            sums.scale += sums.add_stored(direction, columns, factor[direction], *both_ways) / pairs.logit_scale
         return sums
 
     return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), sums, pairs)
+
+
+def centre(pairs: PairBatch, direction: int) -> Tensor:
+    """The mean of the batch's columns of a direction but an anchor's own, (B, D), to which stored columns are moved.
+
+    All anchors are pulled to their positives and pushed from their negatives. In the batch alone these are the same
+    features, so that the noise of their mean cancels. Against a mean of other features it stays, and outweighs what
+    stored pairs bring where features lie in a narrow cone, as those of trained towers do. In expectation nothing
+    changes, but for a mean that has moved since they were stored, which is put right too.
+    """
+    own, all_columns = ((pairs.text, pairs.all_text), (pairs.image, pairs.all_image))[direction]
+    return (all_columns.sum(0) - own.detach()) / max(1, len(all_columns) - 1)
 
 
 def loss_with_sums(pairs: PairBatch, *, value: Tensor, sums: "PairSums") -> Tensor:
@@ -177,22 +189,38 @@ class PairSums:
             self.features[0].addmm_(weights, columns.columns[place])
             self.features[1][place].addmm_(weights.T, columns.anchors)
 
-    def add(
-        self, direction: int, columns: Columns, factor: Tensor, column_factor: Tensor | None, with_scores: bool = False
-    ) -> Tensor:
-        """Own anchors (B,) with all columns (C,), each of which is an anchor of the other direction too.
-
-        Returns `sum_ij w_ij s_ij` over own anchors i, () if `with_scores`, else 0.
-        """
-        total = torch.zeros_like(self.scale)
+    def add(self, direction: int, columns: Columns, factor: Tensor, column_factor: Tensor) -> None:
+        """Own anchors (B,) with columns of all ranks (C,), each of which is an anchor of the other direction too."""
         for place, scores, same in columns:
             weights = _weights(scores, same, factor[:, None])
             self.positive += weights.sum(1)
-            if with_scores:
-                total += (weights * scores).sum()
+            weights += _weights(scores, same, column_factor[place])
+            self.features[direction].addmm_(weights, columns.columns[place])
+
+    def add_stored(
+        self,
+        direction: int,
+        columns: Columns,
+        factor: Tensor,
+        column_factor: Tensor | None = None,
+        centre: Tensor | None = None,
+    ) -> Tensor:
+        """Own anchors (B,) with stored columns (C,); returns `sum_ij w_ij s_ij` over own anchors i, ().
+
+        Where `column_factor` (C,) is given, each column is an anchor of the other direction too, and where `centre`
+        (B, D) is, columns are moved to have that mean, in what they push with but not in their weights.
+        """
+        total, weight = torch.zeros_like(self.scale), torch.zeros_like(self.positive)
+        for place, scores, same in columns:
+            weights = _weights(scores, same, factor[:, None])
+            self.positive += weights.sum(1)
+            total += (weights * scores).sum()
             if column_factor is not None:
                 weights += _weights(scores, same, column_factor[place])
+            weight += weights.sum(1)
             self.features[direction].addmm_(weights, columns.columns[place])
+        if centre is not None:
+            self.features[direction] += weight[:, None] * (centre - columns.columns.mean(0))
         return total
 
     def gradients(self, pairs: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
