@@ -1,103 +1,82 @@
-"""Time and peak memory of the geometric consistency term, forward and backward, against its form over pairs.
+"""Time and extra memory of every loss, forward and backward, against OpenCLIP's ClipLoss in the same run.
 
     python scripts/bench_loss.py
-    python scripts/bench_loss.py --batches 512 4096 --width 512 --device cuda --json
+    python scripts/bench_loss.py --losses dcl emc2+kernel=mh --batches 8192 --widths 512 768 --json loss.json
+    python scripts/bench_loss.py --losses clip --batches 32768 --alone
 
-The naive form builds the matrices of similarities, as the formula is written. Each measurement runs in a process of its
-own; its peak is what the process (or the GPU) holds beyond the features. Time is the median of several repeats.
+Each loss is measured in a process of its own, for each batch and width: first the memory of one step, what the process
+(or the GPU) holds at its peak beyond the features and what the loss remembers; then time, in turns with ClipLoss.
+Seconds are the CPU's (on a GPU: passed), medians of several repeats. Every sample has been seen before.
+
+`geometric_consistency` is a term; `geometric_consistency_naive` builds its matrices of similarities, as its formula is
+written. `--peers` adds losses of other packages, where they are installed.
 """
 
 import argparse
+import concurrent.futures
 import json
 import math
-import resource
-import statistics
-import subprocess
+import multiprocessing
 import sys
-import time
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from runs.loss_picture import draw
+from runs.loss_steps import STOCK, VIEWS, measure
+from runs.peers import PEERS
 
-from openclip_ext import create_loss
-
-
-def naive(image: Tensor, text: Tensor, image_aug: Tensor, text_aug: Tensor) -> Tensor:
-    cross, images, texts = image @ text.T, image @ image.T, text @ text.T
-    total = (cross - cross.T).square().sum() + (images - texts).square().sum()
-    total = total + (images - image_aug @ image_aug.T).square().sum() + (texts - text_aug @ text_aug.T).square().sum()
-    gaps = (image * text).sum(1) - (image_aug * text_aug).sum(1)
-    return total / len(image) + gaps.square().mean()
+from openclip_ext.registry import registered_names
 
 
-def ours():
-    objective = create_loss("clip", num_samples=2, terms={"geometric_consistency": {}})
-    term = objective.terms["geometric_consistency"]
+def measured(args: argparse.Namespace, name: str, batch: int, width: int) -> dict | None:
+    """What `measure` finds in a process of its own; None, and a line: a loss of another package does not run here."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["open_clip", "openclip_ext.losses"])  # imported once
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        try:
+            found = pool.submit(measure, name, batch, width, args.device, args.repeats, args.alone).result()
+        except Exception as error:
+            if name in PEERS:
+                print(f"{name:<32}skipped: {error}", flush=True)
+                return None
+            sys.exit(f"error: {name}, batch {batch}, width {width}: {error}")
+    return {"loss": name, "batch": batch, "width": width, "device": args.device, **found}
 
-    def value(image, text, image_aug, text_aug):
-        views = {"image_features_aug": image_aug, "text_features_aug": text_aug}
-        return term(image, text, torch.tensor(1.0), **views, output_dict=False)
 
-    return value
-
-
-def measure(form: str, batch: int, width: int, device: str, repeats: int) -> dict:
-    """Median seconds, peak bytes beyond the features, and the value, in this process."""
-    function = naive if form == "naive" else ours()
-    torch.manual_seed(0)
-    leaves = [normalize(torch.randn(batch, width, device=device), dim=-1).requires_grad_() for _ in range(4)]
-    cuda = device.startswith("cuda")
-
-    def peak() -> int:
-        return torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    small = [leaf[:32].detach().requires_grad_() for leaf in leaves]
-    function(*small).backward()  # libraries allocate on first use
-    before, seconds = peak(), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        value = function(*leaves)
-        value.backward()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        for leaf in leaves:
-            leaf.grad = None
-    return {"seconds": statistics.median(seconds), "bytes": peak() - before, "value": value.item()}
+def line(row: dict, stock_bytes: float) -> str:
+    ratios = [row["seconds"] / row.get("stock_seconds", math.nan), row["bytes"] / stock_bytes]
+    time_ratio, memory_ratio = ("" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios)
+    return (
+        f"{row['loss']:<32}{row['batch']:>7}{row['width']:>7}{1e3 * row['seconds']:>10.0f} ms{time_ratio:>8}"
+        f"{row['bytes'] / 1e6:>10.0f} MB{memory_ratio:>8}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--losses", nargs="+", metavar="NAME[+OPTION=VALUE…]", help="default: all that are registered")
+    parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024, 2048, 8192], help="G")
+    parser.add_argument("--widths", type=int, nargs="+", default=[512], help="D")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per row")
-    parser.add_argument("--form", choices=["ours", "naive"], help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=5, help="0: time the one step whose memory is measured")
+    parser.add_argument("--peers", action="store_true", help=f"also {', '.join(PEERS)}")
+    parser.add_argument("--alone", action="store_true", help="without ClipLoss, which at 32,768 pairs takes 22 GB")
+    parser.add_argument("--json", metavar="FILE", help="write all rows to this file")
+    parser.add_argument("--picture", metavar="FILE", help="draw time and memory over the batch, a line per loss")
     args = parser.parse_args()
-    if args.form:
-        print(json.dumps(measure(args.form, args.batches[0], args.width, args.device, args.repeats)))
-        return
-    if not args.json:
-        print(f"{'G':>7}{'ours':>12}{'naive':>12}{'time':>9}{'ours':>12}{'naive':>12}{'memory':>9}")
-    for batch in args.batches:
-        row = {"batch": batch, "width": args.width, "device": args.device}
-        for form in ("ours", "naive"):
-            command = [sys.executable, __file__, "--form", form, "--batches", batch, "--width", args.width]
-            command += ["--device", args.device, "--repeats", args.repeats]
-            output = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
-            row[form] = json.loads(output)
-        if args.json:
-            print(json.dumps(row), flush=True)
-            continue
-        columns = [f"{batch:>7}"]
-        for key, factor, unit in (("seconds", 1e3, "ms"), ("bytes", 1e-6, "MB")):
-            mine, other = row["ours"][key], row["naive"][key]
-            columns.append(
-                f"{factor * mine:>9.0f} {unit}{factor * other:>9.0f} {unit}{mine / other if other else math.nan:>9.3f}"
-            )
-        print("".join(columns), flush=True)
+    names = args.losses or [*registered_names(), "emc2+kernel=mh", *VIEWS]
+    names = ([] if args.alone else [STOCK]) + names + (list(PEERS) if args.peers else [])
+    rows: list[dict] = []
+    print(f"{'loss':<32}{'G':>7}{'D':>7}{'time':>13}{'ratio':>8}{'memory':>13}{'ratio':>8}")
+    for width in args.widths:
+        for batch in args.batches:
+            found = [row for name in names if (row := measured(args, name, batch, width))]
+            rows += found
+            stock_bytes = math.nan if args.alone else found[0]["bytes"]
+            print("\n".join(line(row, stock_bytes) for row in found), flush=True)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"settings": vars(args), "rows": rows}, file, indent=1)
+    if args.picture:
+        draw(rows, args.picture)
 
 
 if __name__ == "__main__":

@@ -158,12 +158,15 @@ def recent_weight(form, log_sum, count, positive, negatives):
 def with_recent_pairs(form, fresh, stored, scale, negatives):
     """A scalar with the gradient of a batch that stored pairs have joined, by loops over anchors and columns.
 
+    Stored columns push as if their mean were that of the batch's other columns.
+
     `fresh` and `stored`: (image, text, ids); in `stored` log sums (2, S) and counts (S,) of its anchors follow.
     """
     image, text, ids = fresh
     old_image, old_text, old_ids, log_sums, counts = stored
     constant = scale.detach()
     total = 0.0
+    met = torch.zeros(2, len(ids), dtype=image.dtype)  # the weight with which an image or a text meets stored ones
     for direction, (anchors, columns, old_anchors, old_columns) in enumerate(
         ((image, text, old_image, old_text), (text, image, old_text, old_image))
     ):
@@ -173,14 +176,22 @@ def with_recent_pairs(form, fresh, stored, scale, negatives):
             positive = scale * anchors[i] @ columns[i]
             scores = torch.stack([scale * anchors[i] @ other for other in others])
             offset = recent_weight(form, scores.logsumexp(0), len(others), positive, negatives).detach()
-            total = total + ((scores - offset).exp().detach() * (scores - positive)).sum()
+            weights = (scores - offset).exp().detach()
+            met[direction, i] += weights[sum(bool(ids[j] != ids[i]) for j in range(len(ids))) :].sum()
+            total = total + (weights * (scores - positive)).sum()
         for a in range(len(old_ids)):
             others = [columns[j] for j in range(len(ids)) if ids[j] != old_ids[a]]
             scores = torch.stack([constant * old_anchors[a] @ other for other in others])
             log_sum = torch.logaddexp(log_sums[direction][a], scores.logsumexp(0))
             positive = constant * old_anchors[a] @ old_columns[a]
             offset = recent_weight(form, log_sum, int(counts[a]) + len(others), positive, negatives).detach()
-            total = total + ((scores - offset).exp().detach() * scores).sum()
+            weights = (scores - offset).exp().detach()
+            met[1 - direction, [j for j in range(len(ids)) if ids[j] != old_ids[a]]] += weights
+            total = total + (weights * scores).sum()
+    for kind, (anchors, columns, old_columns) in enumerate(((image, text, old_text), (text, image, old_image))):
+        for i in range(len(ids)):  # stored columns are moved to the mean of the batch's others
+            others = torch.stack([columns[j] for j in range(len(ids)) if j != i]).detach()
+            total = total + met[kind, i] * constant * anchors[i] @ (others.mean(0) - old_columns.mean(0))
     return total / (2 * len(ids))
 
 

@@ -188,6 +188,32 @@ def tiled_steps(rank, num_ranks, sizes, tile):
     return gradients
 
 
+def chain_steps(rank, num_ranks, sizes, tile, kernel):
+    """Of three steps of emc2: all ranks' averaged gradients, reports, and where the chains are at the end."""
+    import oracles
+    from openclip_ext import create_loss
+    from openclip_ext.ops.gather import gather_rows, gather_sizes
+
+    options = {"num_samples": 90, "embed_dim": 4, "decoupled": False, "recent_batches": 1, "recent_check": 1}
+    loss = create_loss("emc2", kernel=kernel, loss_tile=tile, rank=rank, world_size=num_ranks, **options)
+    own, found, again = slice(sum(sizes[:rank]), sum(sizes[: rank + 1])), [], {}
+    for step in range(4):
+        image, text = (x[own].requires_grad_() for x in oracles.unit(2, sum(sizes), 4, seed=step))
+        scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+        ids = torch.randperm(90, generator=torch.Generator().manual_seed(step))[: sum(sizes)]
+        again = again if loss.probe == "encode" else {}
+        outputs = loss(image, text, scale, sample_ids=ids[own], **again)
+        if loss.probe == "keep":
+            again = {"image_features_again": image.detach(), "text_features_again": text.detach()}
+        outputs["contrastive_loss"].backward()
+        gathered = [gather_rows(x.grad, gather_sizes(len(x), num_ranks, x.device)) for x in (image, text)]
+        total = gather_rows(scale.grad[None], (1,) * num_ranks).sum()
+        found.append([x.detach() for x in (*outputs.values(), *(x / num_ranks for x in (*gathered, total)))])
+        loss.commit()
+    assert outputs["recent_batches_used"] == 1
+    return found, loss.base.stored_ids(torch.arange(90))
+
+
 def a_step_that_is_not_taken(rank, num_ranks, shards, bad_rank):
     """What is said of it, where a sample's features are not finite on one rank, and what ends the run."""
     from openclip_ext.data.listing import list_shards

@@ -42,8 +42,8 @@ def create_loss(
         vocab_size: V, token ids of captions run from 0 to V - 1. For `caption_words`.
         special_token_ids: those that are no words; padding too, if it has an id of its own.
         end_token_id: what follows it in a caption is padding, as in CLIP's, which pads with 0: the id of `!`.
-        loss_tile: columns whose scores with this rank's anchors are formed at once; None: by their number. `emc2` forms
-            all.
+        loss_tile: columns whose scores with this rank's anchors are formed at once; None: by their number. `emc2`
+            with kernel=mh: anchors whose scores with all columns are.
         terms: term name to its options, among them `weight` (default 1), a number or a line over training, such as
             `{"brownian_bridge": {"weight": 0.25}, "geometric_consistency": {"weight": "0:0.1@0.5"}}`.
         **options: options of the loss; strings are converted to the declared type.

@@ -60,24 +60,28 @@ def gather_rows_with_grad(rows: Tensor, sizes: tuple[int, ...], rank: int) -> Te
 
 
 @torch.no_grad()
-def exchange_columns(rows: Tensor, sizes: tuple[int, ...], rank: int) -> Tensor:
+def exchange_columns(
+    rows: Tensor, sizes: tuple[int, ...], rank: int, row_sizes: tuple[int, ...] | None = None
+) -> Tensor:
     """This rank's columns of the matrix whose rows are spread over ranks, transposed.
 
     Args:
-        rows: this rank's rows, (B, G).
-        sizes: rows on each rank.
+        rows: this rank's rows, (b, G).
+        sizes: columns of each rank.
         rank: of this process.
+        row_sizes: rows on each rank; None: as `sizes`.
 
     Returns:
-        (B, G): row j is the column of this rank's row j.
+        (B, sum(row_sizes)): row j is the column of this rank's pair j.
     """
     if len(sizes) == 1:
         return rows.T
+    row_sizes = row_sizes or sizes
     blocks = torch.cat([part.flatten() for part in rows.split(sizes, dim=1)])
     own = sizes[rank]
-    received = blocks.new_empty(own * sum(sizes))
-    shares = [own * size for size in sizes]
-    dist.all_to_all_single(received, blocks, shares, shares)
+    received = blocks.new_empty(own * sum(row_sizes))
+    shares, sent = [own * size for size in row_sizes], [len(rows) * size for size in sizes]
+    dist.all_to_all_single(received, blocks, shares, sent)
     return torch.cat([part.view(-1, own) for part in received.split(shares)]).T
 
 

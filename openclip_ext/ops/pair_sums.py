@@ -5,6 +5,8 @@ once for the sums and, unless there is only one tile, once more for the gradient
 and not with its square. In one process a tile serves both directions: anchors of one are columns of the other.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -14,14 +16,18 @@ from openclip_ext.ops.pairs import Columns, PairBatch, occurrences
 
 
 @torch.no_grad()
-def log_mean_ratio(pairs: PairBatch) -> Tensor:
+def log_mean_ratio(pairs: PairBatch, log_sum: Tensor | None = None) -> Tensor:
     """`log mean_j r_ij` over the negatives j of each anchor of this rank, shape (2, B), detached.
 
     -inf for an anchor without any negative.
+
+    Args:
+        pairs: the global batch.
+        log_sum: (2, B), `log sum_j exp(s_ij)` over the negatives in the batch, where that is known.
     """
-    if len(pairs.sizes) == 1:
+    if log_sum is None and len(pairs.sizes) == 1:
         log_sum = torch.stack(_log_sums(pairs.in_batch[0]))
-    else:
+    elif log_sum is None:
         log_sum = torch.stack([_log_sums(columns)[0] for columns in pairs.in_batch])
     if pairs.stored is not None:
         log_sum = torch.logaddexp(log_sum, torch.stack([_log_sums(columns)[0] for columns in pairs.in_stored]))
@@ -81,43 +87,82 @@ def pair_loss(
             the log of the number of its negatives. All are detached.
     """
     factor = log_weight - pairs.log_count - pairs.positive
-    scalars = torch.cat([value.masked_fill(pairs.batch_count == 0, 0.0), factor]).detach()
-    all_value, all_factor = pairs.gathered(scalars).chunk(2)
-    stored_factor = None
-    if stored_log_weight is not None:
-        stored_factor = stored_log_weight - pairs.joined.positive
-    return _PairLoss.apply(
-        pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), factor, all_factor, stored_factor, pairs
+    if stored_log_weight is None:
+        return score_weighted_loss(pairs, value=value, factor=factor)
+    stored_factor = stored_log_weight - pairs.joined.positive
+    return score_weighted_loss(
+        pairs, value=value, factor=factor, in_stored=pairs.in_stored, stored_factor=stored_factor
     )
 
 
-class _PairLoss(torch.autograd.Function):
-    """Computes the gradient with the value, so that no score of a pair is kept for the backward pass.
+def score_weighted_loss(
+    pairs: PairBatch, *, value: Tensor, factor: Tensor, in_stored: Sequence[Columns] = (),
+    stored_factor: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `pair_loss`, with the weights `w_ij = exp(s_ij + factor_i)`.
 
-    A pair's weight is `exp(s_ij + factor_i)`: of own anchors (2, B), of all (2, G), of stored ones (2, S) or None.
+    Args:
+        pairs: the global batch.
+        value: (2, B), the value of each own anchor.
+        factor: (2, B), of own anchors.
+        in_stored: own anchors of each direction and stored columns, if there are stored pairs.
+        stored_factor: (2, S), of stored anchors; None: they take no part, only stored columns do. All are detached.
     """
+    scalars = torch.cat([_counted(pairs, value), factor]).detach()
+    all_value, all_factor = pairs.gathered(scalars).chunk(2)
+
+    def sums() -> PairSums:
+        sums = PairSums(pairs)
+        if len(pairs.sizes) == 1:
+            sums.add_both_directions(pairs.in_batch[0], factor)
+        else:
+            for direction, columns in enumerate(pairs.in_batch):
+                sums.add(direction, columns, factor[direction], all_factor[1 - direction])
+        sums.scale = torch.linalg.vecdot(pairs.image, sums.features[0]).sum()
+        for direction, columns in enumerate(in_stored):
+            both_ways = () if stored_factor is None else (stored_factor[1 - direction], centre(pairs, direction))
+            sums.scale += sums.add_stored(direction, columns, factor[direction], *both_ways) / pairs.logit_scale
+        return sums
+
+    return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), sums, pairs)
+
+
+def centre(pairs: PairBatch, direction: int) -> Tensor:
+    """The mean of the batch's columns of a direction but an anchor's own, (B, D), to which stored columns are moved.
+
+    All anchors are pulled to their positives and pushed from their negatives. In the batch alone these are the same
+    features, so that the noise of their mean cancels. Against a mean of other features it stays, and outweighs what
+    stored pairs bring where features lie in a narrow cone, as those of trained towers do. In expectation nothing
+    changes, but for a mean that has moved since they were stored, which is put right too.
+    """
+    own, all_columns = ((pairs.text, pairs.all_text), (pairs.image, pairs.all_image))[direction]
+    return (all_columns.sum(0) - own.detach()) / max(1, len(all_columns) - 1)
+
+
+def loss_with_sums(pairs: PairBatch, *, value: Tensor, sums: "PairSums") -> Tensor:
+    """As `pair_loss`, with what the gradient is made of given. `value` is (2, B), of own anchors, detached."""
+    all_value = pairs.gathered(_counted(pairs, value))
+    return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), lambda: sums, pairs)
+
+
+def _counted(pairs: PairBatch, value: Tensor) -> Tensor:
+    """Values of anchors, 0 for those that have no negative in the batch."""
+    return value.masked_fill(pairs.batch_count == 0, 0.0)
+
+
+class _PairLoss(torch.autograd.Function):
+    """Computes the gradient with the value, so that no score of a pair is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, image, text, logit_scale, value, factor, all_factor, stored_factor, pairs):
+    def forward(ctx, image, text, logit_scale, value, sums, pairs):
         if any(ctx.needs_input_grad):
-            sums = PairSums(pairs)
-            if len(pairs.sizes) == 1:
-                sums.add_both_directions(pairs.in_batch[0], factor)
-            else:
-                for direction, columns in enumerate(pairs.in_batch):
-                    sums.add(direction, columns, factor[direction], all_factor[1 - direction])
-            sums.scale = torch.linalg.vecdot(pairs.image, sums.features[0]).sum()
-            if stored_factor is not None:
-                for direction, columns in enumerate(pairs.in_stored):
-                    scale = sums.add(direction, columns, factor[direction], stored_factor[1 - direction], True)
-                    sums.scale += scale / pairs.logit_scale
-            ctx.save_for_backward(*sums.gradients(pairs))
+            ctx.save_for_backward(*sums().gradients(pairs))
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_value):
-        return *(grad_value * gradient for gradient in ctx.saved_tensors), None, None, None, None, None
+        return *(grad_value * gradient for gradient in ctx.saved_tensors), None, None, None
 
 
 class PairSums:
@@ -144,21 +189,38 @@ class PairSums:
             self.features[0].addmm_(weights, columns.columns[place])
             self.features[1][place].addmm_(weights.T, columns.anchors)
 
-    def add(
-        self, direction: int, columns: Columns, factor: Tensor, column_factor: Tensor, with_scores: bool = False
-    ) -> Tensor:
-        """Own anchors (B,) with all columns (C,), each of which is an anchor of the other direction too.
-
-        Returns `sum_ij w_ij s_ij` over own anchors i, () if `with_scores`, else 0.
-        """
-        total = torch.zeros_like(self.scale)
+    def add(self, direction: int, columns: Columns, factor: Tensor, column_factor: Tensor) -> None:
+        """Own anchors (B,) with columns of all ranks (C,), each of which is an anchor of the other direction too."""
         for place, scores, same in columns:
             weights = _weights(scores, same, factor[:, None])
             self.positive += weights.sum(1)
-            if with_scores:
-                total += (weights * scores).sum()
             weights += _weights(scores, same, column_factor[place])
             self.features[direction].addmm_(weights, columns.columns[place])
+
+    def add_stored(
+        self,
+        direction: int,
+        columns: Columns,
+        factor: Tensor,
+        column_factor: Tensor | None = None,
+        centre: Tensor | None = None,
+    ) -> Tensor:
+        """Own anchors (B,) with stored columns (C,); returns `sum_ij w_ij s_ij` over own anchors i, ().
+
+        Where `column_factor` (C,) is given, each column is an anchor of the other direction too, and where `centre`
+        (B, D) is, columns are moved to have that mean, in what they push with but not in their weights.
+        """
+        total, weight = torch.zeros_like(self.scale), torch.zeros_like(self.positive)
+        for place, scores, same in columns:
+            weights = _weights(scores, same, factor[:, None])
+            self.positive += weights.sum(1)
+            total += (weights * scores).sum()
+            if column_factor is not None:
+                weights += _weights(scores, same, column_factor[place])
+            weight += weights.sum(1)
+            self.features[direction].addmm_(weights, columns.columns[place])
+        if centre is not None:
+            self.features[direction] += weight[:, None] * (centre - columns.columns.mean(0))
         return total
 
     def gradients(self, pairs: PairBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,12 +46,14 @@ class Columns:
         column_ids: (C,).
         logit_scale: ().
         tile: T; None: by `fitting_tile`.
+        left_out: (B,) ids of samples that count as the anchor's own too, one per anchor.
     """
 
     def __init__(
-        self, anchors: Tensor, columns: Tensor, ids: Tensor, column_ids: Tensor, logit_scale: Tensor, tile: int | None
-    ) -> None:
-        self.columns, self._column_ids = columns, column_ids
+        self, anchors: Tensor, columns: Tensor, ids: Tensor, column_ids: Tensor, logit_scale: Tensor,
+        tile: int | None, left_out: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.columns, self._column_ids, self._left_out = columns, column_ids, left_out
         self.anchors, self._ids, self._logit_scale = anchors.detach(), ids, logit_scale.detach()
         self._tile = tile or fitting_tile(len(anchors), anchors.device)
         self._kept: tuple[slice, Tensor, Tensor] | None = None
@@ -60,22 +62,50 @@ class Columns:
         return len(self.columns)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        if len(self) <= self._tile or self._kept is not None:
+        if self.fit:
             yield self.whole
             return
         for start in range(0, len(self), self._tile):
-            yield self._form(slice(start, min(start + self._tile, len(self))))
+            place = slice(start, min(start + self._tile, len(self)))
+            yield place, *self._form(slice(None), place)
+
+    @property
+    def fit(self) -> bool:
+        """Whether all columns are one tile."""
+        return len(self) <= self._tile
 
     @property
     def whole(self) -> tuple[slice, Tensor, Tensor]:
         """All columns as one tile, which is kept."""
         if self._kept is None:
-            self._kept = self._form(slice(0, len(self)))
+            self._kept = slice(0, len(self)), *self._form(slice(None), slice(None))
         return self._kept
 
-    def _form(self, place: slice) -> tuple[slice, Tensor, Tensor]:
-        scores = self.anchors @ (self._logit_scale * self.columns[place]).T
-        return place, scores, self._ids[:, None] == self._column_ids[place]
+    def of_rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Scores of the anchors `rows` with all columns, and whether both are one sample, (b, C) each."""
+        if not self.fit:
+            return self._form(rows, slice(None))
+        _, scores, same = self.whole
+        return scores[rows], same[rows]
+
+    def at(self, rows: slice, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with some columns `places` (b, n) of each of these anchors alone, (b, n) each."""
+        if self.fit:
+            _, scores, same = self.whole
+            return scores[rows].gather(1, places), same[rows].gather(1, places)
+        scores = self._logit_scale * (self.columns[places] @ self.anchors[rows, :, None]).squeeze(2)
+        return scores, self._same(rows, places)
+
+    def _form(self, rows: slice, place: slice) -> tuple[Tensor, Tensor]:
+        scores = self.anchors[rows] @ (self._logit_scale * self.columns[place]).T
+        return scores, self._same(rows, place)
+
+    def _same(self, rows: slice, place: slice | Tensor) -> Tensor:
+        column_ids = self._column_ids[place]
+        same = self._ids[rows, None] == column_ids
+        if self._left_out is not None:
+            same |= self._left_out[rows, None] == column_ids
+        return same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +159,24 @@ class PairBatch:
         """Own anchors of each direction and stored columns."""
         common = self.ids, self.joined.ids, self.logit_scale, self.tile
         return Columns(self.image, self.joined.text, *common), Columns(self.text, self.joined.image, *common)
+
+    def scores_of(self, direction: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """s_ij of the own anchors `rows` and the batch's columns, and whether both are one sample, (b, G) each."""
+        if self._turned(direction):
+            _, scores, same = self.in_batch[0].whole
+            return scores[:, rows].T.contiguous(), same[:, rows].T
+        return self.in_batch[direction].of_rows(rows)
+
+    def scores_at(self, direction: int, rows: slice, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with some columns `places` (b, n) of each of these anchors alone, (b, n) each."""
+        if self._turned(direction):
+            _, scores, same = self.in_batch[0].whole
+            return scores[:, rows].T.gather(1, places), same[:, rows].T.gather(1, places)
+        return self.in_batch[direction].at(rows, places)
+
+    def _turned(self, direction: int) -> bool:
+        """Whether the other direction's scores are at hand: a copy costs a tenth of a product."""
+        return direction == 1 and len(self.sizes) == 1 and self.in_batch[0].fit
 
     @cached_property
     def batch_count(self) -> Tensor:

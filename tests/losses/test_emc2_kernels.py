@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from openclip_ext.losses.emc2.kernels import metropolis_hastings, resampled
+from openclip_ext.losses.emc2.kernels import metropolis_hastings, resampled, states_by_scan, states_by_steps
 
 
 def slow_chain(scores, start, proposals, noise, burn_in):
@@ -37,6 +37,19 @@ def test_the_scan_equals_a_loop_over_steps(steps, burn_in):
     torch.testing.assert_close(visit.weights, weights)
     assert torch.equal(visit.state, state)
     assert visit.acceptance.item() == pytest.approx(acceptance)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 8, 33])
+def test_states_of_a_scan_are_those_of_steps(steps):
+    score, noise = torch.randn(steps, 40).double(), -torch.rand(steps, 40).double().log()
+    score[torch.rand(steps, 40) < 0.3] = -torch.inf
+    least = torch.finfo(score.dtype).min
+    candidate = torch.stack([score.clamp_min(least), torch.randint(9, (steps, 40)).double()], dim=1)
+    state = torch.stack([torch.randn(40).double(), torch.randint(9, (40,)).double()])
+    state[:, ::3] = torch.tensor([least, -1.0], dtype=torch.float64)[:, None]
+    expected = states_by_steps(score + noise, candidate, state)
+    torch.testing.assert_close(states_by_scan(score + noise, candidate.clone(), state), expected, rtol=0, atol=0)
+    assert 0 < expected[1].mean() < 1 or steps == 1
 
 
 def test_resampling_draws_from_the_softmax():

@@ -7,23 +7,27 @@ from open_clip.loss import ClipLoss, SigLipLoss
 import oracles
 import rank_jobs
 from openclip_ext import UserError, create_loss
+from openclip_ext.losses.emc2.kernels import metropolis_hastings, resampled
+from openclip_ext.ops.counter_random import uniform
 from openclip_ext.ops.pairs import Columns, fitting_tile
 
 G, D, N = 9, 4, 40
-TILES = (1, 2, 7, G, G + 1)
+TILES = (1, 2, 7, G, G + 1, 64)
 FORMS = {
     "clip": {},
     "dcl": {},
     "batch_corrected": {"num_samples": N},
     "sogclr": {"num_samples": N, "gamma": 0.5},
     "gamma_decomp": {"num_samples": N, "gamma": 0.5},
+    "emc2": {"num_samples": N, "embed_dim": D, "decoupled": False, "gamma": 0.5},
+    "emc2 mh": {"num_samples": N, "embed_dim": D, "kernel": "mh", "bank_dtype": "float32"},
 }
 
 
 def steps(name, tile, recent_batches):
     """Values, gradients and states of four steps, in which recent pairs join as soon as they can."""
     loss = create_loss(
-        name, **FORMS[name], loss_tile=tile, recent_batches=recent_batches, recent_check=1, recent_limit=1e9
+        name.split()[0], **FORMS[name], loss_tile=tile, recent_batches=recent_batches, recent_check=1, recent_limit=1e9
     )
     found, kept = [], None
     for step in range(4):
@@ -51,6 +55,71 @@ def test_any_tile_gives_what_one_gives(name, recent_batches):
     whole = steps(name, None, recent_batches)
     for tile in TILES:
         torch.testing.assert_close(steps(name, tile, recent_batches), whole, rtol=1e-11, atol=1e-11, equal_nan=True)
+
+
+CHAINS = 70  # anchors and columns, more than a block of them
+
+
+def dense_visit(loss, pairs, kernel, step):
+    """The gradient of one visit with matrices of all candidates, and the samples where the chains are then, (2, B)."""
+    (image, text, scale), ids = pairs
+    leaves = [x.clone().requires_grad_() for x in (image, text, scale)]
+    stored_ids, stored = loss.base.stored_ids(ids), loss.base.bank.embedding.read(ids).double()
+    total, states = 0.0, []
+    for direction in range(2):
+        anchors, columns = leaves[direction], leaves[1 - direction]
+        scores = leaves[2] * anchors @ columns.T
+        positive, old = scores.diagonal(), stored_ids[direction]
+        held = leaves[2] * (anchors * stored[direction]).sum(1)
+        present = ids == old[:, None]
+        waiting = (old >= 0) & ~present.any(1)
+        same = ids == ids[:, None]
+        candidates = scores.masked_fill(same, -torch.inf).diagonal_scatter(held.masked_fill(~waiting, -torch.inf))
+        own = torch.arange(len(ids))
+        start = torch.where(waiting, own, torch.where(present.any(1), present.int().argmax(1), -1))
+        if kernel == "isir":
+            visit = resampled(candidates.detach(), start, uniform(step, ids, direction))
+        else:
+            count = len(ids) - 1
+            draws = [
+                (uniform(step, torch.arange(count), 2 * stream)[:, None] + uniform(step, ids, 2 * stream + 1)).frac()
+                for stream in (2 * direction, 2 * direction + 1)
+            ]
+            proposals = (draws[0] * len(ids)).long().clamp_max(count)
+            noise = -draws[1].clamp_min(2.0**-25).log()
+            visit = metropolis_hastings(candidates.detach(), start, proposals, noise, count // 2)
+        terms = (visit.weights * (candidates - positive[:, None]).nan_to_num(neginf=0.0)).sum(1)
+        total = total + terms.mean() / 2
+        states.append(torch.where(visit.state == own, old, ids[visit.state]))
+    return torch.autograd.grad(total, leaves), torch.stack(states)
+
+
+@pytest.mark.parametrize("tile", [None, 1, 7, 64, CHAINS, CHAINS + 1])
+@pytest.mark.parametrize("kernel", ["isir", "mh"])
+def test_chains_are_those_of_matrices(kernel, tile):
+    options = {"num_samples": 2 * CHAINS, "embed_dim": D, "bank_dtype": "float32"}
+    loss = create_loss("emc2", kernel=kernel, loss_tile=tile, **options)
+    for step in range(4):
+        image, text = oracles.unit(2, CHAINS, D, seed=step)
+        ids = torch.randperm(2 * CHAINS, generator=torch.Generator().manual_seed(step))[:CHAINS]
+        ids[3] = ids[8]
+        leaves = [image.requires_grad_(), text.requires_grad_(), torch.tensor(6.0).double().requires_grad_()]
+        expected, states = dense_visit(loss, ([x.detach() for x in leaves], ids), kernel, torch.tensor(step))
+        value = loss(*leaves, sample_ids=ids)["contrastive_loss"]
+        for found, wanted in zip(torch.autograd.grad(value, leaves), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+        loss.commit()
+        once = ids != ids[3]
+        assert torch.equal(loss.base.stored_ids(ids)[:, once], states[:, once])
+
+
+@pytest.mark.parametrize(("sizes", "tile"), [([30, 40], 1), ([30, 40], 7), ([30, 40], None), ([20, 9, 25, 16], 7)])
+@pytest.mark.parametrize("kernel", ["isir", "mh"])
+def test_chains_on_ranks_of_unequal_size_equal_those_on_one(ranks, kernel, sizes, tile):
+    (single,) = ranks.run(rank_jobs.chain_steps, 1, [CHAINS], None, kernel)
+    several = ranks.run(rank_jobs.chain_steps, len(sizes), sizes, tile, kernel)
+    for found in several:
+        torch.testing.assert_close(found, single, rtol=1e-6, atol=1e-6)  # reports are float32
 
 
 @pytest.mark.parametrize("tile", [None, *TILES])

@@ -1,15 +1,30 @@
 """The candidates of a chain's visit, and what to tell of it."""
 
-import functools
-from collections.abc import Iterable
+import dataclasses
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from openclip_ext.losses.emc2.kernels import Visit
 from openclip_ext.ops.gather import gather_rows, mean_over_ranks
-from openclip_ext.ops.pair_matrix import scores_in_batch, scores_with_stored
-from openclip_ext.ops.pairs import PairBatch
+from openclip_ext.ops.pairs import Columns, PairBatch, fitting_tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Moves:
+    """What a visit makes of the chains of this rank's anchors in one direction.
+
+    Attributes:
+        state: (B,) columns, the chains' states after the visit; -1 where there is no candidate.
+        stored_weight: (B,), weights of stored states in the gradient's expectation.
+        square: (B,), `sum_j w_j^2` over all candidates.
+        acceptance: (), the share of proposals accepted (mh), or of chains that moved (isir).
+    """
+
+    state: Tensor
+    stored_weight: Tensor
+    square: Tensor
+    acceptance: Tensor
 
 
 class Chain:
@@ -20,10 +35,12 @@ class Chain:
     embedding is current.
 
     Attributes:
-        scores: (B, G + S), -inf for what is no candidate.
+        own: (B,) own columns.
         start: (B,) column of the state before the visit; -1: there is none.
         waiting: (B,), whether the own column holds a stored state.
+        held: (B,), score of the stored state that waits; -inf: none does.
         stored_gap: (B,), score of the stored state minus that of the positive, with gradient; 0 where none waits.
+        recent: the anchors and columns of recent steps; None: none join.
 
     Args:
         pairs: the global batch.
@@ -34,46 +51,74 @@ class Chain:
 
     def __init__(self, pairs: PairBatch, direction: int, stored_ids: Tensor, stored: Tensor) -> None:
         anchors, partners = (pairs.text, pairs.image) if direction else (pairs.image, pairs.text)
-        self._pairs, self._direction = pairs, direction
-        self._anchors = anchors
-        self.own = torch.arange(len(anchors), device=anchors.device)[:, None] + pairs.own_rows.start
-        self._positive = pairs.logit_scale * (anchors * partners).sum(1)
-        stored_score = pairs.logit_scale * (anchors * stored).sum(1)
+        self._pairs, self._direction, self._stored_ids = pairs, direction, stored_ids
+        self.own = torch.arange(len(anchors), device=anchors.device) + pairs.own_rows.start
         column = _first_column(pairs.all_ids, stored_ids)
         self.waiting = (stored_ids >= 0) & (column < 0)
-        self.stored_gap = torch.where(self.waiting, stored_score - self._positive, 0.0)
-        with torch.no_grad():
-            in_batch, same = scores_in_batch(pairs, direction)
-            scores = in_batch.masked_fill(same, -torch.inf)
-            held = torch.where(self.waiting, stored_score, -torch.inf)[:, None]
-            self.scores = scores.scatter_(1, self.own, held)
-            if pairs.stored is not None:
-                # A recent column of the sample that waits would be that candidate twice.
-                recent, same = scores_with_stored(pairs, direction)
-                recent = recent.masked_fill(same | (pairs.stored.ids == stored_ids[:, None]), -torch.inf)
-                self.scores = torch.cat([self.scores, recent], dim=1)
-            self.start = torch.where(self.waiting, self.own[:, 0], column)
+        gap = _Gap.apply(anchors, partners, pairs.logit_scale, stored)
+        self.stored_gap = torch.where(self.waiting, gap, 0.0)
+        self.held = (gap.detach() + pairs.positive).masked_fill_(~self.waiting, -torch.inf)
+        self.start = torch.where(self.waiting, self.own, column)
+        self.recent: Columns | None = None
+        if pairs.stored is not None:
+            columns = pairs.stored.image if direction else pairs.stored.text
+            # A recent column of the sample that waits would be that candidate twice.
+            self.recent = Columns(
+                anchors, columns, pairs.ids, pairs.stored.ids, pairs.logit_scale, pairs.tile, stored_ids
+            )
 
-    def in_batch(self, weights: Tensor) -> Tensor:
-        """Weights of the batch's columns, without those of stored states, (B, G)."""
-        return weights[:, : len(self._pairs.all_ids)].scatter(1, self.own, 0.0)
+    @property
+    def columns(self) -> int:
+        """C = G + S, of candidates."""
+        return len(self._pairs.all_ids) + (0 if self.recent is None else len(self.recent))
 
-    def recent_gap(self, weights: Tensor) -> Tensor | float:
-        """The weighted sum of `s_ij - s_ii` over the columns j of recent steps, (B,), with gradient."""
-        recent = self._pairs.stored
-        if recent is None:
-            return 0.0
-        weights = weights[:, len(self._pairs.all_ids) :].to(self._anchors.dtype)
-        mixed = weights @ (recent.image if self._direction else recent.text)
-        return self._pairs.logit_scale * (self._anchors * mixed).sum(1) - weights.sum(1) * self._positive
+    def scores(self, rows: slice) -> Tensor:
+        """Scores of the candidates of the anchors `rows`, (b, C), -inf for what is none."""
+        in_batch, same = self._pairs.scores_of(self._direction, rows)
+        scores = in_batch.masked_fill(same, -torch.inf).scatter_(1, self.own[rows, None], self.held[rows, None])
+        if self.recent is None:
+            return scores
+        recent, same = self.recent.of_rows(rows)
+        return torch.cat([scores, recent.masked_fill(same, -torch.inf)], dim=1)
 
-    def stored_weight(self, visit: Visit) -> Tensor:
-        """Weights of stored states, (B,)."""
-        return visit.weights.gather(1, self.own).squeeze(1)
+    def scores_at(self, rows: slice, places: Tensor) -> Tensor:
+        """Scores of the candidates at some columns `places` (b, w) of the anchors `rows`, -inf for what is none."""
+        size = len(self._pairs.all_ids)
+        scores, same = self._pairs.scores_at(self._direction, rows, places.clamp_max(size - 1))
+        if self.recent is not None:
+            recent = self.recent.at(rows, (places - size).clamp_min(0))
+            scores, same = (torch.where(places < size, *values) for values in zip((scores, same), recent, strict=True))
+        scores = scores.masked_fill(same, -torch.inf)
+        return torch.where(places == self.own[rows, None], self.held[rows, None], scores)
 
-    def moved_to(self, visit: Visit) -> Tensor:
+    def fitting_rows(self, places: int) -> int:
+        """Of how many anchors `scores_at` may be asked at once, with so many columns each."""
+        kept = self._pairs.in_batch[0].fit and self.recent is None
+        return fitting_tile(places * (1 if kept else self._pairs.image.shape[1]), self.own.device)
+
+    def moved_to(self, moves: Moves) -> Tensor:
         """Columns to which the chains moved, (B,); -1 for those that stayed at their stored state."""
-        return visit.state.masked_fill(visit.state == self.own[:, 0], -1)
+        return moves.state.masked_fill(moves.state == self.own, -1)
+
+
+class _Gap(torch.autograd.Function):
+    """`scale * <x, z - y>` of anchors x, partners y and stored states z, (B, D) each; z of any precision."""
+
+    @staticmethod
+    def forward(ctx, anchors, partners, scale, stored):
+        rows = zip(anchors.split(1024), partners.split(1024), stored.split(1024), strict=True)
+        gap = torch.cat([torch.linalg.vecdot(x, z.to(x.dtype) - y) for x, y, z in rows])
+        ctx.save_for_backward(anchors, partners, scale, stored, gap)
+        return scale * gap
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        anchors, partners, scale, stored, gap = ctx.saved_tensors
+        factor = (scale * gradient)[:, None]
+        of_anchors = stored.to(anchors.dtype, copy=True).sub_(partners).mul_(factor)
+        of_stored = (anchors * factor).to(stored.dtype) if ctx.needs_input_grad[3] else None
+        return of_anchors, anchors * -factor, torch.dot(gradient, gap), of_stored
 
 
 def _first_column(all_ids: Tensor, ids: Tensor) -> Tensor:
@@ -84,12 +129,12 @@ def _first_column(all_ids: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def chain_report(chains: list[Chain], visits: list[Visit], ages: Tensor, world_size: int) -> dict[str, Tensor]:
+def chain_report(chains: list[Chain], moves: list[Moves], ages: Tensor, world_size: int) -> dict[str, Tensor]:
     """How chains do, over all ranks and both directions. A collective call when `world_size > 1`.
 
     Args:
         chains: per direction.
-        visits: what a kernel made of them.
+        moves: what a kernel made of them.
         ages: (2, B), optimizer steps since the stored states were stored.
         world_size: W.
 
@@ -102,13 +147,14 @@ def chain_report(chains: list[Chain], visits: list[Visit], ages: Tensor, world_s
     waiting = torch.stack([chain.waiting for chain in chains])
     ages = ages * waiting
     anchors = waiting.shape[1]
+    accepted, weight, square = (
+        torch.stack([getattr(move, name) for move in moves]) for name in ("acceptance", "stored_weight", "square")
+    )
     sums = torch.stack(
         [
-            _sum(visit.acceptance * anchors for visit in visits),
-            _sum(chain.stored_weight(visit).sum() for chain, visit in zip(chains, visits, strict=True)),
-            _sum(
-                (1 / torch.linalg.vector_norm(visit.weights, dim=1).square().clamp_min(1e-12)).sum() for visit in visits
-            ),
+            accepted.sum() * anchors,
+            weight.sum(),
+            (1 / square.clamp_min(1e-12)).sum(),
             ages.sum(),
             waiting.sum(),
             torch.full((), 2.0 * anchors, device=ages.device),
@@ -122,7 +168,3 @@ def chain_report(chains: list[Chain], visits: list[Visit], ages: Tensor, world_s
         "age_max": gather_rows(ages.max()[None], (1,) * world_size).max().float(),
         "effective_samples": effective / anchors,
     }
-
-
-def _sum(values: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, values)

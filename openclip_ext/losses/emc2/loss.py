@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from openclip_ext.errors import UserError
 from openclip_ext.losses.base import PairLoss
 from openclip_ext.losses.context import LossContext, require_widths
-from openclip_ext.losses.emc2.chain import Chain, chain_report
-from openclip_ext.losses.emc2.kernels import Visit, metropolis_hastings, resampled
+from openclip_ext.losses.emc2.chain import Chain, Moves, chain_report
+from openclip_ext.losses.emc2.proposing import propose
+from openclip_ext.losses.emc2.resampling import resample
 from openclip_ext.losses.placement import named_flags, require_placement
 from openclip_ext.losses.recent import RecentOptions, recent_needs
-from openclip_ext.ops.counter_random import uniform
+from openclip_ext.ops.column_draws import block_sums
 from openclip_ext.ops.gather import global_mean
-from openclip_ext.ops.pair_matrix import weighted_pair_loss
-from openclip_ext.ops.pair_sums import log_mean_ratio
+from openclip_ext.ops.pair_sums import log_mean_ratio, loss_with_sums, score_weighted_loss
 from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
@@ -140,11 +140,10 @@ class EMC2Loss(PairLoss):
         """
         assert sample_ids is not None  # as the needs say
         pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
-        chains, visits = self._move_chains(pairs, stored_features, self.steps_taken)
-        log_mean = log_mean_ratio(pairs)
-        loss = self._loss(pairs, log_mean, chains, visits)
+        chains = self._chains(pairs, stored_features)
+        moves, log_mean, loss = self._visit(pairs, chains, self.steps_taken)
         ages = self.steps_taken - self.bank.stored_at.read(pairs.ids)
-        report = chain_report(chains, visits, ages, self.context.world_size)
+        report = chain_report(chains, moves, ages, self.context.world_size)
         if self.recent is not None:
             self.recent.visit(pairs, log_mean, image_features_again, text_features_again)
             report |= self.recent.report()
@@ -167,10 +166,9 @@ class EMC2Loss(PairLoss):
         """
         pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
         # Draws of their own, so that a sample's first step does not repeat them.
-        chains, _ = self._move_chains(pairs, stored_features, torch.full_like(self.steps_taken, -1))
+        self._visit(pairs, self._chains(pairs, stored_features), torch.full_like(self.steps_taken, -1))
         self.bank.commit(self.steps_taken)
         if self.rates is not None:
-            self.rates.visit(pairs, log_mean_ratio(pairs) + self.log_negatives, self.options.gamma)
             self.rates.commit()
 
     def stored_ids(self, sample_ids: Tensor) -> Tensor:
@@ -185,62 +183,56 @@ class EMC2Loss(PairLoss):
             self.rates.commit()
         self.steps_taken += 1
 
-    def _move_chains(
-        self, pairs: PairBatch, stored_features: Tensor | None, step: Tensor
-    ) -> tuple[list[Chain], list[Visit]]:
-        """One visit of the own anchors' chains, per direction, with draws of `step` (); stages their new states."""
+    def _chains(self, pairs: PairBatch, stored_features: Tensor | None) -> list[Chain]:
+        """The own anchors' chains, per direction, as they are before the visit."""
         self.bank.check(pairs.ids)
         ids = self.bank.ids.read(pairs.ids)
         stored = self.bank.embedding.read(pairs.ids) if self.bank.embedding is not None else stored_features
         assert stored is not None  # as the needs say
-        chains = [
-            Chain(pairs, direction, ids[direction], stored[direction].to(pairs.image.dtype)) for direction in range(2)
-        ]
-        visits = [self._visit(chain, pairs.ids, direction, step) for direction, chain in enumerate(chains)]
-        state = torch.stack([chain.moved_to(visit) for chain, visit in zip(chains, visits, strict=True)])
+        return [Chain(pairs, direction, ids[direction], stored[direction]) for direction in range(2)]
+
+    def _visit(self, pairs: PairBatch, chains: list[Chain], step: Tensor) -> tuple[list[Moves], Tensor, Tensor]:
+        """Move the chains with draws of `step` (), and stage their new states.
+
+        Returns the moves, `log mean_j r_ij` over all negatives j of own anchors (2, B), and the loss.
+        """
+        options = self.options
+        if options.kernel == "isir":
+            in_batch = block_sums(pairs)
+            log_mean = log_mean_ratio(pairs, torch.stack([sums.log_sum.logsumexp(1) for sums in in_batch]))
+            value, share = self._value(pairs, log_mean)
+            moves, log_sum = resample(chains, in_batch, pairs.ids, step)
+            recent = [chain.recent for chain in chains if chain.recent is not None]
+            loss = score_weighted_loss(pairs, value=value, factor=share.log() - log_sum, in_stored=recent)
+        else:
+            log_mean = log_mean_ratio(pairs)
+            value, share = self._value(pairs, log_mean)
+            moves, sums = propose(pairs, chains, share, step, options.steps, options.burn_in)
+            loss = loss_with_sums(pairs, value=value, sums=sums)
+        # What stored embeddings add to the gradient, and nothing to the value.
+        for chain, move, factor in zip(chains, moves, share, strict=True):
+            term = factor * move.stored_weight * chain.stored_gap
+            term = global_mean(term.sum(), len(term), self.context.world_size) / 2
+            loss = loss + (term - term.detach())
+        self._stage(pairs, torch.stack([chain.moved_to(move) for chain, move in zip(chains, moves, strict=True)]))
+        return moves, log_mean, loss
+
+    def _value(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
+        """The value of own anchors, and by what their candidates' weights are multiplied, (2, B) each."""
+        log_rate = log_mean + self.log_negatives  # of K Z
+        if self.options.decoupled:
+            return log_rate, torch.ones_like(log_rate)
+        value = nn.functional.softplus(log_rate)
+        if self.rates is not None:
+            log_rate = self.rates.visit(pairs, log_rate, self.options.gamma)
+        return value, log_rate.sigmoid()
+
+    def _stage(self, pairs: PairBatch, state: Tensor) -> None:
+        """What `commit` will write: the columns (2, B) to which own chains moved; -1: they stayed."""
         columns = [pairs.all_ids, pairs.all_text, pairs.all_image]
         if recent := pairs.stored:
             columns = [torch.cat(both) for both in zip(columns, (recent.ids, recent.text, recent.image), strict=True)]
         self.bank.stage(pairs.all_ids, pairs.gathered(state), *columns)
-        return chains, visits
-
-    def _visit(self, chain: Chain, ids: Tensor, direction: int, step: Tensor) -> Visit:
-        if self.options.kernel == "isir":
-            return resampled(chain.scores, chain.start, uniform(step, ids, stream=direction))
-        columns = chain.scores.shape[1]
-        steps = self.options.steps or columns - 1
-        proposals, noise = (self._draws(step, ids, steps, 2 * direction + which) for which in range(2))
-        return metropolis_hastings(
-            chain.scores,
-            chain.start,
-            (proposals * columns).long().clamp_max(columns - 1),
-            -noise.clamp_min(2.0**-25).log(),
-            int(self.options.burn_in * steps),
-        )
-
-    @staticmethod
-    def _draws(step: Tensor, ids: Tensor, steps: int, stream: int) -> Tensor:
-        """Uniform draws (R, B), independent over the steps of each anchor: common ones, turned by the anchor's own."""
-        common = uniform(step, torch.arange(steps, device=ids.device), 2 * stream)
-        return (common[:, None] + uniform(step, ids, 2 * stream + 1)).frac()
-
-    def _loss(self, pairs: PairBatch, log_mean: Tensor, chains: list[Chain], visits: list[Visit]) -> Tensor:
-        log_rate = log_mean + self.log_negatives  # of K Z
-        weights = [chain.in_batch(visit.weights) for chain, visit in zip(chains, visits, strict=True)]
-        value, share = log_rate, torch.ones_like(log_rate)
-        if not self.options.decoupled:
-            value = nn.functional.softplus(log_rate)
-            if self.rates is not None:
-                log_rate = self.rates.visit(pairs, log_rate, self.options.gamma)
-            share = log_rate.sigmoid()
-            weights = [weight * factor[:, None] for weight, factor in zip(weights, share, strict=True)]
-        loss = weighted_pair_loss(pairs, value=value, weights=weights)
-        # What stored embeddings add to the gradient, and nothing to the value.
-        for chain, visit, factor in zip(chains, visits, share, strict=True):
-            term = factor * (chain.stored_weight(visit) * chain.stored_gap + chain.recent_gap(visit.weights))
-            term = global_mean(term.sum(), len(term), self.context.world_size) / 2
-            loss = loss + (term - term.detach())
-        return loss
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         saved = state_dict.get(prefix + "kernel")

@@ -1,0 +1,75 @@
+"""i-SIR: a chain's next state is drawn from the softmax of its candidates' scores, which are formed tile by tile."""
+
+import torch
+from torch import Tensor
+
+from openclip_ext.losses.emc2.chain import Chain, Moves
+from openclip_ext.ops.column_draws import BlockSums, first_reaching, sums_of
+from openclip_ext.ops.counter_random import uniform
+
+
+@torch.no_grad()
+def resample(
+    chains: list[Chain], in_batch: tuple[BlockSums, BlockSums], ids: Tensor, step: Tensor
+) -> tuple[list[Moves], Tensor]:
+    """One visit of the own anchors' chains, and (2, B) `log sum_j exp(s_ij)` over their candidates j.
+
+    A draw depends on the step, the sample's id and the scores, and on no tile. A candidate's weight in the gradient is
+    its softmax, the expectation of the draw. A draw of another state than before counts as accepted.
+
+    Args:
+        chains: per direction.
+        in_batch: sums over the batch's columns, per direction.
+        ids: (B,), samples of the anchors.
+        step: (), of the draws.
+    """
+    visits = [
+        _visit(chain, sums, uniform(step, ids, stream=direction))
+        for direction, (chain, sums) in enumerate(zip(chains, in_batch, strict=True))
+    ]
+    return [moves for moves, _ in visits], torch.stack([log_sum for _, log_sum in visits])
+
+
+def _visit(chain: Chain, in_batch: BlockSums, draw: Tensor) -> tuple[Moves, Tensor]:
+    blocks, width, log_square = in_batch.places, in_batch.width, in_batch.log_square
+    of_blocks = in_batch.log_sum.clone()
+    own = torch.arange(len(draw), device=draw.device), chain.own // in_batch.width
+    of_blocks[own] = torch.logaddexp(of_blocks[own], chain.held)
+    log_square = torch.logaddexp(log_square, 2 * chain.held)
+    if chain.recent is not None:
+        recent = sums_of(chain.recent)
+        blocks = torch.cat([blocks, recent.places + in_batch.columns])
+        width = max(width, recent.width)
+        of_blocks = torch.cat([of_blocks, recent.log_sum], dim=1)
+        log_square = torch.logaddexp(log_square, recent.log_square)
+    log_sum = of_blocks.logsumexp(1)
+    state = _drawn(chain, of_blocks, log_sum, blocks, width, draw)
+    stored_weight, square = ((log - log_sum).exp().nan_to_num_(0.0) for log in (chain.held, log_square - log_sum))
+    return Moves(state, stored_weight, square, (state != chain.start).float().mean()), log_sum
+
+
+def _drawn(chain: Chain, of_blocks: Tensor, log_sum: Tensor, blocks: Tensor, width: int, draw: Tensor) -> Tensor:
+    """The columns up to which weights add up to the shares `draw` (B,) of all; -1 where there is no candidate.
+
+    Args:
+        chain: whose candidates they are.
+        of_blocks: (B, K), log of the sum of exp(score) over each block.
+        log_sum: (B,), over all of them.
+        blocks: (K, 2), where each begins and ends.
+        width: of the widest.
+        draw: (B,), in (0, 1).
+    """
+    places = torch.arange(width, device=draw.device)
+    at_once = chain.fitting_rows(width)
+    states = []
+    for start in range(0, len(draw), at_once):
+        rows = slice(start, start + at_once)
+        weights = (of_blocks[rows] - log_sum[rows, None]).exp().nan_to_num_(0.0).double()
+        target = draw[rows] * weights.sum(1)
+        block, before = first_reaching(weights, target)
+        columns = blocks[block, :1] + places
+        scores = chain.scores_at(rows, columns.clamp_max(chain.columns - 1))
+        weights = (scores - log_sum[rows, None]).exp().masked_fill_(columns >= blocks[block, 1:], 0.0)
+        within, _ = first_reaching(weights.nan_to_num_(0.0).double(), target - before)
+        states.append(columns.gather(1, within[:, None]).squeeze(1))
+    return torch.cat(states).masked_fill_(log_sum == -torch.inf, -1)
