@@ -56,6 +56,7 @@ def ids_as_on_a_gpu(monkeypatch):
         *((name, {}) for name in LOSSES),
         ("clip", {"terms": dict.fromkeys(TERMS, {})}),
         ("dcl", {"recent_batches": 2}),
+        ("emc2", {"kernel": "mh"}),
     ],
 )
 def test_a_loss_does_not_wait(ids_as_on_a_gpu, name, options):

@@ -77,7 +77,8 @@ def pair_loss(
     No tensor of width D is communicated. A collective call when there is more than one rank.
 
     Stored pairs add to the gradient, and nothing to the number that sums are divided by: as columns of the batch's
-    anchors, and as anchors `sum_j w_ij grad s_ij` over the batch's columns j, the logit scale held constant.
+    anchors, moved to the mean that `centre` says, and as anchors `sum_j w_ij grad s_ij` over the batch's columns j, the
+    logit scale held constant.
 
     Args:
         pairs: the global batch.

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 import oracles
 import rank_jobs
@@ -74,6 +75,46 @@ def test_the_gradient_is_that_of_loops_over_all_pairs(name):
         newest = loss.base.recent.joining()
         torch.testing.assert_close(newest.log_sum[direction, 0], torch.stack(others).logsumexp(0))
         assert newest.count[0] == len(others) and newest.ids[0] == ids[0]
+
+
+def test_fresh_pairs_cost_no_signal_where_features_lie_in_a_cone():
+    """The noise of what all features have in common is no larger than in the batch alone."""
+    pairs, size, steps = 400, 20, 6
+    latent = torch.randn(pairs, 8, dtype=torch.float64) + 3 * torch.randn(8, dtype=torch.float64)
+    inputs = [latent + 0.5 * torch.randn_like(latent) for _ in range(2)]
+
+    def gradient(loss, ids, again=()):
+        maps = [torch.eye(8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        features = [normalize(x[ids] @ weight, dim=1) for x, weight in zip(inputs, maps, strict=True)]
+        probe = (
+            {
+                f"{name}_features_again": normalize(x[again], dim=1)
+                for name, x in zip(("image", "text"), inputs, strict=True)
+            }
+            if len(again)
+            else {}
+        )
+        value = loss(*features, SCALE, sample_ids=ids, **probe)["contrastive_loss"]
+        return torch.cat([part.flatten() for part in torch.autograd.grad(value, maps)])
+
+    whole = gradient(create_loss("dcl"), torch.arange(pairs))
+    signals = {}
+    for recent_batches in (0, steps):
+        loss, generator, kept, found = (
+            create_loss("dcl", recent_batches=recent_batches, recent_check=1),
+            torch.Generator().manual_seed(0),
+            [],
+            [],
+        )
+        for _ in range(80):
+            ids = torch.randperm(pairs, generator=generator)[:size]
+            kept = ids if loss.probe == "keep" else kept
+            step = gradient(loss, ids, kept if loss.probe == "encode" else ())
+            found.append(torch.cosine_similarity(step, whole, dim=0))
+            loss.commit()
+        signals[recent_batches] = torch.stack(found[30:]).mean()
+    assert loss.base.recent.usable == steps
+    assert signals[steps] > signals[0] - 0.02 > 0.5
 
 
 @pytest.mark.parametrize("name", FORMS)
