@@ -1,7 +1,11 @@
 """`openclip-ext train`."""
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 
 HELP = "train or fine-tune a model (all of OpenCLIP's flags, and ours)"
 
@@ -16,10 +20,29 @@ def run(args: argparse.Namespace) -> int:
 
 def run_command_line(argv: Sequence[str]) -> int:
     """What follows `openclip-ext train`, by a parser of its own; returns the exit code."""
-    from openclip_ext.training.flags import parse_args
+    with _interrupts_end_at_once():
+        from openclip_ext.training.flags import parse_args
 
-    config = parse_args(argv)
-    from openclip_ext.training.run import train
+        config = parse_args(argv)
+        from openclip_ext.training.run import train
 
     train(config)
     return 0
+
+
+@contextlib.contextmanager
+def _interrupts_end_at_once() -> Iterator[None]:
+    """In the block, which imports PyTorch and others: some of these go on after a KeyboardInterrupt as if none came."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _end_at_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end_at_once(number: int, frame: object) -> None:
+    os.write(2, b"openclip-ext: interrupted\n")
+    os._exit(130)
