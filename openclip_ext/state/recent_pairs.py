@@ -30,7 +30,7 @@ class RecentPairs(nn.Module):
     Args:
         num_steps: K.
         check_every: optimizer steps between two checks of freshness.
-        limit: largest error of scores, in logits, with which an age may join.
+        limit: largest error of scores, as `check` measures it, with which an age may join.
         device: where the module is.
     """
 
@@ -107,7 +107,9 @@ class RecentPairs(nn.Module):
         """Measure the error of the age at hand; `commit` draws the conclusion. A collective call over several ranks.
 
         The error is the root mean square, over anchors of the batch and columns of the kept step, of their score with
-        the stored column minus that with the column encoded now; the larger one of both directions.
+        the stored column minus that with the column encoded now; the larger one of both directions. Where an anchor's
+        scores spread by less than one logit, as in a new model, it is divided by this spread, the root mean square of
+        their deviation from their mean: stored columns are of use only if they tell the columns apart.
 
         Args:
             pairs: the global batch.
@@ -115,13 +117,14 @@ class RecentPairs(nn.Module):
             text_again: (B', D), its texts.
         """
         step = self.began % self.num_steps
-        total = torch.stack([
-            (pairs.logit_scale * anchors @ (column[step] - gather_rows(again, pairs.sizes).to(column.dtype)).T)
-            .square().sum()
-            for anchors, column, again in ((pairs.image, self.text, text_again), (pairs.text, self.image, image_again))
-        ])  # fmt: skip
-        mean = sum_over_ranks(total, len(pairs.sizes)) / len(pairs.all_ids) ** 2
-        self._found = self.steps - self.began, mean.max().sqrt()
+        totals = []
+        for anchors, column, again in ((pairs.image, self.text, text_again), (pairs.text, self.image, image_again)):
+            now = gather_rows(again, pairs.sizes).to(column.dtype)
+            for difference in (column[step] - now, now - now.mean(0)):
+                totals.append((pairs.logit_scale * anchors @ difference.T).square().sum())
+        mean = sum_over_ranks(torch.stack(totals), len(pairs.sizes)) / len(pairs.all_ids) ** 2
+        error, spread = mean.sqrt().view(2, 2).unbind(1)
+        self._found = self.steps - self.began, (error / spread.clamp(max=1)).nan_to_num(math.inf).max()
 
     @torch.no_grad()
     def commit(self) -> None:

@@ -158,19 +158,23 @@ def test_an_age_whose_scores_have_moved_stays_out():
     assert passed and failed and used[-1] == min(failed) - 1 >= max(passed)
 
 
-def test_the_error_is_the_root_mean_square_of_scores():
+@pytest.mark.parametrize("scale", [SCALE, SCALE / 60])
+def test_the_error_is_the_root_mean_square_of_scores_or_that_over_their_spread(scale):
     loss, kept = recent_loss("dcl", steps=1), []
     first, second = batch(0), batch(1)
     take_step(loss, first, kept)
     image_again, text_again = oracles.unit(2, B, D, seed=9)
-    outputs = loss(*second[:2], SCALE, sample_ids=second[2], image_features_again=image_again,
+    outputs = loss(*second[:2], scale, sample_ids=second[2], image_features_again=image_again,
                    text_features_again=text_again)  # fmt: skip
     loss.commit()
-    errors = [
-        sum((SCALE * anchor @ (old - new)) ** 2 for anchor in anchors for old, new in zip(stored, again, strict=True))
-        for anchors, stored, again in ((second[0], first[1], text_again), (second[1], first[0], image_again))
-    ]
-    expected = math.sqrt(max(errors) / B**2)
+    errors = []
+    for anchors, stored, again in ((second[0], first[1], text_again), (second[1], first[0], image_again)):
+        pairs = [(anchor, old, new) for anchor in anchors for old, new in zip(stored, again, strict=True)]
+        error = math.sqrt(sum((scale * anchor @ (old - new)) ** 2 for anchor, old, new in pairs) / B**2)
+        spread = math.sqrt(sum((scale * anchor @ (new - again.mean(0))) ** 2 for anchor, _, new in pairs) / B**2)
+        assert (spread < 1) == (scale < SCALE)
+        errors.append(error / min(1, spread))
+    expected = max(errors)
     assert loss.base.recent.report()["recent_error_1"] == pytest.approx(expected)
     assert outputs["recent_batches_used"] == 0
 
