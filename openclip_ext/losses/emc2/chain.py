@@ -51,7 +51,7 @@ class Chain:
 
     def __init__(self, pairs: PairBatch, direction: int, stored_ids: Tensor, stored: Tensor) -> None:
         anchors, partners = (pairs.text, pairs.image) if direction else (pairs.image, pairs.text)
-        self._pairs, self._direction, self._stored_ids = pairs, direction, stored_ids
+        self._pairs, self._direction = pairs, direction
         self.own = torch.arange(len(anchors), device=anchors.device) + pairs.own_rows.start
         column = _first_column(pairs.all_ids, stored_ids)
         self.waiting = (stored_ids >= 0) & (column < 0)
