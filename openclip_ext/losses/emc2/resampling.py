@@ -4,30 +4,34 @@ import torch
 from torch import Tensor
 
 from openclip_ext.losses.emc2.chain import Chain, Moves
-from openclip_ext.ops.column_draws import BlockSums, first_reaching, sums_of
+from openclip_ext.ops.column_draws import BlockSums, block_sums, first_reaching, sums_of
 from openclip_ext.ops.counter_random import uniform
+from openclip_ext.ops.pairs import PairBatch
 
 
 @torch.no_grad()
-def resample(
-    chains: list[Chain], in_batch: tuple[BlockSums, BlockSums], ids: Tensor, step: Tensor
-) -> tuple[list[Moves], Tensor]:
-    """One visit of the own anchors' chains, and (2, B) `log sum_j exp(s_ij)` over their candidates j.
+def resample(pairs: PairBatch, chains: list[Chain], step: Tensor) -> tuple[list[Moves], Tensor, Tensor]:
+    """One visit of the own anchors' chains.
 
     A draw depends on the step, the sample's id and the scores, and on no tile. A candidate's weight in the gradient is
     its softmax, the expectation of the draw. A draw of another state than before counts as accepted.
 
     Args:
+        pairs: the global batch.
         chains: per direction.
-        in_batch: sums over the batch's columns, per direction.
-        ids: (B,), samples of the anchors.
         step: (), of the draws.
+
+    Returns:
+        Moves per direction; `log sum_j exp(s_ij)` over the candidates j of own anchors, and over the negatives in the
+        batch, (2, B) each.
     """
+    in_batch = block_sums(pairs)
     visits = [
-        _visit(chain, sums, uniform(step, ids, stream=direction))
+        _visit(chain, sums, uniform(step, pairs.ids, stream=direction))
         for direction, (chain, sums) in enumerate(zip(chains, in_batch, strict=True))
     ]
-    return [moves for moves, _ in visits], torch.stack([log_sum for _, log_sum in visits])
+    log_sums = torch.stack([log_sum for _, log_sum in visits])
+    return [moves for moves, _ in visits], log_sums, torch.stack([sums.log_sum.logsumexp(1) for sums in in_batch])
 
 
 def _visit(chain: Chain, in_batch: BlockSums, draw: Tensor) -> tuple[Moves, Tensor]:
