@@ -71,6 +71,7 @@ def registered(name: str, leaves: list[Tensor], scale: Tensor) -> Callable[[], T
     options: dict[str, Any] = {**given_options}
     loss = create_loss(base, num_samples=2 * batch, embed_dim=width, device=device, **options)
     given = {"logit_bias": torch.tensor(-SCALE / 2, device=device)} if base == "siglip" else {}
+    loss.begin_step(step=0, total_steps=1)
     ids = torch.arange(batch, device=device)
     for own in ids.split(FILLED // 2):
         with torch.no_grad():
