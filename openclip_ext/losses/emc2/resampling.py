@@ -35,7 +35,7 @@ def resample(pairs: PairBatch, chains: list[Chain], step: Tensor) -> tuple[list[
 
 
 def _visit(chain: Chain, in_batch: BlockSums, draw: Tensor) -> tuple[Moves, Tensor]:
-    blocks, width, log_square = in_batch.places, in_batch.width, in_batch.log_square
+    blocks, log_square = in_batch.places, in_batch.log_square
     of_blocks = in_batch.log_sum.clone()
     own = torch.arange(len(draw), device=draw.device), chain.own // in_batch.width
     of_blocks[own] = torch.logaddexp(of_blocks[own], chain.held)
@@ -43,16 +43,15 @@ def _visit(chain: Chain, in_batch: BlockSums, draw: Tensor) -> tuple[Moves, Tens
     if chain.recent is not None:
         recent = sums_of(chain.recent)
         blocks = torch.cat([blocks, recent.places + in_batch.columns])
-        width = max(width, recent.width)
         of_blocks = torch.cat([of_blocks, recent.log_sum], dim=1)
         log_square = torch.logaddexp(log_square, recent.log_square)
     log_sum = of_blocks.logsumexp(1)
-    state = _drawn(chain, of_blocks, log_sum, blocks, width, draw)
+    state = _drawn(chain, of_blocks, log_sum, blocks, draw)
     stored_weight, square = ((log - log_sum).exp().nan_to_num_(0.0) for log in (chain.held, log_square - log_sum))
     return Moves(state, stored_weight, square, (state != chain.start).float().mean()), log_sum
 
 
-def _drawn(chain: Chain, of_blocks: Tensor, log_sum: Tensor, blocks: Tensor, width: int, draw: Tensor) -> Tensor:
+def _drawn(chain: Chain, of_blocks: Tensor, log_sum: Tensor, blocks: Tensor, draw: Tensor) -> Tensor:
     """The columns up to which weights add up to the shares `draw` (B,) of all; -1 where there is no candidate.
 
     Args:
@@ -60,20 +59,16 @@ def _drawn(chain: Chain, of_blocks: Tensor, log_sum: Tensor, blocks: Tensor, wid
         of_blocks: (B, K), log of the sum of exp(score) over each block.
         log_sum: (B,), over all of them.
         blocks: (K, 2), where each begins and ends.
-        width: of the widest.
         draw: (B,), in (0, 1).
     """
-    places = torch.arange(width, device=draw.device)
-    at_once = chain.fitting_rows(width)
-    states = []
-    for start in range(0, len(draw), at_once):
-        rows = slice(start, start + at_once)
-        weights = (of_blocks[rows] - log_sum[rows, None]).exp().nan_to_num_(0.0).double()
-        target = draw[rows] * weights.sum(1)
-        block, before = first_reaching(weights, target)
-        columns = blocks[block, :1] + places
-        scores = chain.scores_at(rows, columns.clamp_max(chain.columns - 1))
-        weights = (scores - log_sum[rows, None]).exp().masked_fill_(columns >= blocks[block, 1:], 0.0)
-        within, _ = first_reaching(weights.nan_to_num_(0.0).double(), target - before)
-        states.append(columns.gather(1, within[:, None]).squeeze(1))
-    return torch.cat(states).masked_fill_(log_sum == -torch.inf, -1)
+    weights = (of_blocks - log_sum[:, None]).exp_().nan_to_num_(0.0)
+    target = draw * weights.sum(1, dtype=torch.float64)
+    block, before = first_reaching(weights, target)
+    sizes = block.bincount(minlength=len(blocks)).tolist()
+    state = torch.empty_like(chain.start)
+    # Anchors whose draws fall into one block are looked up together.
+    for place, rows in zip(blocks.tolist(), block.argsort().split(sizes), strict=True):
+        if len(rows):
+            weights = (chain.scores_of_block(rows, slice(*place)) - log_sum[rows, None]).exp_().nan_to_num_(0.0)
+            state[rows] = first_reaching(weights, target[rows] - before[rows])[0] + place[0]
+    return state.masked_fill_(log_sum == -torch.inf, -1)
