@@ -70,7 +70,7 @@ def main() -> None:
         for batch in args.batches:
             found = [row for name in names if (row := measured(args, name, batch, width))]
             rows += found
-            stock_bytes = math.nan if args.alone else found[0]["bytes"]
+            stock_bytes = math.nan if args.alone else found[0]["bytes"] or math.nan
             print("\n".join(line(row, stock_bytes) for row in found), flush=True)
     if args.json:
         with open(args.json, "w") as file:

@@ -55,8 +55,18 @@ def bench_eval(run, shards, tmp_path):
 
 
 def bench_loss(run, shards, tmp_path):
-    header, row = run("bench_loss.py", "--batches", 256, "--width", 8, "--repeats", 1)
-    assert row.split()[0] == "256"
+    """A loss, one with a memory, and a term, beside OpenCLIP's."""
+    names = ("--losses", "clip", "emc2+kernel=mh", "geometric_consistency")
+    files = ("--json", tmp_path / "loss.json", "--picture", tmp_path / "loss.png")
+    lines = run("bench_loss.py", *names, "--batches", 300, "--widths", 8, "--repeats", 1, *files)
+    rows = json.loads((tmp_path / "loss.json").read_text())["rows"]
+    assert [line.split()[0] for line in lines[1:]] == ["open_clip.ClipLoss", *names[1:]]
+    assert [row["batch"] for row in rows] == 4 * [300]
+    assert all(row["seconds"] > 0 and row["stock_seconds"] > 0 and row["bytes"] >= 0 for row in rows)
+    assert rows[0]["bytes"] > 300 * 300 * 4  # ClipLoss forms scores of all pairs
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    header, row = run("bench_loss.py", "--losses", "dcl", "--batches", 32, "--widths", 8, "--repeats", 0, "--alone")
+    assert row.split()[0] == "dcl"
 
 
 def bench_mh(run, shards, tmp_path):

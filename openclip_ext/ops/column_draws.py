@@ -80,7 +80,7 @@ def sums_of(columns: Columns) -> BlockSums:
 
 
 def _empty(columns: Columns) -> BlockSums:
-    width = max(32, math.ceil(len(columns) / 256))  # few enough blocks to keep, narrow enough ones to form again
+    width = max(64, math.ceil(len(columns) / 128))  # few enough blocks to keep, narrow enough ones to form again
     shape = len(columns.anchors), math.ceil(len(columns) / width)
     log_sum = columns.anchors.new_full(shape, -torch.inf)
     return BlockSums(log_sum, log_sum.new_full(shape[:1], -torch.inf), width, len(columns))
@@ -102,7 +102,7 @@ def first_reaching(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         The first column up to which they do, (B,), and the weight of those before it, (B,). Without any weight some
         column.
     """
-    cumulated = weights.cumsum(1)
+    cumulated = weights.cumsum(1, dtype=torch.float64)
     target = torch.minimum(target.to(cumulated.dtype), cumulated[:, -1])
     place = torch.searchsorted(cumulated, target[:, None]).clamp_max_(weights.shape[1] - 1)
     before = cumulated.gather(1, place) - weights.gather(1, place)

@@ -88,19 +88,18 @@ class Columns:
         _, scores, same = self.whole
         return scores[rows], same[rows]
 
-    def at(self, rows: slice, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with some columns `places` (b, n) of each of these anchors alone, (b, n) each."""
-        if self.fit:
-            _, scores, same = self.whole
-            return scores[rows].gather(1, places), same[rows].gather(1, places)
-        scores = self._logit_scale * (self.columns[places] @ self.anchors[rows, :, None]).squeeze(2)
-        return scores, self._same(rows, places)
+    def of_block(self, rows: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+        """The same of any anchors `rows` (b,) with the columns `place` alone."""
+        if not self.fit:
+            return self._form(rows, place)
+        _, scores, same = self.whole
+        return scores[rows, place], same[rows, place]
 
-    def _form(self, rows: slice, place: slice) -> tuple[Tensor, Tensor]:
+    def _form(self, rows: slice | Tensor, place: slice) -> tuple[Tensor, Tensor]:
         scores = self.anchors[rows] @ (self._logit_scale * self.columns[place]).T
         return scores, self._same(rows, place)
 
-    def _same(self, rows: slice, place: slice | Tensor) -> Tensor:
+    def _same(self, rows: slice | Tensor, place: slice) -> Tensor:
         column_ids = self._column_ids[place]
         same = self._ids[rows, None] == column_ids
         if self._left_out is not None:
@@ -167,12 +166,12 @@ class PairBatch:
             return scores[:, rows].T.contiguous(), same[:, rows].T
         return self.in_batch[direction].of_rows(rows)
 
-    def scores_at(self, direction: int, rows: slice, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with some columns `places` (b, n) of each of these anchors alone, (b, n) each."""
+    def scores_of_block(self, direction: int, rows: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+        """The same of any own anchors `rows` (b,) with the columns `place` alone."""
         if self._turned(direction):
             _, scores, same = self.in_batch[0].whole
-            return scores[:, rows].T.gather(1, places), same[:, rows].T.gather(1, places)
-        return self.in_batch[direction].at(rows, places)
+            return scores[place, rows].T, same[place, rows].T
+        return self.in_batch[direction].of_block(rows, place)
 
     def _turned(self, direction: int) -> bool:
         """Whether the other direction's scores are at hand: a copy costs a tenth of a product."""

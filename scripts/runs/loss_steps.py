@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from open_clip.loss import ClipLoss
@@ -66,9 +67,11 @@ def with_views(name: str, leaves: list[Tensor]) -> Callable[[], Tensor]:
 def registered(name: str, leaves: list[Tensor], scale: Tensor) -> Callable[[], Tensor]:
     """A loss that has seen all samples of the batch, each among others, half of which are not in the batch."""
     (batch, width), device = leaves[0].shape, leaves[0].device
-    base, options = parse_method(name)
+    base, given_options = parse_method(name)
+    options: dict[str, Any] = {**given_options}
     loss = create_loss(base, num_samples=2 * batch, embed_dim=width, device=device, **options)
     given = {"logit_bias": torch.tensor(-SCALE / 2, device=device)} if base == "siglip" else {}
+    loss.begin_step(step=0, total_steps=1)
     ids = torch.arange(batch, device=device)
     for own in ids.split(FILLED // 2):
         with torch.no_grad():

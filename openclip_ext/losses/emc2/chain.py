@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from openclip_ext.ops.gather import gather_rows, mean_over_ranks
-from openclip_ext.ops.pairs import Columns, PairBatch, fitting_tile
+from openclip_ext.ops.pairs import Columns, PairBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Chain:
 
     def __init__(self, pairs: PairBatch, direction: int, stored_ids: Tensor, stored: Tensor) -> None:
         anchors, partners = (pairs.text, pairs.image) if direction else (pairs.image, pairs.text)
-        self._pairs, self._direction, self._stored_ids = pairs, direction, stored_ids
+        self._pairs, self._direction = pairs, direction
         self.own = torch.arange(len(anchors), device=anchors.device) + pairs.own_rows.start
         column = _first_column(pairs.all_ids, stored_ids)
         self.waiting = (stored_ids >= 0) & (column < 0)
@@ -81,20 +81,17 @@ class Chain:
         recent, same = self.recent.of_rows(rows)
         return torch.cat([scores, recent.masked_fill(same, -torch.inf)], dim=1)
 
-    def scores_at(self, rows: slice, places: Tensor) -> Tensor:
-        """Scores of the candidates at some columns `places` (b, w) of the anchors `rows`, -inf for what is none."""
+    def scores_of_block(self, rows: Tensor, place: slice) -> Tensor:
+        """The same of any anchors `rows` (b,) and the columns `place`, all of the batch or all of recent steps."""
         size = len(self._pairs.all_ids)
-        scores, same = self._pairs.scores_at(self._direction, rows, places.clamp_max(size - 1))
-        if self.recent is not None:
-            recent = self.recent.at(rows, (places - size).clamp_min(0))
-            scores, same = (torch.where(places < size, *values) for values in zip((scores, same), recent, strict=True))
+        if place.start >= size:
+            assert self.recent is not None
+            scores, same = self.recent.of_block(rows, slice(place.start - size, place.stop - size))
+            return scores.masked_fill(same, -torch.inf)
+        scores, same = self._pairs.scores_of_block(self._direction, rows, place)
         scores = scores.masked_fill(same, -torch.inf)
-        return torch.where(places == self.own[rows, None], self.held[rows, None], scores)
-
-    def fitting_rows(self, places: int) -> int:
-        """Of how many anchors `scores_at` may be asked at once, with so many columns each."""
-        kept = self._pairs.in_batch[0].fit and self.recent is None
-        return fitting_tile(places * (1 if kept else self._pairs.image.shape[1]), self.own.device)
+        own = torch.arange(place.start, place.stop, device=rows.device) == self.own[rows, None]
+        return torch.where(own, self.held[rows, None], scores)
 
     def moved_to(self, moves: Moves) -> Tensor:
         """Columns to which the chains moved, (B,); -1 for those that stayed at their stored state."""

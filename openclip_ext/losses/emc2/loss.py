@@ -15,7 +15,6 @@ from openclip_ext.losses.emc2.proposing import propose
 from openclip_ext.losses.emc2.resampling import resample
 from openclip_ext.losses.placement import named_flags, require_placement
 from openclip_ext.losses.recent import RecentOptions, recent_needs
-from openclip_ext.ops.column_draws import block_sums
 from openclip_ext.ops.gather import global_mean
 from openclip_ext.ops.pair_sums import log_mean_ratio, loss_with_sums, score_weighted_loss
 from openclip_ext.ops.pairs import PairBatch
@@ -198,10 +197,9 @@ class EMC2Loss(PairLoss):
         """
         options = self.options
         if options.kernel == "isir":
-            in_batch = block_sums(pairs)
-            log_mean = log_mean_ratio(pairs, torch.stack([sums.log_sum.logsumexp(1) for sums in in_batch]))
+            moves, log_sum, log_in_batch = resample(pairs, chains, step)
+            log_mean = log_mean_ratio(pairs, log_in_batch)
             value, share = self._value(pairs, log_mean)
-            moves, log_sum = resample(chains, in_batch, pairs.ids, step)
             recent = [chain.recent for chain in chains if chain.recent is not None]
             loss = score_weighted_loss(pairs, value=value, factor=share.log() - log_sum, in_stored=recent)
         else:

@@ -32,14 +32,14 @@ def propose(
     with_gradient = torch.is_grad_enabled()
     with torch.no_grad():
         gradient = _Gradient(pairs, chains, share)
-        moves: list[list[Moves]] = [[], []]
+        moves = [_empty(pairs) for _ in chains]
         for first, rows in gradient.tiles():
             visits = _walk(chains, rows, pairs.ids[rows], step, steps or chains[0].columns - 1, burn_in)
             for direction, visit in enumerate(visits):
-                moves[direction].append(_moves(chains[direction], rows, visit))
+                _write(moves[direction], chains[direction], rows, visit)
                 if with_gradient:
                     gradient.add(direction, first, rows, visit.weights)
-        return [_joined(parts) for parts in moves], gradient.complete()
+        return moves, gradient.complete()
 
 
 class _Gradient:
@@ -121,15 +121,16 @@ def _one(visits: list[Visit]) -> Visit:
     return Visit(weights, state, visits[0].acceptance)
 
 
-def _moves(chain: Chain, rows: slice, visit: Visit) -> Moves:
-    stored_weight = visit.weights.gather(1, chain.own[rows, None]).squeeze(1)
-    square = torch.linalg.vecdot(visit.weights, visit.weights)
-    return Moves(visit.state, stored_weight, square, visit.acceptance)
+def _empty(pairs: PairBatch) -> Moves:
+    """Made before the first tile: what stays of each would lie between large blocks of memory, which then grows."""
+    state = torch.empty_like(pairs.ids)
+    stored_weight, square = torch.empty_like(pairs.positive), torch.empty_like(pairs.positive)
+    return Moves(state, stored_weight, square, pairs.positive.new_zeros(()))
 
 
-def _joined(parts: list[Moves]) -> Moves:
-    state, stored_weight, square = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("state", "stored_weight", "square")
-    )
-    accepted = torch.stack([part.acceptance * len(part.state) for part in parts]).sum()
-    return Moves(state, stored_weight, square, accepted / max(1, len(state)))
+def _write(moves: Moves, chain: Chain, rows: slice, visit: Visit) -> None:
+    """Put the visit of the anchors `rows` among those of all."""
+    moves.state[rows] = visit.state
+    moves.stored_weight[rows] = visit.weights.gather(1, chain.own[rows, None]).squeeze(1)
+    moves.square[rows] = torch.linalg.vecdot(visit.weights, visit.weights)
+    moves.acceptance.add_(visit.acceptance, alpha=len(visit.state) / max(1, len(moves.state)))
