@@ -2,8 +2,8 @@
 
 age     steps since a batch was encoded
 error   root mean square, over a batch's anchors and the columns of an older one, of the score with the columns as
-        they were minus that with the columns encoded now, in logits; the larger of both directions
-        (`openclip_ext.state.recent_pairs`)
+        they were minus that with the columns encoded now, in logits, or over the scores' spread where that is less
+        than one; the larger of both directions (`openclip_ext.state.recent_pairs`)
 """
 
 import argparse
