@@ -29,7 +29,7 @@ class RecentPairs(nn.Module):
 
     Args:
         num_steps: K.
-        check_every: optimizer steps between two checks of freshness.
+        check_every: optimizer steps between two checks of freshness, once there were as many.
         limit: largest error of scores, as `check` measures it, with which an age may join.
         device: where the module is.
     """
@@ -61,7 +61,8 @@ class RecentPairs(nn.Module):
     def probe(self) -> str | None:
         """What is asked of the loop in this step: to `keep` its inputs, to `encode` or to `forget` those it kept."""
         age = self.steps - self.began
-        if self.began < 0 or age >= max(self.check_every, self.num_steps + 1):
+        # While the learning rate warms up, what was fresh is soon not: at first the time between checks doubles.
+        if self.began < 0 or age >= max(min(self.check_every, self.began), self.num_steps + 1):
             return "keep"
         if self.passed < 0 or age > self.num_steps:
             return "forget"

@@ -118,13 +118,13 @@ def test_a_run_goes_on_while_its_logs_cannot_be_written(train_flags, tmp_path, c
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(train_flags, tmp_path, capsys, monkeypatch):
-    real = run._make_folder
+    real = run.make_run_folder
 
     def on_a_full_disk(*args):
         with full_disk(10):
             real(*args)
 
-    monkeypatch.setattr(run, "_make_folder", on_a_full_disk)
+    monkeypatch.setattr(run, "make_run_folder", on_a_full_disk)
     assert main(train_flags()) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"openclip-ext: --logs: {tmp_path / 'logs' / 'run'} cannot be written to (File too large)")
