@@ -50,7 +50,8 @@ class OurBatches:
 
     def __iter__(self):
         for batch in self.loader.batches:
-            del batch["skipped"]
+            for key in ("skipped", "origins", "place"):  # which our loop takes out itself
+                batch.pop(key, None)
             yield batch
 
 

@@ -31,7 +31,7 @@ PARITY = {
     "gamma_decomp": "--loss gamma_decomp --loss-arg gamma=0.3 --grad-clip-norm 1",
     "views": "--loss clip --loss-term brownian_bridge=0.25 --loss-term geometric_consistency=0.02",
     "siglip": "--loss siglip",
-    "clip": "--loss clip --recent-batches 2",
+    "clip": "--loss clip --loss-arg recent_batches=2",
     "batch_corrected": "--loss batch_corrected",
     "sogclr": "--loss sogclr",
     "distill": "--loss dcl --distill-model tiny-test --distill-pretrained WEIGHTS",
@@ -190,7 +190,7 @@ def test_our_loop_runs_on_this_version_and_either_resumes_the_other(results, fol
     assert by_step(results["own-on"]["losses"], "contrastive_loss") == pytest.approx(reference[8:], rel=1e-5)
     assert by_step(metrics(folder, "on-own"), "contrastive_loss") == pytest.approx(reference[8:], rel=1e-5)
     keys = [checkpoint(folder, name, 3).keys() for name in ("own", "gamma_decomp")]
-    assert keys[0] - {"loss_name"} == keys[1] - COUNTERS
+    assert keys[0] - {"loss_name", "clock"} == keys[1] - COUNTERS
 
 
 def test_without_a_loss_it_resumes_too_and_another_loss_is_refused(results):
