@@ -2,11 +2,11 @@
 
 import dataclasses
 import datetime
+import itertools
 import os
 from typing import Any
 
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import nn
 
 
@@ -34,6 +34,11 @@ class Ranks:
         dist.gather_object(value, values)
         return values or []
 
+    def in_turn(self, own: list[Any]) -> list[Any]:
+        """Batches of all ranks, of which each had every so many, in the order of one's; nothing but on the first."""
+        turns = itertools.zip_longest(*self.on_first(own))
+        return [batch for turn in turns for batch in turn if batch is not None]
+
     def on_all(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
         if self.world_size == 1:
@@ -58,6 +63,8 @@ def join_ranks(device_type: str) -> tuple[Ranks, str]:
     """The processes that `accelerate launch` or `torchrun` has started, and this one's device of a type."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE, device_type
+    from accelerate import PartialState  # which one process does without
+
     # The first one fits probes while the others wait.
     state = PartialState(cpu=device_type == "cpu", timeout=datetime.timedelta(hours=6))
     return Ranks(state.process_index, state.num_processes), str(state.device)
@@ -66,4 +73,6 @@ def join_ranks(device_type: str) -> tuple[Ranks, str]:
 def leave_ranks(ranks: Ranks) -> None:
     """Inverse of `join_ranks`, for the end of a command. A collective call."""
     if ranks.world_size > 1:
+        from accelerate import PartialState
+
         PartialState().destroy_process_group()

@@ -1,7 +1,6 @@
 """Pictures with one or more captions each, from shards and from CSV files, and a model's features of both."""
 
 import functools
-import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,10 +132,9 @@ def pair_features(
             images = model.encode_images(pictures).float().cpu()
             own.append({"image": images, "text": torch.cat(texts), "image_of_text": owner, **ids})
             bar.update(len(pictures) * ranks.world_size)
-    parts = ranks.on_first(own)
+    batches = ranks.in_turn(own)
     if not ranks.first:
         return {}
-    batches = [batch for turn in itertools.zip_longest(*parts) for batch in turn if batch is not None]
     if not batches:
         raise UserError(f"{dataset.files[0]}: holds no sample")
     done = 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -104,8 +103,7 @@ def probe_features(
         (features.float().cpu()[labels >= 0], labels[labels >= 0])
         for features, labels in encoder.labelled(batches, normalize=False, desc=desc, progress=progress)
     ]
-    parts = ranks.on_first(own)
-    in_order = [batch for turn in itertools.zip_longest(*parts) for batch in turn if batch is not None]
+    in_order = ranks.in_turn(own)
     if not in_order:
         return None
     features, labels = zip(*in_order, strict=True)
