@@ -38,6 +38,7 @@ from runs.pool import finish
 from runs.script import add_arguments, carry_out
 from runs.store import Store
 
+from openclip_ext.errors import UserError
 from openclip_ext.files import write_json
 
 TASKS = {
@@ -108,8 +109,11 @@ def parse() -> argparse.Namespace:
 
 
 def plan(task: str, args: argparse.Namespace) -> list[Row]:
-    """Rows of a task, batch size by batch size. Raises UserError: a method that there is not."""
+    """Rows of a task, batch size by batch size. Raises UserError: a method that there is not, or not for this task."""
     methods = [Method(text) for text in args.methods]
+    for method in methods:
+        if method.terms and task not in TRAINED:
+            raise UserError(f"--methods {method.text}: terms go with --task {' or '.join(TRAINED)}, not with {task}")
     setting, scales = QUICK_SETTING if task == "quick" else TASKS[task], args.scales
     if task in TRAINED:
         scales = ["learned"]  # as OpenCLIP does

@@ -1,8 +1,10 @@
 """The benchmark of losses: its records, what it chooses by them, its differences, and accumulation."""
 
+import argparse
 import dataclasses
 import json
 
+import bench_quality
 import pytest
 import torch
 from quality.loop import Run, take_gradient, visits
@@ -102,7 +104,7 @@ def test_the_short_table_has_what_was_measured_and_dashes(tmp_path):
     (clip, emc2) = summarise(store)
     head, rule, *rows = short_table([clip | {"batch_size": 64}, emc2]).splitlines()
     assert head == "| | stream, 64 |"
-    assert [row.split("|")[2].strip() for row in rows] == ["60.0 ± 24.8", "–", "–", "–", "–", "–"]
+    assert [row.split("|")[2].strip() for row in rows] == ["60.0 ± 24.8", *6 * "–"]
     assert "emc2" not in "".join(rows) and {row.count("|") for row in (head, rule, *rows)} == {head.count("|")}
 
 
@@ -112,9 +114,19 @@ def test_methods_are_read_and_refused():
     assert Method("clip+accumulate=1024").pairs_per_step(64) == 1024 and not Method("clip+accumulate=1024").stateless
     assert Method("gamma_decomp").without_recent == "gamma_decomp+recent=0"  # it has them by default
     assert Method("gamma_decomp+recent=0").without_recent is None
-    for text in ("dlc", "dcl+recent=-1", "siglip+recent=2", "clip+accumulate=many"):
+    assert Method("clip+caption_words=0.5").terms == ["caption_words"] and not Method("clip+caption_words=0.5").stateless
+    for text in ("dlc", "dcl+recent=-1", "siglip+recent=2", "clip+accumulate=many", "clip+caption_words=much"):
         with pytest.raises(UserError):
             Method(text)
+
+
+def test_terms_are_refused_where_there_is_no_training_with_captions_and_second_views():
+    args = argparse.Namespace(
+        methods=["clip+caption_words=1"], scales=["fixed"], batch_sizes=[8], rates=[0.1], seeds=1, photos=None
+    )
+    with pytest.raises(UserError, match="caption_words=1: terms go with --task digits or photos, not with stream"):
+        bench_quality.plan("stream", args)
+    assert [row.base.method for row in bench_quality.plan("digits", args)] == ["clip+caption_words=1"]
 
 
 def test_every_epoch_visits_every_pair_once():

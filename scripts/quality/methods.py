@@ -15,6 +15,9 @@ from .tasks import EMBED
 #: Losses that keep nothing from step to step: what a memory has to beat.
 STATELESS = ("clip", "dcl", "batch_corrected")
 
+#: What terms need to know of a model, by which a method's terms are checked before any run.
+_MODEL = {"image_trunk_dim": EMBED, "vocab_size": 2, "special_token_ids": {0, 1}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -36,6 +39,11 @@ class Method:
     @property
     def options(self) -> dict[str, str]:
         return parse_method(self.text)[1]
+
+    @property
+    def terms(self) -> list[str]:
+        """Names of its loss terms."""
+        return [name for name in registered_names(TERMS) if name in self.options]
 
     @property
     def without_recent(self) -> str | None:
@@ -61,5 +69,5 @@ class Method:
         options: dict[str, Any] = dict(self.options)
         if not options.pop("accumulate", "1").isdigit():
             raise UserError(f"--methods {self.text}: accumulate must be a number of pairs, such as accumulate=1024")
-        terms = {name: {"weight": options.pop(name)} for name in registered_names(TERMS) if name in options}
-        return create_loss(self.name, num_samples=num_samples, embed_dim=EMBED, terms=terms, **options)
+        terms = {name: {"weight": options.pop(name)} for name in self.terms}
+        return create_loss(self.name, num_samples=num_samples, embed_dim=EMBED, terms=terms, **_MODEL, **options)

@@ -20,6 +20,7 @@ ROWS = {
     "dcl": "`dcl`",
     "batch_corrected": "`batch_corrected`",
     "gamma_decomp": "`gamma_decomp`",
+    "gamma_decomp+caption_words=1": "`gamma_decomp`, `caption_words=1`",
     "clip+accumulate=1024": "`clip`, 1,024 by accumulation",
     "dcl+accumulate=1024": "`dcl`, 1,024 by accumulation",
 }
@@ -30,6 +31,7 @@ COLUMNS = (
     ("stream", 256, "stream, 256"),
     ("stream2", 32, "stream2, 32"),
     ("flickr", 64, "features, 64"),
+    ("digits", 32, "digits, 32"),
     ("photos", 64, "fine-tuning, 64"),
 )
 
@@ -50,7 +52,7 @@ def short_table(records: list[dict]) -> str:
     scores: dict[tuple, str] = {
         (record["task"], record["batch_size"], record["method"]): format_interval(record["score"], record["half_width"])
         for record in records
-        if record["scale"] == "fixed" or record["task"] == "photos"
+        if record["scale"] == "fixed" or record["task"] in ("digits", "photos")
     }
     columns = [column for column in COLUMNS if any((*column[:2], method) in scores for method in ROWS)]
     lines = ["| | " + " | ".join(name for *_, name in columns) + " |", "|---|" + "---|" * len(columns)]
