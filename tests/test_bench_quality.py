@@ -114,7 +114,9 @@ def test_methods_are_read_and_refused():
     assert Method("clip+accumulate=1024").pairs_per_step(64) == 1024 and not Method("clip+accumulate=1024").stateless
     assert Method("gamma_decomp").without_recent == "gamma_decomp+recent=0"  # it has them by default
     assert Method("gamma_decomp+recent=0").without_recent is None
-    assert Method("clip+caption_words=0.5").terms == ["caption_words"] and not Method("clip+caption_words=0.5").stateless
+    assert (
+        Method("clip+caption_words=0.5").terms == ["caption_words"] and not Method("clip+caption_words=0.5").stateless
+    )
     for text in ("dlc", "dcl+recent=-1", "siglip+recent=2", "clip+accumulate=many", "clip+caption_words=much"):
         with pytest.raises(UserError):
             Method(text)

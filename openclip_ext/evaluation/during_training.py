@@ -128,7 +128,8 @@ class Evaluator:
         )
         if train is None or val is None:
             return {}
-        scores = knn_accuracy(*train, *val), linear_probe_accuracy(*(part.numpy() for part in (*train, *val)))
+        data = [part.to(encoder.device) for part in (*train, *val)]
+        scores = knn_accuracy(*data), linear_probe_accuracy(*data)
         return dict(zip(PROBE_METRICS, scores, strict=True))
 
     def _pair_metrics(self, encoder: Encoder) -> dict[str, float]:

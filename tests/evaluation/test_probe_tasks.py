@@ -72,17 +72,18 @@ def features(folders, weights):
 
 
 def test_probes_are_those_of_the_functions(evaluate, features, capsys):
-    arrays = {name: (images.numpy(), labels.numpy()) for name, (images, labels) in features.items()}
     code, tasks = evaluate("--probes", "linear", "knn", "few-shot", "--shots", 4, 1, "--seeds", 2)
     assert code == 0 and list(tasks) == ["knn", "linear-probe", "few-shot"]
     assert all((task["num_samples"], task["num_train"], task["num_classes"]) == (60, len(features["train"][1]), 10)
                for task in tasks.values())  # fmt: skip
-    hits = knn_hits(*features["train"], *features["val"]).numpy()
-    assert tasks["knn"]["scores"] == pytest.approx(class_scores(hits, arrays["val"][1]))
-    found, strength = linear_probe(*arrays["train"], arrays["val"][0])
-    assert tasks["linear-probe"]["scores"] == pytest.approx(class_scores(found == arrays["val"][1], arrays["val"][1]))
+    hits = knn_hits(*features["train"], *features["val"])
+    assert tasks["knn"]["scores"] == pytest.approx(class_scores(hits, features["val"][1]))
+    found, strength = linear_probe(*features["train"], features["val"][0])
+    assert tasks["linear-probe"]["scores"] == pytest.approx(
+        class_scores(found == features["val"][1], features["val"][1])
+    )
     assert tasks["linear-probe"]["scores"]["top1"] > 0.5 and tasks["linear-probe"]["C"] == strength
-    expected = few_shot_accuracies(*arrays["train"], *arrays["val"], shots=[1, 4], seeds=2, progress=False)
+    expected = few_shot_accuracies(*features["train"], *features["val"], shots=[1, 4], seeds=2, progress=False)
     few = tasks["few-shot"]
     for k, values in expected.items():
         assert few["by_seed"][f"{k}-shot"] == pytest.approx(values)
@@ -94,18 +95,17 @@ def test_probes_are_those_of_the_functions(evaluate, features, capsys):
 
 
 def test_the_penalty_may_be_chosen_on_images_of_their_own(evaluate, features, folders):
-    arrays = {name: (images.numpy(), labels.numpy()) for name, (images, labels) in features.items()}
     _, tasks = evaluate(
         "--probes", "linear", "few-shot", "--shots", 2, "--seeds", 1, "--probe-select", folders["select"]
     )
-    _, strength = linear_probe(*arrays["train"], arrays["val"][0], arrays["select"])
+    _, strength = linear_probe(*features["train"], features["val"][0], features["select"])
     (data, same) = (task["data"] for task in tasks.values())
     assert data == same and data["images"] == 60
     _, others = evaluate("--probes", "knn")
     assert others["knn"]["data"]["checksum"] != data["checksum"]  # scores depend on --probe-select
     assert tasks["linear-probe"]["C"] == strength
     expected = few_shot_accuracies(
-        *arrays["train"], *arrays["val"], arrays["select"], shots=[2], seeds=1, progress=False
+        *features["train"], *features["val"], features["select"], shots=[2], seeds=1, progress=False
     )
     assert tasks["few-shot"]["by_seed"]["2-shot"] == pytest.approx(expected[2])
     assert tasks["few-shot"]["half_width"] == {"2-shot": None} and "note" not in tasks["few-shot"]

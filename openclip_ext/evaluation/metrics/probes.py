@@ -3,20 +3,19 @@
 M   training features       Q   features to classify       D   their width
 """
 
-import warnings
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from openclip_ext.evaluation.metrics.logistic import LogisticRegression
+
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 #: Inverse strengths of the L2 penalty among which a linear probe chooses; the middle one where it cannot.
 GRID = (0.001, 0.01, 0.1, 1.0, 10.0)
-MAX_ITERATIONS = 1000
 #: Per class, at most so many further training images choose the penalty of a few-shot probe.
 MOST_TO_CHOOSE_ON = 4
 
@@ -86,19 +85,19 @@ def knn_accuracy(train_features: Tensor, train_labels: Tensor, features: Tensor,
 
 
 def linear_probe(
-    train_features: np.ndarray,
-    train_labels: np.ndarray,
-    features: np.ndarray,
-    selection: tuple[np.ndarray, np.ndarray] | None = None,
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    selection: tuple[Tensor, Tensor] | None = None,
     *,
     progress: bool = False,
-) -> tuple[np.ndarray, float]:
+) -> tuple[Tensor, float]:
     """(Q,) classes by logistic regression, and the inverse strength C of its penalty.
 
-    Minimises cross entropy plus `|W|^2 / (2 C)` with L-BFGS, over features scaled to mean 0 and variance 1 in training.
-    C is the value of `GRID` that does best on `selection`, or without it on a held-out tenth of the training features
-    (`held_out_tenth`), the smallest of equals; the fit is then one on all training features. Where there is nothing to
-    choose on, C is the middle of the grid.
+    Minimises cross entropy plus `|W|^2 / (2 C)` with L-BFGS (`LogisticRegression`), over features scaled to mean 0 and
+    variance 1 in training, on the device of the features. C is the value of `GRID` that does best on `selection`, or
+    without it on a held-out tenth of the training features (`held_out_tenth`), the smallest of equals; the fit is then
+    one on all training features. Where there is nothing to choose on, C is the middle of the grid.
 
     Args:
         train_features: (M, D).
@@ -107,32 +106,38 @@ def linear_probe(
         selection: features and labels to choose C on; None: a tenth of the training features.
         progress: show a progress bar.
     """
+    num_classes = int(train_labels.max()) + 1
     fitted_on = train_features, train_labels
     if selection is None:
         held_out = held_out_tenth(train_labels)
         fitted_on = train_features[~held_out], train_labels[~held_out]
         selection = train_features[held_out], train_labels[held_out]
-    strength = GRID[len(GRID) // 2]
+    strength, start = GRID[len(GRID) // 2], None
     if len(selection[1]):
-        bar = tqdm(GRID, desc="linear probe", unit="fit", disable=not progress, leave=False)
-        strength = max(bar, key=lambda candidate: _fit(candidate, *fitted_on).score(*selection))
-    return _fit(strength, train_features, train_labels).predict(features), strength
+        probe, best = LogisticRegression(*fitted_on, num_classes), -1.0
+        for candidate in tqdm(GRID, desc="linear probe", unit="fit", disable=not progress, leave=False):
+            accuracy = probe.fit(candidate).accuracy(*selection)
+            if accuracy > best:
+                best, strength, start = accuracy, candidate, (probe.weight, probe.bias)
+        del probe  # with its features, before those of the last fit
+    final = LogisticRegression(train_features, train_labels, num_classes)
+    if start is not None:
+        final.weight, final.bias = start
+    return final.fit(strength).predict(features), strength
 
 
-def linear_probe_accuracy(
-    train_features: np.ndarray, train_labels: np.ndarray, features: np.ndarray, labels: np.ndarray
-) -> float:
+def linear_probe_accuracy(train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor) -> float:
     """Share of features that `linear_probe` classifies correctly."""
     found, _ = linear_probe(train_features, train_labels, features)
-    return float(np.mean(found == labels))
+    return (found == labels).double().mean().item()
 
 
 def few_shot_accuracies(
-    train_features: np.ndarray,
-    train_labels: np.ndarray,
-    features: np.ndarray,
-    labels: np.ndarray,
-    selection: tuple[np.ndarray, np.ndarray] | None = None,
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    selection: tuple[Tensor, Tensor] | None = None,
     *,
     shots: Sequence[int],
     seeds: int,
@@ -159,50 +164,41 @@ def few_shot_accuracies(
         following = ~drawn & (place < k + min(k, MOST_TO_CHOOSE_ON))
         chosen_on = selection or (train_features[following], train_labels[following])
         found, _ = linear_probe(train_features[drawn], train_labels[drawn], features, chosen_on)
-        accuracies[k].append(float(np.mean(found == labels)))
+        accuracies[k].append((found == labels).double().mean().item())
     return accuracies
 
 
-def place_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
-    """(M,) each sample's place, from 0, in a random order of its class's."""
-    order = np.lexsort((np.random.default_rng(seed).random(len(labels)), labels))
-    _, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    place = np.empty(len(labels), dtype=int)
-    place[order] = np.arange(len(labels)) - np.repeat(first, counts)
+def place_in_class(labels: Tensor, seed: int) -> Tensor:
+    """(M,) each sample's place, from 0, in a random order of its class's, the same on every device."""
+    order = torch.argsort(torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))).to(labels.device)
+    order = order[torch.argsort(labels[order], stable=True)]
+    _, counts = torch.unique(labels, return_counts=True)
+    first = counts.cumsum(0) - counts
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(labels), device=labels.device) - first.repeat_interleave(counts)
     return place
 
 
-def class_scores(hits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def class_scores(hits: Tensor, labels: Tensor) -> dict[str, float]:
     """`top1`, the share of samples whose class was found, and `mean_per_class`, the mean of that over the classes.
 
     Args:
         hits: (Q,) whether it was; a number between 0 and 1 where it was one of several.
         labels: (Q,) class indices.
     """
-    per_class = [hits[labels == label].mean() for label in np.unique(labels)]
-    return {"top1": float(hits.mean()), "mean_per_class": float(np.mean(per_class))}
+    hits = hits.double()
+    per_class = torch.stack([hits[labels == label].mean() for label in labels.unique()])
+    return {"top1": hits.mean().item(), "mean_per_class": per_class.mean().item()}
 
 
-def held_out_tenth(labels: np.ndarray) -> np.ndarray:
+def held_out_tenth(labels: Tensor) -> Tensor:
     """Which tenth of the samples, (M,) bool, leaves the others with all classes in about the same shares.
 
     Every tenth sample in the order of their classes, unless it is the first of its class; none where there are fewer
     than ten.
     """
-    order = np.argsort(labels, kind="stable")
-    first_of_class = np.diff(labels[order], prepend=-1) != 0
-    held_out = np.zeros(len(labels), dtype=bool)
-    held_out[order] = (np.arange(len(labels)) % 10 == 9) & ~first_of_class
+    order = torch.argsort(labels, stable=True)
+    first_of_class = labels[order].diff(prepend=labels.new_tensor([-1])) != 0
+    held_out = torch.zeros_like(first_of_class)
+    held_out[order] = (torch.arange(len(labels), device=labels.device) % 10 == 9) & ~first_of_class
     return held_out
-
-
-def _fit(strength: float, features: np.ndarray, labels: np.ndarray):
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=MAX_ITERATIONS))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a weak penalty may end at the limit, close to its optimum
-        return probe.fit(features, labels)

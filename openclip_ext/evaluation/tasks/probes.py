@@ -121,6 +121,15 @@ class ProbeTask:
     features: ProbeFeatures
     dataset: str
 
+    def _data(self, model: "LoadedModel", ranks: "Ranks") -> dict[str, tuple[Any, Any]]:
+        """(features, labels) of the sets, on the model's device; none but on the first rank."""
+        found = self.features.of(model, ranks)
+        if not ranks.first:
+            return {}
+        return {
+            name: (features.to(model.device), labels.to(model.device)) for name, (features, labels) in found.items()
+        }
+
     def _report(self, scores: dict[str, float], **more) -> dict[str, Any]:
         sets = self.features.sets
         return {
@@ -142,11 +151,11 @@ class KnnTask(ProbeTask):
     def run(self, model: "LoadedModel", ranks: "Ranks") -> dict[str, Any]:
         from openclip_ext.evaluation.metrics.probes import NEIGHBOURS, class_scores, knn_hits
 
-        data = self.features.of(model, ranks)
-        if not ranks.first:
+        data = self._data(model, ranks)
+        if not data:
             return {}
         hits = knn_hits(*data["train"], *data["val"])
-        return self._report(class_scores(hits.numpy(), data["val"][1].numpy()), neighbours=NEIGHBOURS)
+        return self._report(class_scores(hits, data["val"][1]), neighbours=NEIGHBOURS)
 
 
 class LinearProbeTask(ProbeTask):
@@ -157,10 +166,9 @@ class LinearProbeTask(ProbeTask):
     def run(self, model: "LoadedModel", ranks: "Ranks") -> dict[str, Any]:
         from openclip_ext.evaluation.metrics.probes import class_scores, linear_probe
 
-        found = self.features.of(model, ranks)
-        if not ranks.first:
+        data = self._data(model, ranks)
+        if not data:
             return {}
-        data = _arrays(found)
         features, labels = data["val"]
         classes, strength = linear_probe(*data["train"], features, data.get("select"), progress=True)
         return self._report(class_scores(classes == labels, labels), C=strength)
@@ -183,10 +191,9 @@ class FewShotTask(ProbeTask):
         from openclip_ext.evaluation.metrics.probes import few_shot_accuracies
         from openclip_ext.report.intervals import half_width
 
-        found = self.features.of(model, ranks)
-        if not ranks.first:
+        data = self._data(model, ranks)
+        if not data:
             return {}
-        data = _arrays(found)
         accuracies = few_shot_accuracies(
             *data["train"], *data["val"], data.get("select"), shots=self.shots, seeds=self.seeds
         )
@@ -201,18 +208,12 @@ class FewShotTask(ProbeTask):
 
     def _note(self, half_widths: dict[str, float | None], labels) -> str:
         """The intervals, and which class has fewer images than were asked for."""
-        import numpy as np
-
         notes = []
         if self.seeds > 1:
             intervals = (f"{name} ± {width:.4f}" for name, width in half_widths.items())
             notes.append(f"{', '.join(intervals)} (95 % interval of the mean of {self.seeds} draws)")
-        counts = np.bincount(labels)
+        counts = labels.bincount()
         if counts.min() < self.shots[-1]:
             smallest = self.features.sets.classes[counts.argmin()]
             notes.append(f"class {smallest} has {counts.min()} images, which is all it gives where more are asked for")
         return "; ".join(notes)
-
-
-def _arrays(data: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
-    return {name: (features.numpy(), labels.numpy()) for name, (features, labels) in data.items()}

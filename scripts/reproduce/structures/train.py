@@ -9,7 +9,6 @@ import tempfile
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,11 +137,11 @@ def _batches(model: LoadedModel, rows: _Labelled) -> LabelledBatches:
     return LabelledBatches(rows, model.transform, batch_size=100, workers=0)
 
 
-def _features(model: LoadedModel, rows: _Labelled) -> tuple[np.ndarray, np.ndarray]:
+def _features(model: LoadedModel, rows: _Labelled) -> tuple[Tensor, Tensor]:
     parts: list[tuple[Tensor, Tensor]] = [
         *model.labelled(_batches(model, rows), normalize=True, desc="features", progress=False)
     ]
-    features, labels = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     return features, labels
 
 
