@@ -50,6 +50,8 @@ def bench_data(run, shards, tmp_path):
 def bench_eval(run, shards, tmp_path):
     lines = run("bench_eval.py", "retrieval", "--images", 40, "--captions", 2, "--width", 8, "--repeats", 1)
     assert [line.split()[0] for line in lines][:2] == ["images", "texts"]
+    lines = run("bench_eval.py", "probe", "--images", 200, "--classes", 4, "--width", 8)
+    assert lines[-1].startswith("imagenet_minutes ")
     flags = ("--model", "ViT-S-32-alt", "--batch-size", 1, "--batches", 2, "--repeats", 1)
     assert "pictures               2" in run("bench_eval.py", "zero-shot", *flags)
 
