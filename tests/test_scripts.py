@@ -7,7 +7,6 @@ import pathlib
 import runpy
 import sys
 
-import numpy as np
 import pytest
 
 import stock
@@ -83,18 +82,6 @@ def bench_train(run, shards, tmp_path):
     assert line.startswith("workers 0: ours / stock ")
 
 
-def compare_losses(run, shards, tmp_path):
-    generator = np.random.default_rng(0)
-    for name in ("train", "test"):
-        x, tokens = generator.normal(size=(64, 8)), generator.integers(10, size=(64, 2, 5))
-        np.savez(tmp_path / f"{name}.npz", x=x, tokens=tokens)
-    data = ("--train", tmp_path / "train.npz", "--test", tmp_path / "test.npz", "--split", "test")
-    flags = ("--losses", "dcl", "gamma_decomp:gamma=0.5", "emc2", "--batch-size", 16, "--epochs", 1, "--seeds", 2)
-    _, first, second, third = run("compare_losses.py", *data, *flags, "--json", tmp_path / "rows.json")
-    assert first.startswith("batch 16    dcl ") and "against dcl: +0.00 ± 0.00" in first
-    assert second.startswith("batch 16    gamma_decomp:gamma=0.5 ") and third.startswith("batch 16    emc2 ")
-
-
 def bench_quality(run, shards, tmp_path):
     """Its help; what it measures has tests of its own."""
     with pytest.raises(SystemExit) as ended:
@@ -160,8 +147,8 @@ def make_patch(run, shards, tmp_path):
 
 
 JOBS = {job.__name__: job for job in
-        (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_train, compare_losses,
-         installed, make_patch, reproduce_emc2, reproduce_gradient_bias, reproduce_structures, soak)}  # fmt: skip
+        (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_train, installed,
+         make_patch, reproduce_emc2, reproduce_gradient_bias, reproduce_structures, soak)}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))
