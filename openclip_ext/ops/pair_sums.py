@@ -26,11 +26,12 @@ def log_mean_ratio(pairs: PairBatch, log_sum: Tensor | None = None) -> Tensor:
         log_sum: (2, B), `log sum_j exp(s_ij)` over the negatives in the batch, where that is known.
     """
     if log_sum is None and len(pairs.sizes) == 1:
-        log_sum = torch.stack(_log_sums(pairs.in_batch[0]))
+        of_texts = torch.empty_like(pairs.positive)
+        log_sum = torch.stack([_log_sums(pairs.in_batch[0], of_texts), of_texts])
     elif log_sum is None:
-        log_sum = torch.stack([_log_sums(columns)[0] for columns in pairs.in_batch])
+        log_sum = torch.stack([_log_sums(columns) for columns in pairs.in_batch])
     if pairs.stored is not None:
-        log_sum = torch.logaddexp(log_sum, torch.stack([_log_sums(columns)[0] for columns in pairs.in_stored]))
+        log_sum = torch.logaddexp(log_sum, torch.stack([_log_sums(columns) for columns in pairs.in_stored]))
     return log_sum - pairs.positive - pairs.log_count
 
 
@@ -44,7 +45,9 @@ def stored_standing(pairs: PairBatch) -> tuple[Tensor, Tensor]:
     """
     stored, ranks = pairs.joined, (1,) * len(pairs.sizes)
     # An anchor of direction 0 is a stored image, whose columns are the batch's texts.
-    own = torch.stack([_log_sums(pairs.in_stored[1 - direction])[1] for direction in range(2)])
+    own = torch.empty_like(stored.log_sum, dtype=pairs.image.dtype)
+    for sums, columns in zip(own, reversed(pairs.in_stored), strict=True):
+        _log_sums(columns, sums)
     log_sums = torch.cat([gather_rows(own[None], ranks), stored.log_sum.to(own.dtype)[None]])
     log_sum = log_sums.logsumexp(0)
     own_count = len(pairs.ids) - occurrences(stored.ids, pairs.ids)
@@ -53,14 +56,21 @@ def stored_standing(pairs: PairBatch) -> tuple[Tensor, Tensor]:
     return log_sum - stored.positive - log_count, log_count
 
 
-def _log_sums(columns: Columns) -> tuple[Tensor, Tensor]:
-    """log of the sum of exp(score) over the columns of each anchor (B,), and over the anchors of each column (C,)."""
-    of_anchors, of_columns = [], []
-    for _, scores, same in columns:
+def _log_sums(columns: Columns, of_columns: Tensor | None = None) -> Tensor:
+    """log of the sum of exp(score) over the columns of each anchor, (B,).
+
+    Into `of_columns` (C,), where it is given, goes that over the anchors of each column.
+    """
+    # In float64, since what is added tile by tile adds up what logarithms of float32 leave out.
+    total = columns.anchors.new_full(columns.anchors.shape[:1], -torch.inf, dtype=torch.float64)
+    for place, scores, same in columns:
         scores = scores.masked_fill(same, -torch.inf)
-        of_anchors.append(scores.logsumexp(1))
-        of_columns.append(scores.logsumexp(0))
-    return torch.stack(of_anchors).logsumexp(0), torch.cat(of_columns)
+        # What stays is made before the first tile: between large blocks of memory it would keep them apart, and the
+        # C library's heap would grow by one with each tile.
+        torch.logaddexp(total, scores.logsumexp(1).to(total.dtype), out=total)
+        if of_columns is not None:
+            torch.logsumexp(scores, 0, out=of_columns[place])
+    return total.to(columns.anchors.dtype)
 
 
 def pair_loss(
