@@ -170,22 +170,61 @@ def recent_steps(rank, num_ranks, name, size):
     }
 
 
-def tiled_steps(rank, num_ranks, sizes, tile):
-    """Gradients of this rank's features, images and texts, under losses whose scores are formed in tiles."""
+#: What `tiled_steps` computes: losses with their options, the last one with the terms that sum over pairs.
+TILED = {
+    "clip": {},
+    "dcl": {},
+    "batch_corrected": {},
+    "sogclr": {},
+    "gamma_decomp": {"recent_batches": 0},
+    "siglip": {},
+    "clip with terms": {"terms": {"geometric_consistency": {}, "feature_separation": {}}},
+}
+
+
+def tiled_steps(rank, num_ranks, sizes, ids, ways):
+    """Of each loss, in each way (loss_comm, loss_tile): its value, gradients of this rank's features, of the scale."""
     import oracles
     from openclip_ext import create_loss
 
-    image, text = oracles.unit(2, sum(sizes), 4, seed=3)
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    gradients = []
-    ids = (torch.arange(sum(sizes)) % 10)[own]
-    scale, bias = torch.tensor([5.0, -1.0], dtype=torch.float64)
-    for name in ("clip", "dcl", "batch_corrected", "siglip"):
-        loss = create_loss(name, num_samples=99, rank=rank, world_size=num_ranks, loss_tile=tile)
-        leaves = [x[own].clone().requires_grad_() for x in (image, text)]
-        value = loss(*leaves, scale, sample_ids=ids, logit_bias=bias, output_dict=False)
-        gradients += torch.autograd.grad(value, leaves)
-    return gradients
+    found = []
+    for comm, tile in ways:
+        for name, options in TILED.items():
+            torch.manual_seed(1)
+            loss = create_loss(
+                name.split()[0], num_samples=99, rank=rank, world_size=num_ranks, loss_tile=tile, loss_comm=comm,
+                embed_dim=4, image_trunk_dim=4, text_trunk_dim=4, **options,
+            ).double()  # fmt: skip
+            leaves = [x[own].clone().requires_grad_() for x in oracles.unit(4, sum(sizes), 4, seed=3)]
+            image, text, image_aug, text_aug = leaves
+            scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+            extra = {"image_features_aug": image_aug, "text_features_aug": text_aug}
+            trunks = {f"{key.replace('_', '_trunk_', 1)}": 2 * value for key, value in extra.items()}
+            trunks |= {"image_trunk_features": 3 * image, "text_trunk_features": 3 * text}
+            extra |= trunks | {"sample_ids": ids[own], "logit_bias": torch.tensor(-1.0, dtype=torch.float64)}
+            value = loss(image, text, scale, **extra, output_dict=False)
+            used = torch.autograd.grad(value, (*leaves, scale), allow_unused=True, materialize_grads=True)
+            found.append((value.detach(), *used))
+    return found
+
+
+def gathered_widths(rank, num_ranks, comm):
+    """Numbers per row of all that a step gathers."""
+    import oracles
+    from openclip_ext import create_loss
+
+    loss = create_loss("dcl", rank=rank, world_size=num_ranks, loss_comm=comm)
+    image, text = (x.requires_grad_() for x in oracles.unit(2, 6, 32, seed=rank))
+    gather, reduce = torch.distributed.all_gather_into_tensor, torch.distributed.all_reduce
+    widths = []
+    with (
+        mock.patch.object(torch.distributed, "all_gather_into_tensor",
+                          lambda found, own: (widths.append(own[:1].numel()), gather(found, own))),
+        mock.patch.object(torch.distributed, "all_reduce", lambda own: (widths.append(own.numel()), reduce(own))),
+    ):  # fmt: skip
+        loss(image, text, torch.tensor(5.0), output_dict=False).backward()
+    return widths
 
 
 def chain_steps(rank, num_ranks, sizes, tile, kernel):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from openclip_ext.losses.base import Loss, PairLoss
-from openclip_ext.losses.context import LossContext, Vocabulary, Widths
+from openclip_ext.losses.context import Communication, LossContext, Vocabulary, Widths
 from openclip_ext.losses.objective import Objective
 from openclip_ext.losses.plan import ObjectivePlan
 
@@ -25,6 +25,7 @@ def create_loss(
     special_token_ids: Collection[int] | None = None,
     end_token_id: int | None = None,
     loss_tile: int | None = None,
+    loss_comm: Communication = "gather",
     terms: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> Objective:
@@ -44,6 +45,9 @@ def create_loss(
         end_token_id: what follows it in a caption is padding, as in CLIP's, which pads with 0: the id of `!`.
         loss_tile: columns whose scores with this rank's anchors are formed at once; None: by their number. `emc2`
             with kernel=mh: anchors whose scores with all columns are.
+        loss_comm: `gather`: each process holds the features of all, (G, D); `ring`: they pass from process to process
+            while their scores are formed, twice a step. Not for what holds them anyway: `emc2`, recent pairs,
+            `distill`. With one process both are the same.
         terms: term name to its options, among them `weight` (default 1), a number or a line over training, such as
             `{"brownian_bridge": {"weight": 0.25}, "geometric_consistency": {"weight": "0:0.1@0.5"}}`.
         **options: options of the loss; strings are converted to the declared type.
@@ -69,6 +73,7 @@ def create_loss(
         num_samples=num_samples, rank=rank, world_size=world_size, device=torch.device(device),
         widths=Widths(embed=embed_dim, image_trunk=image_trunk_dim, text_trunk=text_trunk_dim),
         vocabulary=_vocabulary(vocab_size, special_token_ids, end_token_id), loss_tile=loss_tile,
+        loss_comm=loss_comm,
     )  # fmt: skip
     return ObjectivePlan(name, options, terms, flag="option").build(context)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from openclip_ext.losses.context import LossContext
 from openclip_ext.losses.recent import recent_pairs
 from openclip_ext.ops.pair_sums import log_mean_ratio, pair_loss, stored_standing
-from openclip_ext.ops.pairs import PairBatch, gather_pairs
+from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.state.recent_pairs import RecentPairs
 
 
@@ -129,6 +129,8 @@ class PairLoss(Loss):
     def __init__(self, options: Any = None, context: LossContext | None = None) -> None:
         super().__init__(options, context)
         self.recent: RecentPairs | None = recent_pairs(options, self.context.device)
+        if self.recent is not None:
+            self.context.require_gather("the memory of recent steps", "give --loss-arg recent_batches=0 or drop it")
 
     def compute(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *,
@@ -152,11 +154,8 @@ class PairLoss(Loss):
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, sample_ids: Tensor | None
     ) -> PairBatch:
         """The global batch, with the stored pairs that may join it. A collective call over several ranks."""
-        context, stored = self.context, None if self.recent is None else self.recent.joining()
-        pairs = gather_pairs(
-            image_features, text_features, logit_scale, sample_ids, context.rank, context.world_size, stored,
-            context.loss_tile,
-        )  # fmt: skip
+        stored = None if self.recent is None else self.recent.joining()
+        pairs = self.context.gather_pairs(image_features, text_features, logit_scale, sample_ids, stored)
         if len(pairs.all_ids) < self.least_pairs:
             raise ValueError("a contrastive loss needs at least two pairs in the global batch; raise --batch-size")
         return pairs

@@ -2,10 +2,15 @@
 
 import dataclasses
 import math
+from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from openclip_ext.errors import UserError
+from openclip_ext.ops.pairs import PairBatch, StoredPairs, gather_pairs
+
+Communication = Literal["gather", "ring"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,7 @@ class LossContext:
         widths: None: not known, which only a loss that does not need them accepts.
         vocabulary: likewise.
         loss_tile: columns whose scores with this rank's anchors are formed at once; None: chosen by their number.
+        loss_comm: `gather`: every rank holds the features of all; `ring`: they pass from rank to rank.
     """
 
     num_samples: int | None = None
@@ -61,11 +67,29 @@ class LossContext:
     widths: Widths | None = None
     vocabulary: Vocabulary | None = None
     loss_tile: int | None = None
+    loss_comm: Communication = "gather"
 
     def __post_init__(self) -> None:
         tile = self.loss_tile
         if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
             raise UserError(f"--loss-tile {tile}: must be a whole number of at least 1, columns of a tile")
+        if self.loss_comm not in get_args(Communication):
+            raise UserError(f"--loss-comm {self.loss_comm}: must be one of {', '.join(get_args(Communication))}")
+
+    def gather_pairs(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, sample_ids: Tensor | None = None,
+        stored: StoredPairs | None = None,
+    ) -> PairBatch:  # fmt: skip
+        """The global batch; see `openclip_ext.ops.pairs.gather_pairs`. A collective call over several ranks."""
+        return gather_pairs(
+            image_features, text_features, logit_scale, sample_ids, self.rank, self.world_size, stored,
+            self.loss_tile, self.loss_comm == "ring",
+        )  # fmt: skip
+
+    def require_gather(self, what: str, fix: str = "drop it") -> None:
+        """Raises UserError: features are to pass from rank to rank, and `what` needs those of all ranks at once."""
+        if self.loss_comm == "ring" and self.world_size > 1:
+            raise UserError(f"--loss-comm ring: {what} holds the features of all ranks on each; {fix}")
 
     def log_negatives(self, negatives: int = 0) -> float:
         """log K for K `negatives` in the target loss; 0: all others of the training set, N - 1."""

@@ -4,7 +4,6 @@ from torch import Tensor
 
 from openclip_ext.losses.base import Loss
 from openclip_ext.ops.pair_sigmoid import sigmoid_pair_loss
-from openclip_ext.ops.pairs import gather_pairs
 from openclip_ext.registry import LossSpec
 
 
@@ -20,10 +19,7 @@ class SigmoidLoss(Loss):
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, logit_bias: Tensor, **extra: Tensor
     ) -> dict[str, Tensor]:
         """`contrastive_loss`."""
-        context = self.context
-        pairs = gather_pairs(
-            image_features, text_features, logit_scale, None, context.rank, context.world_size, tile=context.loss_tile
-        )
+        pairs = self.context.gather_pairs(image_features, text_features, logit_scale)
         return {"contrastive_loss": sigmoid_pair_loss(pairs, logit_bias)}
 
 

@@ -65,7 +65,7 @@ def block_sums(pairs: PairBatch) -> tuple[BlockSums, BlockSums]:
         for sums, columns in zip(both, pairs.in_batch, strict=True):
             _add_anchors(sums, columns)
         return both
-    for place, scores, same in pairs.in_batch[0]:
+    for place, _, scores, same in pairs.in_batch[0]:
         scores = scores.masked_fill(same, -torch.inf)
         both[0].add(scores, place.start, slice(None), 1)
         both[1].add(scores, 0, place, 0)
@@ -87,7 +87,7 @@ def _empty(columns: Columns) -> BlockSums:
 
 
 def _add_anchors(sums: BlockSums, columns: Columns) -> None:
-    for place, scores, same in columns:
+    for place, _, scores, same in columns:
         sums.add(scores.masked_fill(same, -torch.inf), place.start, slice(None), 1)
 
 

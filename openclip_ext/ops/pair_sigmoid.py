@@ -32,17 +32,17 @@ class _SigmoidPairLoss(torch.autograd.Function):
         one_process = len(pairs.sizes) == 1
         of_image, of_text = -pairs.text.detach(), -pairs.image.detach()  # those of own pairs
         total, of_bias = -(pairs.positive + bias).sum(), image.new_tensor(-float(len(image)))
-        for place, scores, _ in pairs.in_batch[0]:
+        for place, texts, scores, _ in pairs.in_batch[0]:
             logits = scores + bias
             total += softplus(logits).sum()
             weights = logits.sigmoid_()
             of_bias += weights.sum()
-            of_image.addmm_(weights, pairs.all_text[place])
+            of_image.addmm_(weights, texts)
             if one_process:
-                of_text[place].addmm_(weights.T, pairs.all_image)
+                of_text[place].addmm_(weights.T, image)
         if not one_process:
-            for place, scores, _ in pairs.in_batch[1]:
-                of_text.addmm_((scores + bias).sigmoid_(), pairs.all_image[place])
+            for _, images, scores, _ in pairs.in_batch[1]:
+                of_text.addmm_((scores + bias).sigmoid_(), images)
         of_scale = torch.linalg.vecdot(pairs.image, of_image).sum()
         world_size, count = len(pairs.sizes), len(pairs.all_ids)
         share = world_size / count

@@ -63,7 +63,7 @@ def _log_sums(columns: Columns, of_columns: Tensor | None = None) -> Tensor:
     """
     # In float64, since what is added tile by tile adds up what logarithms of float32 leave out.
     total = columns.anchors.new_full(columns.anchors.shape[:1], -torch.inf, dtype=torch.float64)
-    for place, scores, same in columns:
+    for place, _, scores, same in columns:
         scores = scores.masked_fill(same, -torch.inf)
         # What stays is made before the first tile: between large blocks of memory it would keep them apart, and the
         # C library's heap would grow by one with each tile.
@@ -192,21 +192,21 @@ class PairSums:
 
     def add_both_directions(self, columns: Columns, factor: Tensor) -> None:
         """All pairs of one process, as columns of the first direction; `factor` is (2, B)."""
-        for place, scores, same in columns:
+        for place, tile, scores, same in columns:
             weights, as_columns = _weights(scores, same, factor[0][:, None]), _weights(scores, same, factor[1][place])
             self.positive += weights.sum(1)
             self.positive[place] += as_columns.sum(0)
             weights += as_columns
-            self.features[0].addmm_(weights, columns.columns[place])
+            self.features[0].addmm_(weights, tile)
             self.features[1][place].addmm_(weights.T, columns.anchors)
 
     def add(self, direction: int, columns: Columns, factor: Tensor, column_factor: Tensor) -> None:
         """Own anchors (B,) with columns of all ranks (C,), each of which is an anchor of the other direction too."""
-        for place, scores, same in columns:
+        for place, tile, scores, same in columns:
             weights = _weights(scores, same, factor[:, None])
             self.positive += weights.sum(1)
             weights += _weights(scores, same, column_factor[place])
-            self.features[direction].addmm_(weights, columns.columns[place])
+            self.features[direction].addmm_(weights, tile)
 
     def add_stored(
         self,
@@ -222,14 +222,14 @@ class PairSums:
         (B, D) is, columns are moved to have that mean, in what they push with but not in their weights.
         """
         total, weight = torch.zeros_like(self.scale), torch.zeros_like(self.positive)
-        for place, scores, same in columns:
+        for place, tile, scores, same in columns:
             weights = _weights(scores, same, factor[:, None])
             self.positive += weights.sum(1)
             total += (weights * scores).sum()
             if column_factor is not None:
                 weights += _weights(scores, same, column_factor[place])
             weight += weights.sum(1)
-            self.features[direction].addmm_(weights, columns.columns[place])
+            self.features[direction].addmm_(weights, tile)
         if centre is not None:
             self.features[direction] += weight[:, None] * (centre - columns.columns.mean(0))
         return total

@@ -16,12 +16,14 @@ and their anchors have the batch's columns as negatives. Every rank holds all of
 import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from openclip_ext.ops.gather import gather_rows, gather_sizes
 from openclip_ext.ops.precision import promoted
+from openclip_ext.ops.ring import pass_around
 
 #: Scores that are formed at once, about: 4 MiB of the CPU's memory in float32, where more would leave its caches, and
 #: 256 MiB of a GPU's, whose products are slow if small.
@@ -33,11 +35,19 @@ def fitting_tile(rows: int, device: torch.device) -> int:
     return max(32, SCORES_AT_ONCE.get(device.type, 2**26) // max(1, rows))
 
 
+class Tile(NamedTuple):
+    """Some columns, and their scores with the anchors that meet them."""
+
+    place: slice  # where they lie among all columns
+    columns: Tensor  # (T, D)
+    scores: Tensor  # (B, T)
+    same: Tensor  # (B, T), whether anchor and column are one sample
+
+
 class Columns:
     """Columns that this rank's anchors of one direction meet.
 
-    Iterating gives, per tile of T columns, where it lies, its scores (B, T) and whether anchor and column are one
-    sample (B, T). Scores of a single tile are kept, those of several formed anew each time.
+    Iterating gives a `Tile` after the other. Scores of a single tile are kept, those of several formed anew each time.
 
     Args:
         anchors: (B, D).
@@ -56,18 +66,20 @@ class Columns:
         self.columns, self._column_ids, self._left_out = columns, column_ids, left_out
         self.anchors, self._ids, self._logit_scale = anchors.detach(), ids, logit_scale.detach()
         self._tile = tile or fitting_tile(len(anchors), anchors.device)
-        self._kept: tuple[slice, Tensor, Tensor] | None = None
+        self._kept: Tile | None = None
 
     def __len__(self) -> int:
         return len(self.columns)
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        if self.fit:
-            yield self.whole
-            return
-        for start in range(0, len(self), self._tile):
-            place = slice(start, min(start + self._tile, len(self)))
-            yield place, *self._form(slice(None), place)
+    def __iter__(self) -> Iterator[Tile]:
+        return iter([self.whole]) if self.fit else self._tiles(self.columns, 0)
+
+    def _tiles(self, columns: Tensor, first: int) -> Iterator[Tile]:
+        """Tiles of `columns`, which are those from `first` on."""
+        for start in range(0, len(columns), self._tile):
+            part = columns[start : start + self._tile]
+            place = slice(first + start, first + start + len(part))
+            yield Tile(place, part, self._scores(slice(None), part), self._same(slice(None), place))
 
     @property
     def fit(self) -> bool:
@@ -75,29 +87,30 @@ class Columns:
         return len(self) <= self._tile
 
     @property
-    def whole(self) -> tuple[slice, Tensor, Tensor]:
+    def whole(self) -> Tile:
         """All columns as one tile, which is kept."""
         if self._kept is None:
-            self._kept = slice(0, len(self)), *self._form(slice(None), slice(None))
+            scores, same = self._form(slice(None), slice(None))
+            self._kept = Tile(slice(0, len(self)), self.columns, scores, same)
         return self._kept
 
     def of_rows(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Scores of the anchors `rows` with all columns, and whether both are one sample, (b, C) each."""
         if not self.fit:
             return self._form(rows, slice(None))
-        _, scores, same = self.whole
-        return scores[rows], same[rows]
+        return self.whole.scores[rows], self.whole.same[rows]
 
     def of_block(self, rows: Tensor, place: slice) -> tuple[Tensor, Tensor]:
         """The same of any anchors `rows` (b,) with the columns `place` alone."""
         if not self.fit:
             return self._form(rows, place)
-        _, scores, same = self.whole
-        return scores[rows, place], same[rows, place]
+        return self.whole.scores[rows, place], self.whole.same[rows, place]
 
     def _form(self, rows: slice | Tensor, place: slice) -> tuple[Tensor, Tensor]:
-        scores = self.anchors[rows] @ (self._logit_scale * self.columns[place]).T
-        return scores, self._same(rows, place)
+        return self._scores(rows, self.columns[place]), self._same(rows, place)
+
+    def _scores(self, rows: slice | Tensor, columns: Tensor) -> Tensor:
+        return self.anchors[rows] @ (self._logit_scale * columns).T
 
     def _same(self, rows: slice | Tensor, place: slice) -> Tensor:
         column_ids = self._column_ids[place]
@@ -105,6 +118,34 @@ class Columns:
         if self._left_out is not None:
             same |= self._left_out[rows, None] == column_ids
         return same
+
+
+class PassingColumns(Columns):
+    """Columns of all ranks that pass by: each rank holds its own, and hands on what it has from the rank before it.
+
+    No rank holds those of more than two others at a time. Iterating is a collective call, and begins with the own ones.
+
+    Args:
+        sizes: columns of each rank.
+        rank: of this process.
+        Others as of `Columns`; `columns` are this rank's, `column_ids` those of all.
+    """
+
+    def __init__(self, *args: Any, sizes: tuple[int, ...], rank: int) -> None:
+        super().__init__(*args)
+        self._sizes, self._rank = sizes, rank
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    @property
+    def fit(self) -> bool:
+        """Never: what has passed by is not kept."""
+        return False
+
+    def __iter__(self) -> Iterator[Tile]:
+        for source, columns in pass_around(self.columns, self._sizes, self._rank):
+            yield from self._tiles(columns, sum(self._sizes[:source]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +167,30 @@ class PairBatch:
     image: Tensor  # (B, D)
     text: Tensor  # (B, D)
     logit_scale: Tensor  # ()
-    all_image: Tensor  # (G, D)
-    all_text: Tensor  # (G, D)
     ids: Tensor  # (B,) int64
     all_ids: Tensor  # (G,) int64
     sizes: tuple[int, ...]  # rows on each rank
     rank: int
     stored: StoredPairs | None = None
     tile: int | None = None  # columns whose scores are formed at once; None: by `fitting_tile`
+    ring: bool = False  # columns of other ranks pass by, where they would be gathered
+
+    @property
+    def all_image(self) -> Tensor:
+        """Images of all ranks, (G, D)."""
+        return self._gathered_features[0]
+
+    @property
+    def all_text(self) -> Tensor:
+        """Texts of all ranks, (G, D)."""
+        return self._gathered_features[1]
+
+    @cached_property
+    def _gathered_features(self) -> tuple[Tensor, ...]:
+        """Images and texts; a collective call where they are first asked for, if there are several ranks."""
+        if len(self.sizes) == 1:
+            return self.image.detach(), self.text.detach()
+        return gather_rows(torch.cat([self.image, self.text], dim=1), self.sizes).chunk(2, dim=1)
 
     @property
     def own_rows(self) -> slice:
@@ -151,6 +208,10 @@ class PairBatch:
     def in_batch(self) -> tuple[Columns, Columns]:
         """Own anchors of each direction and the columns of the batch."""
         common = self.ids, self.all_ids, self.logit_scale, self.tile
+        if self.ring and len(self.sizes) > 1:
+            image, text = self.image.detach(), self.text.detach()
+            ranks: dict[str, Any] = {"sizes": self.sizes, "rank": self.rank}
+            return PassingColumns(image, text, *common, **ranks), PassingColumns(text, image, *common, **ranks)
         return Columns(self.image, self.all_text, *common), Columns(self.text, self.all_image, *common)
 
     @cached_property
@@ -162,15 +223,15 @@ class PairBatch:
     def scores_of(self, direction: int, rows: slice) -> tuple[Tensor, Tensor]:
         """s_ij of the own anchors `rows` and the batch's columns, and whether both are one sample, (b, G) each."""
         if self._turned(direction):
-            _, scores, same = self.in_batch[0].whole
-            return scores[:, rows].T.contiguous(), same[:, rows].T
+            turned = self.in_batch[0].whole
+            return turned.scores[:, rows].T.contiguous(), turned.same[:, rows].T
         return self.in_batch[direction].of_rows(rows)
 
     def scores_of_block(self, direction: int, rows: Tensor, place: slice) -> tuple[Tensor, Tensor]:
         """The same of any own anchors `rows` (b,) with the columns `place` alone."""
         if self._turned(direction):
-            _, scores, same = self.in_batch[0].whole
-            return scores[place, rows].T, same[place, rows].T
+            turned = self.in_batch[0].whole
+            return turned.scores[place, rows].T, turned.same[place, rows].T
         return self.in_batch[direction].of_block(rows, place)
 
     def _turned(self, direction: int) -> bool:
@@ -220,8 +281,9 @@ def gather_pairs(
     world_size: int,
     stored: StoredPairs | None = None,
     tile: int | None = None,
+    ring: bool = False,
 ) -> PairBatch:
-    """Gather the global batch. A collective call when `world_size > 1`.
+    """The global batch: sizes and ids of all ranks' pairs are gathered. A collective call when `world_size > 1`.
 
     Features of half precision are promoted to float32 first. Without `sample_ids` every row counts as a sample of
     its own.
@@ -236,10 +298,6 @@ def gather_pairs(
         )
     image, text = promoted(image_features, text_features)
     sizes = gather_sizes(len(image), world_size, image.device)
-    if world_size == 1:
-        all_image, all_text = image.detach(), text.detach()
-    else:
-        all_image, all_text = gather_rows(torch.cat([image, text], dim=1), sizes).chunk(2, dim=1)
     if sample_ids is None:
         all_ids = torch.arange(sum(sizes), device=image.device)
         start = sum(sizes[:rank])
@@ -248,4 +306,4 @@ def gather_pairs(
         ids = sample_ids.to(image.device)
         all_ids = gather_rows(ids, sizes)
     logit_scale = logit_scale.to(image.dtype)
-    return PairBatch(image, text, logit_scale, all_image, all_text, ids, all_ids, sizes, rank, stored, tile)
+    return PairBatch(image, text, logit_scale, ids, all_ids, sizes, rank, stored, tile, ring)

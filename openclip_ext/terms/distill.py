@@ -18,6 +18,7 @@ class DistillTerm(Loss):
     """
 
     def __init__(self, options: NoOptions, context: LossContext) -> None:
+        context.require_gather("loss term distill, which is OpenCLIP's own,")
         super().__init__(options, context)
         self.loss = distill_loss(
             local_loss=True, gather_with_grad=True, rank=context.rank, world_size=context.world_size

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize, softplus
 
 from openclip_ext.losses.base import Loss
 from openclip_ext.losses.context import LossContext, require_widths
-from openclip_ext.ops.gather import gather_rows, gather_rows_with_grad, gather_sizes, global_mean
+from openclip_ext.ops.gather import global_mean
+from openclip_ext.ops.pair_sums import log_mean_ratio, pair_loss
 from openclip_ext.ops.precision import promoted
 from openclip_ext.options import NoOptions
 from openclip_ext.registry import LossSpec
@@ -64,8 +65,6 @@ class FeatureSeparationTerm(Loss):
             feature_separation_loss: the sum.
             orthogonality, private_contrastive, uniformity: its parts.
         """
-        scale = logit_scale.to(promoted(image_features)[0].dtype)
-        sizes = gather_sizes(len(image_features), self.context.world_size, image_features.device)
         parts: dict[str, Any] = {"orthogonality": 0.0, "private_contrastive": 0.0, "uniformity": 0.0}
         for modality, shared, trunk, trunk_aug in (
             ("image", image_features, image_trunk_features, image_trunk_features_aug),
@@ -75,32 +74,26 @@ class FeatureSeparationTerm(Loss):
             private, private_aug = self.private(modality, torch.cat([trunk, trunk_aug])).chunk(2)
             overlap = (shared * private).sum(1).square()
             parts["orthogonality"] += global_mean(overlap.sum(), len(overlap), self.context.world_size)
-            parts["private_contrastive"] += self._contrastive(private, private_aug, scale, sizes) / 2
-            parts["uniformity"] += self._uniformity(private, sizes) / 2
+            parts["private_contrastive"] += self._contrastive(private, private_aug, logit_scale) / 2
+            parts["uniformity"] += self._uniformity(private) / 2
         total = sum(parts.values())
         return {"feature_separation_loss": total} | {name: value.detach() for name, value in parts.items()}
 
-    def _contrastive(self, private: Tensor, private_aug: Tensor, scale: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def _contrastive(self, private: Tensor, private_aug: Tensor, scale: Tensor) -> Tensor:
         """Cross entropy of each row's own second view among those of all rows."""
-        logits = scale * private @ gather_rows_with_grad(private_aug, sizes, self.context.rank).T
-        total = cross_entropy(logits, self._own_columns(logits, sizes), reduction="sum")
-        return global_mean(total, len(logits), self.context.world_size)
+        pairs = self.context.gather_pairs(private, private_aug, scale)
+        value = softplus(log_mean_ratio(pairs)[0] + pairs.log_count)
+        # Second views are no anchors. The mean is over anchors of both directions.
+        values = torch.stack([value, torch.zeros_like(value)])
+        log_weight = torch.stack([pairs.log_count - value, torch.full_like(value, -math.inf)])
+        return 2 * pair_loss(pairs, value=values, log_weight=log_weight)
 
-    def _uniformity(self, private: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """`log mean_{j != k} exp(-t ||p_j - p_k||^2)`."""
-        cosine = private @ gather_rows_with_grad(private, sizes, self.context.rank).T
-        own = self._own_columns(cosine, sizes)
-        exponent = (-2 * TEMPERATURE * (1 - cosine)).scatter(1, own[:, None], -torch.inf)
-        local = exponent.flatten().logsumexp(0)
-        total = gather_rows(local[None], (1,) * self.context.world_size).logsumexp(0)
-        pairs = sum(sizes) * (sum(sizes) - 1)
-        # log of a sum over ranks: this rank's part of its gradient is its share of the sum, here times W.
-        share = self.context.world_size * (local - total).exp().detach()
-        return total - math.log(pairs) + share * (local - local.detach())
-
-    def _own_columns(self, rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """Where among the gathered rows each row of this rank sits, (B,)."""
-        return torch.arange(len(rows), device=rows.device) + sum(sizes[: self.context.rank])
+    def _uniformity(self, private: Tensor) -> Tensor:
+        """`log mean_{j != k} exp(-t ||p_j - p_k||^2)`: rows have unit norm, so it is the ratio of their scores."""
+        pairs = self.context.gather_pairs(private, private, private.new_tensor(2 * TEMPERATURE))
+        log_mean = log_mean_ratio(pairs)
+        value = pairs.gathered(log_mean).logsumexp((0, 1)) - math.log(log_mean.shape[0] * len(pairs.all_ids))
+        return pair_loss(pairs, value=value.expand_as(log_mean), log_weight=(-value).expand_as(log_mean))
 
 
 SPEC = LossSpec(

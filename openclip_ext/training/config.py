@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from openclip_ext import upstream
 from openclip_ext.options import parse_assignments, parse_terms
@@ -52,6 +52,7 @@ class RunConfig:
     recent_check: int | None = None
     recent_limit: float | None = None
     loss_tile: int | None = None
+    loss_comm: Literal["gather", "ring"] = "gather"
 
     # data
     train_data: str | None

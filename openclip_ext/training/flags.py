@@ -77,6 +77,11 @@ def _add_data_flags(ours) -> None:
         "on a CPU and 256 MiB on a GPU.",
     )  # fmt: skip
     ours.add_argument(
+        "--loss-comm", choices=["gather", "ring"], default="gather",
+        help="How features of several processes meet: each process gathers those of all, or they pass from one to the "
+        "next while their scores are formed, twice a step (ring): for batches whose features take much memory.",
+    )  # fmt: skip
+    ours.add_argument(
         "--sample-id",
         choices=["index", "hash"],
         default="index",

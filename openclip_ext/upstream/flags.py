@@ -49,7 +49,8 @@ ROLES: dict[str, Role] = {
          "save_logs", "save_frequency", "save_most_recent", "save_best", "save_every_steps", "keep_last", "max_minutes",
          "delete_previous_checkpoint", "copy_codebase", "log_every_n_steps", "profile",
          "remote_sync", "remote_sync_frequency", "remote_sync_protocol",
-         "cache_dir", "rank", "local_rank", "rank_timeout", "max_skipped", "max_bad", "loss_tile"),
+         "cache_dir", "rank", "local_rank", "rank_timeout", "max_skipped", "max_bad", "loss_tile",
+         "loss_comm"),
         Role.BOOKKEEPING,
     ),
     **dict.fromkeys(

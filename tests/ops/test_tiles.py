@@ -145,13 +145,78 @@ def test_siglip_is_openclips_loss(tile):
     torch.testing.assert_close(*[torch.autograd.grad(value, leaves) for value in values], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_ranks_of_unequal_size_equal_one(ranks, num_ranks):
-    (single,) = ranks.run(rank_jobs.tiled_steps, 1, [12], 5)
-    sizes = [12 // num_ranks + (1 if rank == 0 else -1 if rank == 1 else 0) for rank in range(num_ranks)]
-    gradients = [torch.cat(parts) for parts in zip(*ranks.run(rank_jobs.tiled_steps, num_ranks, sizes, 2), strict=True)]
-    for found, expected in zip(gradients, single, strict=True):
-        torch.testing.assert_close(found / num_ranks, expected, rtol=1e-10, atol=1e-10)
+def on_ranks(ranks, sizes, ids, ways):
+    """Values and averaged gradients of `rank_jobs.tiled_steps`, one list per way, one entry per loss."""
+    found = []
+    for steps in zip(*ranks.run(rank_jobs.tiled_steps, len(sizes), sizes, ids, ways), strict=True):
+        values, *parts, scales = zip(*steps, strict=True)
+        assert all(torch.allclose(value, values[0]) for value in values)
+        features = [torch.cat(part) / len(sizes) for part in parts]
+        found.append([values[0], *features, sum(scales) / len(sizes)])
+    each = len(rank_jobs.TILED)
+    return [found[first : first + each] for first in range(0, len(found), each)]
+
+
+WAYS = [("gather", None), ("gather", 7), *(("ring", tile) for tile in (None, 1, 7, 12, 13, 64))]
+
+
+@pytest.mark.parametrize("sizes", [[12], [7, 5], [4, 2, 3, 3]])
+def test_either_way_of_communication_is_the_dense_loss(ranks, sizes):
+    """The losses against loops over all pairs, for batches of ranks that differ in size."""
+    negatives, bias = 98, torch.tensor(-1.0, dtype=torch.float64)
+    reference = {
+        "clip": oracles.clip,
+        "dcl": oracles.dcl,
+        "batch_corrected": lambda *leaves: oracles.corrected(*leaves, negatives=negatives),
+        "sogclr": lambda *leaves: oracles.corrected(*leaves, negatives=1, iota=0),
+        "gamma_decomp": lambda *leaves: oracles.corrected(*leaves, negatives=negatives),
+        "siglip": lambda *leaves: oracles.siglip(*leaves, bias),
+    }
+    image, text, *_ = oracles.unit(4, 12, 4, seed=3)
+    leaves = image, text, torch.tensor(5.0, dtype=torch.float64)
+    expected = {name: (loss(*leaves), *oracles.gradients(loss, *leaves)) for name, loss in reference.items()}
+    for way in on_ranks(ranks, sizes, torch.arange(12), WAYS):
+        for name, (value, of_image, of_text, _, _, of_scale) in zip(rank_jobs.TILED, way, strict=True):
+            if name in expected:
+                torch.testing.assert_close((value, of_image, of_text, of_scale), expected[name], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("sizes", [[7, 5], [4, 2, 3, 3]])
+def test_ranks_of_unequal_size_equal_one(ranks, sizes):
+    """With samples that come twice, and with the terms that sum over pairs."""
+    ids = torch.arange(12) % 10
+    ((*single,),) = on_ranks(ranks, [12], ids, [("gather", None)])
+    for several in on_ranks(ranks, sizes, ids, [("gather", None), ("gather", 2), ("ring", None), ("ring", 2)]):
+        torch.testing.assert_close(several, single, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "match"),
+    [
+        ("emc2", {"num_samples": N, "embed_dim": D}, "--loss-comm ring: loss emc2.*; drop it"),
+        ("gamma_decomp", {"num_samples": N}, "--loss-comm ring: the memory of recent .*; give --loss-arg recent_ba"),
+        ("clip", {"terms": {"distill": {}}}, "--loss-comm ring: loss term distill"),
+        ("clip", {}, None),
+    ],
+)
+def test_what_holds_all_features_refuses_a_ring_of_several_ranks(name, options, match):
+    create_loss(name, loss_comm="ring", **options)
+    if match is None:
+        return
+    with pytest.raises(UserError, match=match):
+        create_loss(name, loss_comm="ring", world_size=2, **options)
+
+
+def test_no_rank_of_a_ring_gathers_features(ranks):
+    """What the ranks gather is as wide as a few scalars per pair."""
+    for widths in ranks.run(rank_jobs.gathered_widths, 2, "ring"):
+        assert widths and max(widths) <= 4
+    assert max(ranks.run(rank_jobs.gathered_widths, 2, "gather")[0]) == 64
+
+
+def test_another_way_of_communication_is_refused():
+    with pytest.raises(UserError, match="--loss-comm star: must be one of gather, ring"):
+        create_loss("clip", loss_comm="star")
 
 
 def test_no_more_than_a_tile_of_scores_is_formed():

@@ -92,6 +92,7 @@ class EMC2Loss(PairLoss):
     steps_taken: Tensor
 
     def __init__(self, options: Options, context: LossContext) -> None:
+        context.require_gather("loss emc2, whose chains move to any column,")
         super().__init__(options, context)
         self.log_negatives = context.log_negatives(options.negatives)
         self.register_buffer("kernel", torch.tensor(KERNELS.index(options.kernel)))
