@@ -4,7 +4,7 @@
     python scripts/bench_mh.py --json --device cuda
 
 The loop is written as published samplers write it: one column of the batch after the other, with boolean-indexed rows.
-Times are medians of several repeats, taken in turns.
+CPU seconds (on a GPU: passed), medians of several repeats, taken in turns; of the bank: seconds passed.
 """
 
 import argparse
@@ -13,12 +13,12 @@ import os
 import statistics
 import tempfile
 import time
-from functools import partial
 from typing import Any
 
 import psutil
 import torch
-from open_clip.loss import ClipLoss
+from runs.loss_steps import STOCK, stepper
+from runs.turns import medians
 from torch.nn.functional import normalize
 
 from openclip_ext import create_loss
@@ -42,18 +42,11 @@ def column_loop(scores, burn_in):
     return torch.hstack(kept)
 
 
-def medians(functions: dict, repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each function, called in turns after one call to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def in_turns(functions: dict, args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of each function, after one call to warm up."""
+    for function in functions.values():
+        function()
+    return medians(functions, args.repeats, args.device.startswith("cuda"))
 
 
 def chains(args) -> dict:
@@ -67,27 +60,15 @@ def chains(args) -> dict:
         return metropolis_hastings(scores, start, proposals, noise, steps // 2)
 
     on_cpu = scores.cpu()  # where the published loop runs
-    times = medians({"loop": lambda: column_loop(on_cpu, steps // 2), "ours": ours}, args.repeats, args.device)
+    times = in_turns({"loop": lambda: column_loop(on_cpu, steps // 2), "ours": ours}, args)
     return {"anchors": args.batch, "proposals": steps, **times, "speedup": times["loop"] / times["ours"]}
 
 
 def losses(args) -> dict:
-    image, text = (normalize(x, dim=-1) for x in torch.randn(2, args.batch, args.width, device=args.device))
-    scale, ids = torch.tensor(20.0, device=args.device), torch.arange(args.batch, device=args.device)
-    clip, functions = ClipLoss(), {}
-
-    def run(loss, **extra):
-        leaves = [x.clone().requires_grad_() for x in (image, text, scale)]
-        value = loss(*leaves, **extra)
-        (value["contrastive_loss"] if isinstance(value, dict) else value).backward()
-
-    functions["clip"] = partial(run, clip)
-    for kernel in ("isir", "mh"):
-        loss = create_loss("emc2", num_samples=10 * args.batch, embed_dim=args.width, device=args.device, kernel=kernel)
-        run(loss, sample_ids=ids)
-        loss.commit()
-        functions[kernel] = partial(run, loss, sample_ids=ids)
-    times = medians(functions, args.repeats, args.device)
+    """Of steps as `bench_loss.py` takes them."""
+    names = {"clip": STOCK, "isir": "emc2", "mh": "emc2+kernel=mh"}
+    functions = {key: stepper(name, args.batch, args.width, args.device) for key, name in names.items()}
+    times = in_turns(functions, args)
     ratios = {f"{kernel}_to_clip": times[kernel] / times["clip"] for kernel in ("isir", "mh")}
     return {"batch": args.batch, "width": args.width, **times, **ratios}
 

@@ -77,9 +77,14 @@ def bench_mh(run, shards, tmp_path):
 
 
 def bench_train(run, shards, tmp_path):
-    flags = ("--batch-size", 32, "--epochs", 2, "--repeats", 1, "--workers", 0, "--device", "cpu")
-    (line,) = run("bench_train.py", "--shards", f"{shards}/00000.tar", *flags)
+    flags = ("--batch-size", 16, "--epochs", 2, "--repeats", 1, "--workers", 0, "--device", "cpu", "--profile", 2)
+    line, *steps = run("bench_train.py", "--shards", f"{shards}/00000.tar", *flags)
     assert line.startswith("workers 0: ours / stock ")
+    for step, loss in zip(steps, ("clip", "gamma_decomp"), strict=True):
+        shares = re.fullmatch(rf"workers 0: a step with {loss}: (.* %)", step)
+        parts = dict(part.removesuffix(" %").split() for part in shares[1].split(", "))
+        assert list(parts) == ["data", "encoders", "loss", "optimizer", "rest"]
+        assert sum(map(float, parts.values())) == pytest.approx(100, abs=1)
 
 
 def bench_quality(run, shards, tmp_path):

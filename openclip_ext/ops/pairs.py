@@ -30,9 +30,28 @@ from openclip_ext.ops.ring import pass_around
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 
 
+NARROWEST = 32  # columns of a tile
+
+
 def fitting_tile(rows: int, device: torch.device) -> int:
-    """How many columns of `rows` anchors make a tile, at least 32."""
-    return max(32, SCORES_AT_ONCE.get(device.type, 2**26) // max(1, rows))
+    """How many columns of `rows` anchors make a tile, at least `NARROWEST`."""
+    return max(NARROWEST, SCORES_AT_ONCE.get(device.type, 2**26) // max(1, rows))
+
+
+def least_bytes(own: int, ranks: int, width: int, *, tile: int | None = None, ring: bool = False) -> int:
+    """What a loss over pairs takes at the least, in float32, beyond the features it is given.
+
+    That is sums and gradients of own features, those of other ranks, and four numbers of each score of a tile.
+
+    Args:
+        own: B, on each rank.
+        ranks: W.
+        width: D.
+        tile: columns; None: as few as `fitting_tile` chooses.
+        ring: whether the features of two other ranks are held at a time, or those of all.
+    """
+    others = 0 if ranks == 1 else 2 if ring else 2 * ranks
+    return 4 * own * (4 * width + others * width + 4 * min(own * ranks, tile or NARROWEST))
 
 
 class Tile(NamedTuple):

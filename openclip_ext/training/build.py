@@ -13,8 +13,10 @@ from openclip_ext import upstream
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.data.pipeline import TrainLoader, train_loader
 from openclip_ext.data.streams import Start, StreamConfig
-from openclip_ext.errors import UserError
+from openclip_ext.errors import UserError, counted
 from openclip_ext.losses import LossContext, Vocabulary
+from openclip_ext.ops.pairs import least_bytes
+from openclip_ext.state.table import NoRoomError, require_room
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.clock import Clock, start_of
@@ -36,6 +38,7 @@ def build_trainer(
     views = ViewsModel(model, config.momentum_encoder) if config.pairs == "views" else None
     paired = views or pair_model(model, plan.needs)
     momentum_encoder = views.momentum_encoder if views else None
+    _require_room(config, accelerator, upstream.embedding_width(model))
     loss = _objective(config, accelerator, plan, data, paired, tokenizer)
     seed_all(config.seed + accelerator.process_index)
     time = checkpoint.content.get("clock") if checkpoint else None
@@ -118,6 +121,20 @@ def _schedule(config: RunConfig, optimizer, steps_per_epoch: int) -> Callable[[i
         return None
     schedule = upstream.create_schedule(config.flags, optimizer, steps_per_epoch)
     return scaled(schedule, optimizer) if describe(optimizer) else schedule
+
+
+def _require_room(config: RunConfig, accelerator: Accelerator, width: int) -> None:
+    """Raises UserError: the loss alone takes more memory than there is, however narrow its tiles."""
+    ranks, own = accelerator.num_processes, config.batch_size * config.accum_freq
+    needed = least_bytes(own, ranks, width, tile=config.loss_tile, ring=config.loss_comm == "ring")
+    try:
+        require_room(needed, accelerator.device, f"loss of {counted(own * ranks, 'pair')} a step")
+    except NoRoomError as error:
+        flag = f"--batch-size {config.batch_size}" + (
+            f" --accum-freq {config.accum_freq}" if config.accum_freq > 1 else ""
+        )
+        narrower = "" if config.loss_tile is None else f", or a --loss-tile below {config.loss_tile}"
+        raise UserError(f"{flag}: {error}; use fewer pairs{narrower}") from error
 
 
 def _objective(config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, paired, tokenizer):

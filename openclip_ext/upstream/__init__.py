@@ -16,6 +16,7 @@ from openclip_ext.upstream.loop import autocast, create_schedule, input_dtype, s
 from openclip_ext.upstream.losses import distill_loss
 from openclip_ext.upstream.models import (
     create_teacher,
+    embedding_width,
     example_inputs,
     freeze_text,
     load_model_weights,
@@ -68,6 +69,7 @@ __all__ = [
     "create_tokenizer",
     "default_flags",
     "distill_loss",
+    "embedding_width",
     "example_inputs",
     "find_projections",
     "find_trunks",

@@ -63,6 +63,11 @@ def freeze_text(model):
     return model.visual
 
 
+def embedding_width(model: Any) -> int:
+    """D, the width of the features that both towers give; 0: the model does not tell."""
+    return getattr(getattr(model, "visual", None), "output_dim", None) or 0
+
+
 def register_model_config(path: str) -> str:
     """Make a model config file known; returns its model name, the file's stem.
 

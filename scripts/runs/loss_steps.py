@@ -1,7 +1,5 @@
 """Steps of losses, forward and backward, for `bench_loss.py`: what they take."""
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ from openclip_ext import create_loss
 from .methods import parse_method
 from .peak import extra_bytes
 from .peers import PEERS
+from .turns import medians, seconds_of
 
 STOCK = "open_clip.ClipLoss"
 SCALE = 20.0
@@ -88,19 +87,7 @@ def measure(name: str, batch: int, width: int, device: str, repeats: int, alone:
     """
     stepper(name, 64, width, device)()  # libraries allocate on first use
     step, cuda = stepper(name, batch, width, device), device.startswith("cuda")
-    clock = time.perf_counter if cuda else time.process_time
-    start = clock()
-    found: dict = {"bytes": extra_bytes(step, cuda)}
-    first = clock() - start
+    found: dict[str, float] = {}
+    found["seconds"] = seconds_of(lambda: found.update(bytes=extra_bytes(step, cuda)), cuda)
     steps = {"seconds": step} | ({} if alone else {"stock_seconds": stepper(STOCK, batch, width, device)})
-    taken: dict[str, list[float]] = {key: [] for key in steps}
-    for _ in range(repeats):
-        for key, function in steps.items():
-            start = clock()
-            function()
-            if cuda:
-                torch.cuda.synchronize()
-            taken[key].append(clock() - start)
-    return found | (
-        {key: statistics.median(values) for key, values in taken.items()} if repeats else {"seconds": first}
-    )
+    return found | (medians(steps, repeats, cuda) if repeats else {})

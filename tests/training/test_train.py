@@ -282,6 +282,8 @@ BAD = [
     (["--workers", "9"], "--workers 9: takes at least 9 shards for 1 process, and there are 4; use --workers 4"),
     (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
     (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["--batch-size", "99999999999"], "--batch-size 99999999999: the loss of 99,999,999,999 pairs a step takes "),
+    (["--batch-size", "64", "--loss-tile", "0"], "--loss-tile 0: must be a whole number of at least 1"),
     (["--batch-size", "500"], "--batch-size 500: a data worker of rank 0 finds only 256 usable samples"),
     (["--accum-freq", "99"], "--accum-freq 99: an epoch has only 8 batches"),
     (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),

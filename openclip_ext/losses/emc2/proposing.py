@@ -65,13 +65,13 @@ class _Gradient:
             yield first, slice(min(first, own), min(first + self._tile, own))
 
     def add(self, direction: int, first: int, rows: slice, weights: Tensor) -> None:
-        """Weights of all candidates of the anchors `rows`, (b, C)."""
+        """Weights of all candidates of the anchors `rows`, (b, C), which are overwritten."""
         pairs, chain = self._pairs, self._chains[direction]
-        weights = weights * self._share[direction, rows, None]
+        weights *= self._share[direction, rows, None]
         if chain.recent is not None:
             weights, of_recent = weights.split([len(pairs.all_ids), len(chain.recent)], dim=1)
             add_columns(self._sums, chain.recent, direction, rows, of_recent)
-        weights = weights.scatter(1, chain.own[rows, None], 0.0)
+        weights.scatter_(1, chain.own[rows, None], 0.0)
         if self._together:
             self._kept.append(weights)
         else:
