@@ -1,8 +1,8 @@
 """Samples per second of this package's training loop against stock OpenCLIP's, in one run, on the same shards.
 
 Stock is `open_clip_train.main`, ours `openclip-ext train`; both in this process, turn by turn, several times, on a
-model of some 10 M parameters. The first epoch of each run warms up, the others count; medians over repetitions. Then the
-parts that a step of ours is made of, by PyTorch's profiler, in a run of its own.
+model of some 10 M parameters. The first epoch of each run warms up, the others count; medians over repetitions. Then
+the parts that a step of ours is made of, by PyTorch's profiler, in a run of its own.
 
     python scripts/bench_train.py --shards shards/ --workers 0 2
 """

@@ -4,6 +4,7 @@ import difflib
 import gc
 import json
 import pathlib
+import re
 import runpy
 import sys
 

@@ -130,11 +130,9 @@ def _require_room(config: RunConfig, accelerator: Accelerator, width: int) -> No
     try:
         require_room(needed, accelerator.device, f"loss of {counted(own * ranks, 'pair')} a step")
     except NoRoomError as error:
-        flag = f"--batch-size {config.batch_size}" + (
-            f" --accum-freq {config.accum_freq}" if config.accum_freq > 1 else ""
-        )
+        accumulated = f" --accum-freq {config.accum_freq}" if config.accum_freq > 1 else ""
         narrower = "" if config.loss_tile is None else f", or a --loss-tile below {config.loss_tile}"
-        raise UserError(f"{flag}: {error}; use fewer pairs{narrower}") from error
+        raise UserError(f"--batch-size {config.batch_size}{accumulated}: {error}; use fewer pairs{narrower}") from error
 
 
 def _objective(config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, paired, tokenizer):
