@@ -108,7 +108,7 @@ def pair_loss(
 
 def score_weighted_loss(
     pairs: PairBatch, *, value: Tensor, factor: Tensor, in_stored: Sequence[Columns] = (),
-    stored_factor: Tensor | None = None,
+    stored_factor: Tensor | None = None, held: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Tensor:  # fmt: skip
     """As `pair_loss`, with the weights `w_ij = exp(s_ij + factor_i)`.
 
@@ -118,6 +118,7 @@ def score_weighted_loss(
         factor: (2, B), of own anchors.
         in_stored: own anchors of each direction and stored columns, if there are stored pairs.
         stored_factor: (2, S), of stored anchors; None: they take no part, only stored columns do. All are detached.
+        held: per direction one more column for each own anchor, (B, D), and its weight, (B,); no gradient reaches it.
     """
     scalars = torch.cat([_counted(pairs, value), factor]).detach()
     all_value, all_factor = pairs.gathered(scalars).chunk(2)
@@ -133,7 +134,7 @@ def score_weighted_loss(
         for direction, columns in enumerate(in_stored):
             both_ways = () if stored_factor is None else (stored_factor[1 - direction], centre(pairs, direction))
             sums.scale += sums.add_stored(direction, columns, factor[direction], *both_ways) / pairs.logit_scale
-        return sums
+        return sums.with_held(pairs, held)
 
     return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), sums, pairs)
 
@@ -150,10 +151,14 @@ def centre(pairs: PairBatch, direction: int) -> Tensor:
     return (all_columns.sum(0) - own.detach()) / max(1, len(all_columns) - 1)
 
 
-def loss_with_sums(pairs: PairBatch, *, value: Tensor, sums: "PairSums") -> Tensor:
-    """As `pair_loss`, with what the gradient is made of given. `value` is (2, B), of own anchors, detached."""
+def loss_with_sums(
+    pairs: PairBatch, *, value: Tensor, sums: "PairSums", held: Sequence[tuple[Tensor, Tensor]] = ()
+) -> Tensor:
+    """As `score_weighted_loss`, with what the gradient is made of given, but for `held`."""
     all_value = pairs.gathered(_counted(pairs, value))
-    return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), lambda: sums, pairs)
+    return _PairLoss.apply(
+        pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), lambda: sums.with_held(pairs, held), pairs
+    )
 
 
 def _counted(pairs: PairBatch, value: Tensor) -> Tensor:
@@ -233,6 +238,18 @@ class PairSums:
         if centre is not None:
             self.features[direction] += weight[:, None] * (centre - columns.columns.mean(0))
         return total
+
+    def with_held(self, pairs: PairBatch, held: Sequence[tuple[Tensor, Tensor]]) -> "PairSums":
+        """Add one column for each own anchor, as of `score_weighted_loss`; returns itself."""
+        for anchors, sums, (columns, weights) in zip((pairs.image, pairs.text), self.features, held, strict=False):
+            self.positive += weights
+            # Some rows at a time: columns may be of half precision.
+            parts = zip(anchors.split(1024), sums.split(1024), columns.split(1024), weights.split(1024), strict=True)
+            for x, total, column, weight in parts:
+                column = column.to(x.dtype)
+                total.addcmul_(weight[:, None], column)
+                self.scale += torch.dot(weight, torch.linalg.vecdot(x, column))
+        return self
 
     def gradients(self, pairs: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
         """With respect to this rank's image features, text features, and the logit scale."""

@@ -4,7 +4,6 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from openclip_ext.ops.gather import gather_rows, mean_over_ranks
 from openclip_ext.ops.pairs import Columns, PairBatch
@@ -35,11 +34,12 @@ class Chain:
     embedding is current.
 
     Attributes:
+        anchors: (B, D).
         own: (B,) own columns.
         start: (B,) column of the state before the visit; -1: there is none.
         waiting: (B,), whether the own column holds a stored state.
+        stored: (B, D), the embeddings of stored states, of any precision.
         held: (B,), score of the stored state that waits; -inf: none does.
-        stored_gap: (B,), score of the stored state minus that of the positive, with gradient; 0 where none waits.
         recent: the anchors and columns of recent steps; None: none join.
 
     Args:
@@ -50,14 +50,13 @@ class Chain:
     """
 
     def __init__(self, pairs: PairBatch, direction: int, stored_ids: Tensor, stored: Tensor) -> None:
-        anchors, partners = (pairs.text, pairs.image) if direction else (pairs.image, pairs.text)
+        anchors = pairs.text if direction else pairs.image
         self._pairs, self._direction = pairs, direction
         self.own = torch.arange(len(anchors), device=anchors.device) + pairs.own_rows.start
         column = _first_column(pairs.all_ids, stored_ids)
         self.waiting = (stored_ids >= 0) & (column < 0)
-        gap = _Gap.apply(anchors, partners, pairs.logit_scale, stored)
-        self.stored_gap = torch.where(self.waiting, gap, 0.0)
-        self.held = (gap.detach() + pairs.positive).masked_fill_(~self.waiting, -torch.inf)
+        self.anchors, self.stored = anchors.detach(), stored
+        self.held = (pairs.logit_scale.detach() * self._products()).masked_fill_(~self.waiting, -torch.inf)
         self.start = torch.where(self.waiting, self.own, column)
         self.recent: Columns | None = None
         if pairs.stored is not None:
@@ -66,6 +65,12 @@ class Chain:
             self.recent = Columns(
                 anchors, columns, pairs.ids, pairs.stored.ids, pairs.logit_scale, pairs.tile, stored_ids
             )
+
+    @torch.no_grad()
+    def _products(self) -> Tensor:
+        """`<x_i, z_i>` of anchors and stored states, (B,)."""
+        rows = zip(self.anchors.split(1024), self.stored.split(1024), strict=True)
+        return torch.cat([torch.linalg.vecdot(x, z.to(x.dtype)) for x, z in rows])
 
     @property
     def columns(self) -> int:
@@ -96,26 +101,6 @@ class Chain:
     def moved_to(self, moves: Moves) -> Tensor:
         """Columns to which the chains moved, (B,); -1 for those that stayed at their stored state."""
         return moves.state.masked_fill(moves.state == self.own, -1)
-
-
-class _Gap(torch.autograd.Function):
-    """`scale * <x, z - y>` of anchors x, partners y and stored states z, (B, D) each; z of any precision."""
-
-    @staticmethod
-    def forward(ctx, anchors, partners, scale, stored):
-        rows = zip(anchors.split(1024), partners.split(1024), stored.split(1024), strict=True)
-        gap = torch.cat([torch.linalg.vecdot(x, z.to(x.dtype) - y) for x, y, z in rows])
-        ctx.save_for_backward(anchors, partners, scale, stored, gap)
-        return scale * gap
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        anchors, partners, scale, stored, gap = ctx.saved_tensors
-        factor = (scale * gradient)[:, None]
-        of_anchors = stored.to(anchors.dtype, copy=True).sub_(partners).mul_(factor)
-        of_stored = (anchors * factor).to(stored.dtype) if ctx.needs_input_grad[3] else None
-        return of_anchors, anchors * -factor, torch.dot(gradient, gap), of_stored
 
 
 def _first_column(all_ids: Tensor, ids: Tensor) -> Tensor:

@@ -202,19 +202,32 @@ class EMC2Loss(PairLoss):
             log_mean = log_mean_ratio(pairs, log_in_batch)
             value, share = self._value(pairs, log_mean)
             recent = [chain.recent for chain in chains if chain.recent is not None]
-            loss = score_weighted_loss(pairs, value=value, factor=share.log() - log_sum, in_stored=recent)
+            held = self._held(chains, moves, share)
+            loss = score_weighted_loss(pairs, value=value, factor=share.log() - log_sum, in_stored=recent, held=held)
         else:
             log_mean = log_mean_ratio(pairs)
             value, share = self._value(pairs, log_mean)
             moves, sums = propose(pairs, chains, share, step, options.steps, options.burn_in)
-            loss = loss_with_sums(pairs, value=value, sums=sums)
-        # What stored embeddings add to the gradient, and nothing to the value.
-        for chain, move, factor in zip(chains, moves, share, strict=True):
-            term = factor * move.stored_weight * chain.stored_gap
-            term = global_mean(term.sum(), len(term), self.context.world_size) / 2
-            loss = loss + (term - term.detach())
+            held = self._held(chains, moves, share)
+            loss = loss_with_sums(pairs, value=value, sums=sums, held=held)
+        loss = self._reaching_stored(loss, pairs, chains, held)
         self._stage(pairs, torch.stack([chain.moved_to(move) for chain, move in zip(chains, moves, strict=True)]))
         return moves, log_mean, loss
+
+    @staticmethod
+    def _held(chains: list[Chain], moves: list[Moves], share: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Per direction the stored states, (B, D), and by what their scores count in the gradient, (B,)."""
+        parts = zip(chains, moves, share, strict=True)
+        return [(chain.stored, factor * move.stored_weight) for chain, move, factor in parts]
+
+    def _reaching_stored(self, loss: Tensor, pairs: PairBatch, chains: list[Chain], held: list) -> Tensor:
+        """The loss, with a gradient of stored states too where a caller has encoded them again."""
+        for chain, (stored, weight) in zip(chains, held, strict=True):
+            if stored.requires_grad:
+                scores = pairs.logit_scale.detach() * torch.linalg.vecdot(chain.anchors, stored.to(chain.anchors.dtype))
+                term = global_mean((weight * scores).sum(), len(weight), self.context.world_size) / 2
+                loss = loss + (term - term.detach())
+        return loss
 
     def _value(self, pairs: PairBatch, log_mean: Tensor) -> tuple[Tensor, Tensor]:
         """The value of own anchors, and by what their candidates' weights are multiplied, (2, B) each."""
