@@ -31,8 +31,8 @@ def draw(rows: list[dict], path: str) -> None:
             axes.plot(*zip(*points, strict=True), marker=MARKERS[index % len(MARKERS)], label=name, **row_style(index))
         if stock:
             axes.axhline(1, color="black", linewidth=2.5, label=STOCK)
-        named = stock and len(widths) == 1
-        labels = [f"{factor * stock[(batch, *widths)][key]:,.0f} {unit}" if named else "" for batch in batches]
+        named = {batch: row[key] for (batch, _), row in stock.items()} if len(widths) == 1 else {}
+        labels = [f"{factor * named[batch]:,.0f} {unit}" if named else "" for batch in batches]
         axes.set(title=f"{title}, {'times ClipLoss’s' if stock else unit}", xscale="log", yscale="log")
         axes.set(xlabel="G, pairs of the batch" + ("; below: ClipLoss" if named else ""))
         axes.set_xticks(batches, [f"{batch:,}\n{label}" for batch, label in zip(batches, labels, strict=True)])
