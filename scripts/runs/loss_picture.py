@@ -1,6 +1,7 @@
 """The picture of `bench_loss.py`."""
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from openclip_ext.files import atomic
 from openclip_ext.report.palette import row_style
@@ -37,6 +38,7 @@ def draw(rows: list[dict], path: str) -> None:
         axes.set(xlabel="G, pairs of the batch" + ("; below: ClipLoss" if named else ""))
         axes.set_xticks(batches, [f"{batch:,}\n{label}" for batch, label in zip(batches, labels, strict=True)])
         axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if stock else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.25)
