@@ -51,6 +51,8 @@ class LossContext:
         widths: None: not known, which only a loss that does not need them accepts.
         vocabulary: likewise.
         loss_tile: columns whose scores with this rank's anchors are formed at once; None: chosen by their number.
+        shards_state: whether the caller's checkpoints take a state that is spread over ranks, so that a loss may spread
+            a large one without being asked to.
     """
 
     num_samples: int | None = None
@@ -61,6 +63,7 @@ class LossContext:
     widths: Widths | None = None
     vocabulary: Vocabulary | None = None
     loss_tile: int | None = None
+    shards_state: bool = False
 
     def __post_init__(self) -> None:
         tile = self.loss_tile

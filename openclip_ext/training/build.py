@@ -135,6 +135,7 @@ def _objective(config: RunConfig, accelerator: Accelerator, plan, data: Training
         widths=widths,
         vocabulary=Vocabulary(*upstream.read_vocabulary(tokenizer)) if "vocabulary" in plan.needs else None,
         loss_tile=config.loss_tile,
+        shards_state=True,
     )
     if not symmetric:
         return plan.build(context)
