@@ -78,8 +78,8 @@ def place(
     for rank, room in enumerate(free):
         if size / parts > room:
             raise NoRoomError(
-                f"a state of {size / 1e9:.1f} GB takes {size / parts / 1e9:.1f} GB on each rank, and {room / 1e9:.1f} GB "
-                f"are free on rank {rank}"
+                f"a state of {size / 1e9:.1f} GB takes {size / parts / 1e9:.1f} GB on each rank, and "
+                f"{room / 1e9:.1f} GB are free on rank {rank}"
             )
     return Placement(kind, path, parts, context.rank if parts > 1 else 0)
 
@@ -94,8 +94,8 @@ def _memory_of_ranks(context: LossContext, device: torch.device) -> tuple[list[i
     for rank, number in enumerate(samples):
         if number != samples[0]:
             raise UserError(
-                f"rank 0 has {samples[0]:,} samples and rank {rank} has {number:,}: a loss that remembers samples needs "
-                "the same on all; give every process the same --train-data, of which each reads its share"
+                f"rank 0 has {samples[0]:,} samples and rank {rank} has {number:,}: a loss that remembers samples "
+                "needs the same on all; give every process the same --train-data, of which each reads its share"
             )
     return free, total
 

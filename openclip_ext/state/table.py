@@ -211,6 +211,16 @@ class SampleTable(nn.Module):
             call(self._file, [memory[row * size : (row + 1) * size]], (first + sample) * size)
 
 
+def describe_parts(module: nn.Module) -> str | None:
+    """What of a module's state is spread over ranks, for the log; None: nothing."""
+    tables = [part for part in module.modules() if isinstance(part, SampleTable) and part.placement.parts > 1]
+    if not tables:
+        return None
+    each = sum(table.values.numel() * table.values.itemsize for table in tables) / 1e9
+    names = ", ".join(dict.fromkeys(table.name for table in tables))
+    return f"{names}: spread over {tables[0].placement.parts} processes, {each:.3g} GB on this one"
+
+
 def place_of_first(ids: Tensor) -> Tensor:
     """For each of `ids` (B,) a number below B, the same for equal ones and different for others, (B,)."""
     return torch.searchsorted(ids.sort().values, ids)

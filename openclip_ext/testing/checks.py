@@ -189,7 +189,7 @@ def two_steps(rank: int, num_ranks: int, name: str, options: dict, sizes: list[i
             if num_ranks > 1:  # as the training loop does
                 torch.distributed.all_reduce(_gradient(parameter))
             gradients[key] = _gradient(parameter) / num_ranks
-        state = _whole_state(loss)
+        state = whole_state(loss)
         results.append({"values": {k: v.detach() for k, v in outputs.items()}, "gradients": gradients, "state": state})
     return results
 
@@ -200,10 +200,10 @@ def warm_started(rank: int, num_ranks: int, name: str, options: dict, sizes: lis
     loss = toy_loss(name, options, rank, num_ranks)
     for image, text, ids in toy_steps():
         evaluate_loss(loss.warm_start, ToyModel(loss.needs), image[own], text[own], ids[own])
-    return _whole_state(loss)
+    return whole_state(loss)
 
 
-def _whole_state(loss: nn.Module) -> dict[str, Tensor]:
+def whole_state(loss: nn.Module) -> dict[str, Tensor]:
     """A copy of its state. A collective call where that is spread over ranks."""
     state = loss.state_dict()
     return {key: value.full_tensor() if isinstance(value, DTensor) else value.clone() for key, value in state.items()}

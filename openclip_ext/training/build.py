@@ -15,6 +15,7 @@ from openclip_ext.data.pipeline import TrainLoader, train_loader
 from openclip_ext.data.streams import Start, StreamConfig
 from openclip_ext.errors import UserError
 from openclip_ext.losses import LossContext, Vocabulary
+from openclip_ext.state.table import describe_parts
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.clock import Clock, start_of
@@ -26,6 +27,7 @@ from openclip_ext.training.learning_rates import describe, scale_learning_rates,
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.lora import Adapters
 from openclip_ext.training.pair_model import feature_widths, freeze_unused_bias, pair_model
+from openclip_ext.training.parts import require_support
 
 
 def build_trainer(
@@ -137,9 +139,10 @@ def _objective(config: RunConfig, accelerator: Accelerator, plan, data: Training
         loss_tile=config.loss_tile,
         shards_state=True,
     )
-    if not symmetric:
-        return plan.build(context)
-    return SymmetricObjective(plan, context).to(accelerator.device)
+    loss = SymmetricObjective(plan, context).to(accelerator.device) if symmetric else plan.build(context)
+    if describe_parts(loss):
+        require_support()
+    return loss
 
 
 def _loader(
