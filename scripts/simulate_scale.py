@@ -6,9 +6,9 @@
     python scripts/simulate_scale.py --link 25e9 --latency 10e-6 --flops 5e13 --encoders 0.3 --batch 1024
 
 `--measure` runs two gloo processes with three batch sizes, whose CPU seconds give three constants for each loss: of a
-step, of a gathered row, and of a pair. With those, and with what a collective call takes that moves nothing, it predicts
-runs with 2, 4 and 8 processes that it then measures too. Bytes and calls follow from formulas (`runs/scale.py`), which
-are compared with those that are counted.
+step, of an own row, and of a pair. With those, and with what a collective call takes, and a byte that it moves, it
+predicts runs with 2, 4 and 8 processes that it then measures too. Bytes and calls follow from formulas
+(`runs/scale.py`), which are compared with those that are counted.
 
 A plan takes the flops, links and encoders that flags give. How much work a loss is, beside the four products that
 every loss over pairs takes, is by the constants measured here. With `--loss-comm ring` columns go round instead of
@@ -24,8 +24,8 @@ import sys
 import numpy as np
 from matplotlib.figure import Figure
 from runs.marks import put_between_marks
-from runs.rank_steps import measure_steps, small_calls
-from runs.scale import Cluster, Constants, Step
+from runs.rank_steps import gather_seconds, measure_steps
+from runs.scale import FLOAT, Cluster, Constants, Step, moved
 from scipy.optimize import nnls
 from tabulate import tabulate
 
@@ -39,8 +39,9 @@ METHODS = ("clip", "dcl", "batch_corrected", "siglip", "sogclr", "sogclr+rate_sh
 WORLD_SIZES = (8, 64, 512, 4096)
 SAMPLES = (10**6, 10**7, 4 * 10**8, 5 * 10**9)
 MARKS = "<!-- scale -->", "<!-- /scale -->"
+LARGE = 2**18  # numbers that are gathered to learn what a byte takes
 FREE = 0.05  # of a step's time
-FOLDER = os.path.join(os.path.dirname(__file__), "scale")
+CONSTANTS = os.path.join(os.path.dirname(__file__), "scale", "measured.json")
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -54,32 +55,42 @@ def measure(args: argparse.Namespace) -> dict:
             return [{key: float(np.median([row[key] for row in rows])) for key in rows[0]}
                     for rows in zip(*of_ranks, strict=True)]  # fmt: skip
 
-        call = {
-            world_size: float(np.median(pool.run(small_calls, world_size, 200))) for world_size in args.check_processes
-        }
+        call = {size: float(np.median(pool.run(gather_seconds, size, 1, 200))) for size in args.check_processes}
+        byte = (float(np.median(pool.run(gather_seconds, 2, LARGE, 50))) - call[2]) / (LARGE * FLOAT)
         known = {batch: run(2, batch) for batch in args.fit_batches}
         constants = {
-            method: fit(method, call[2], {batch: rows[index]["cpu"] for batch, rows in known.items()})
+            method: fit(
+                {Step(method, batch, args.measured_width, 2): rows[index]["cpu"] for batch, rows in known.items()},
+                call[2],
+                byte,
+            )
             for index, method in enumerate(METHODS)
         }
         checks = []
         for world_size in args.check_processes:
             for method, found in zip(METHODS, run(world_size, args.check_batch), strict=True):
                 step = Step(method, args.check_batch, args.measured_width, world_size, args.measured_samples)
-                predicted = constants[method].seconds(step, call[world_size])
-                checks.append({"method": method, "processes": world_size, "predicted": predicted, "seconds": found["cpu"],
-                               "bytes": [step.bytes, found["bytes"]], "calls": [step.calls, found["calls"]],
-                               "state": [step.state_bytes, found["state"]]})  # fmt: skip
+                predicted = constants[method].seconds(step, call[world_size], byte)
+                checks.append(
+                    {
+                        "method": method,
+                        "processes": world_size,
+                        "predicted": predicted,
+                        "seconds": found["cpu"],
+                        "bytes": [step.bytes, found["bytes"]],
+                        "calls": [step.calls, found["calls"]],
+                        "state": [step.state_bytes, found["state"]],
+                    }
+                )
     return {"constants": {method: dataclasses.asdict(value) for method, value in constants.items()}, "checks": checks}
 
 
-def fit(method: str, call: float, seconds: dict[int, float]) -> Constants:
-    """From CPU seconds by batch size on two processes; relative errors count."""
-    steps = [Step(method, batch, 1, 2) for batch in seconds]
-    terms = np.array([[1, step.rows, step.batch * step.rows] for step in steps], dtype=float)
-    rest = np.array([max(taken - step.calls * call, 0) for taken, step in zip(seconds.values(), steps, strict=True)])
-    scale = np.array(list(seconds.values()))
-    found, _ = nnls(terms / scale[:, None], rest / scale)
+def fit(seconds: dict[Step, float], call: float, byte: float) -> Constants:
+    """From CPU seconds of steps with several batch sizes; relative errors count."""
+    taken = np.array(list(seconds.values()))
+    terms = np.array([[1.0, step.batch, step.batch * step.rows] for step in seconds])
+    rest = np.array([max(own - moved(step, call, byte), 0.0) for step, own in seconds.items()])
+    found, _ = nnls(terms / taken[:, None], rest / taken)
     return Constants(*found)
 
 
@@ -137,32 +148,30 @@ def tables(args: argparse.Namespace, cluster: Cluster, measured: dict) -> str:
                        f"{100 * share['loss']:.1f} %, {100 * share['ring']:.1f} %")  # fmt: skip
         plan.append([*row, free_until(args, cluster, method, work[method])])
     memory = []
-    for method in (name for name in METHODS if Step(name, 1, 1, 1).bytes_per_sample):
+    for method in (name for name in METHODS if "shard=true" in name and not name.startswith("sogclr")):
         for samples in SAMPLES:
-            sizes = [Step(method, args.batch, args.width, size, samples).state_bytes for size in WORLD_SIZES]
-            memory.append([f"`{method}`", f"{samples:.0e}".replace("e+0", "e"), *(gigabytes(size) for size in sizes)])
+            steps = [Step(method, args.batch, args.width, size, samples) for size in WORLD_SIZES]
+            whole = f"{steps[0].bytes_per_sample * samples / 1e9:,.3g}"
+            memory.append([f"`{method}`", f"{samples:,}", whole, *(f"{step.state_bytes / 1e9:,.3g}" for step in steps)])
     ranks = [f"W = {size:,}" for size in WORLD_SIZES]
     texts = [
         f"Predicted / measured CPU milliseconds of a rank's step, {args.check_batch} pairs on each, width "
-        f"{args.measured_width}; {inside} of {len(errors)} within 25 %, the farthest {100 * max(errors, key=abs):+.0f} %:",
+        f"{args.measured_width}; {inside} of {len(errors)} within 25 %, the farthest "
+        f"{100 * max(errors, key=abs):+.0f} %:",
         table(["loss", *(f"{size} processes" for size in counts)], checked),
         f"Planned: {args.batch} pairs on each rank, width {args.width}, encoders {1e3 * args.encoders:.0f} ms, "
-        f"{args.flops:.3g} flops, {args.link / 1e9:.3g} GB/s and {1e6 * args.latency:.3g} µs. Bytes that a rank receives; shares of "
-        f"the step of gather + exchange of state + loss; all of them with columns that go round; the number of ranks up to "
-        f"which the loss takes less than {100 * FREE:.0f} % of a step:",
+        f"{args.flops:.3g} flops, {args.link / 1e9:.3g} GB/s and {1e6 * args.latency:.3g} µs. Bytes that a rank receives; "
+        "shares of the step of gather + exchange of state + loss; of all, where columns go round; and the number of ranks "
+        f"up to which they are less than {100 * FREE:.0f} %:",
         table(["loss", *ranks, "free up to"], plan),
-        "State on each rank:",
-        table(["loss", "N", *ranks], memory),
+        "GB of state on each rank, whole and in parts (`sogclr`: as `gamma_decomp`):",
+        table(["loss", "N", "whole", *ranks], memory),
     ]
     return "\n\n".join(texts)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.3g} GB" if size < 1e12 else f"{size / 1e9:,.0f} GB"
 
 
 def draw(args: argparse.Namespace, cluster: Cluster, measured: dict, path: str) -> None:

@@ -52,12 +52,9 @@ class Step:
     @property
     def bytes_per_sample(self) -> int:
         """Of a loss's tables."""
-        tables = {
-            "sogclr": rate_bytes(1),
-            "gamma_decomp": rate_bytes(1),
-            "emc2": bank_bytes(1, self.width, torch.float16),
-        }
-        return tables.get(self.name, 0)
+        if self.name == "emc2":
+            return bank_bytes(1, self.width, torch.float16)
+        return rate_bytes(1) if self.name in ("sogclr", "gamma_decomp") else 0
 
     @property
     def exchange_bytes(self) -> int:
@@ -98,15 +95,20 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """CPU seconds of a method on this machine: of a step, and for each gathered row and each pair, at one width."""
+    """CPU seconds of a method on this machine: of a step, and for each own row and each pair, at one width."""
 
     step: float
     row: float
     pair: float
 
-    def seconds(self, step: Step, call: float) -> float:
-        """Of a rank's step, with `call` seconds for a collective call."""
-        return self.step + step.calls * call + self.row * step.rows + self.pair * step.batch * step.rows
+    def seconds(self, step: Step, call: float, byte: float) -> float:
+        """Of a rank's step, where a collective call takes `call` seconds, and `byte` for each byte that it receives."""
+        return moved(step, call, byte) + self.step + self.row * step.batch + self.pair * step.batch * step.rows
+
+
+def moved(step: Step, call: float, byte: float) -> float:
+    """CPU seconds of a rank's collective calls."""
+    return step.calls * call + step.bytes * byte
 
 
 @dataclasses.dataclass(frozen=True)
