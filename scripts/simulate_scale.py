@@ -160,9 +160,9 @@ def tables(args: argparse.Namespace, cluster: Cluster, measured: dict) -> str:
         f"{100 * max(errors, key=abs):+.0f} %:",
         table(["loss", *(f"{size} processes" for size in counts)], checked),
         f"Planned: {args.batch} pairs on each rank, width {args.width}, encoders {1e3 * args.encoders:.0f} ms, "
-        f"{args.flops:.3g} flops, {args.link / 1e9:.3g} GB/s and {1e6 * args.latency:.3g} µs. Bytes that a rank receives; "
-        "shares of the step of gather + exchange of state + loss; of all, where columns go round; and the number of ranks "
-        f"up to which they are less than {100 * FREE:.0f} %:",
+        f"{args.flops:.3g} flops, {args.link / 1e9:.3g} GB/s and {1e6 * args.latency:.3g} µs. Bytes that a rank "
+        "receives; shares of the step of gather + exchange of state + loss; of all, where columns go round; and the number "
+        f"of ranks up to which they are less than {100 * FREE:.0f} %:",
         table(["loss", *ranks, "free up to"], plan),
         "GB of state on each rank, whole and in parts (`sogclr`: as `gamma_decomp`):",
         table(["loss", "N", "whole", *ranks], memory),
@@ -206,9 +206,7 @@ def main() -> None:
     parser.add_argument("--flops", type=float, default=4e13, help="per second, of products in float32")
     parser.add_argument("--link", type=float, default=25e9, help="bytes per second into each rank")
     parser.add_argument("--latency", type=float, default=1e-5, help="seconds of a call, for each doubling of ranks")
-    parser.add_argument(
-        "--constants", default=os.path.join(FOLDER, "measured.json"), help="read, or with --measure written"
-    )
+    parser.add_argument("--constants", default=CONSTANTS, help="read, or with --measure written")
     parser.add_argument("--measure", action="store_true", help="measure and check the constants on this machine")
     parser.add_argument("--fit-batches", type=int, nargs="+", default=[32, 128, 384], help="on each of two processes")
     parser.add_argument("--check-batch", type=int, default=128)
