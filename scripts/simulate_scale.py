@@ -161,8 +161,8 @@ def tables(args: argparse.Namespace, cluster: Cluster, measured: dict) -> str:
         table(["loss", *(f"{size} processes" for size in counts)], checked),
         f"Planned: {args.batch} pairs on each rank, width {args.width}, encoders {1e3 * args.encoders:.0f} ms, "
         f"{args.flops:.3g} flops, {args.link / 1e9:.3g} GB/s and {1e6 * args.latency:.3g} µs. Bytes that a rank "
-        "receives; shares of the step of gather + exchange of state + loss; of all, where columns go round; and the number "
-        f"of ranks up to which they are less than {100 * FREE:.0f} %:",
+        "receives; shares of the step of gather + exchange of state + loss; of all, where columns go round; and the "
+        f"number of ranks up to which they are less than {100 * FREE:.0f} %:",
         table(["loss", *ranks, "free up to"], plan),
         "GB of state on each rank, whole and in parts (`sogclr`: as `gamma_decomp`):",
         table(["loss", "N", "whole", *ranks], memory),
