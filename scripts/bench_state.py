@@ -30,6 +30,17 @@ def measured(pool: RankPool, method: str, world_size: int, args: argparse.Namesp
     return found
 
 
+def line(row: dict) -> str:
+    memory, whole, grew, grew_whole = (
+        f"{row[key] / 1e6:,.1f}" for key in ("state", "state_whole", "resident", "resident_whole")
+    )
+    return (
+        f"{row['method']}, {row['processes']} processes: {memory} of {whole} MB of state on each (memory grew by "
+        f"{grew} of {grew_whole}); a step takes {row['cpu_ratio']:.2f} times the CPU time, {row['wall_ratio']:.2f} "
+        "times the time"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["sogclr+rate_shard", "emc2+bank_shard"],
@@ -47,11 +58,7 @@ def main() -> None:
             for world_size in args.processes:
                 row = measured(pool, method, world_size, args)
                 rows.append(row)
-                share = row["state"] / row["state_whole"]
-                print(f"{method}, {world_size} processes: {row['state'] / 1e6:,.1f} MB of state on each, {share:.3f} of "
-                      f"all (memory grew by {row['resident'] / 1e6:,.1f} of {row['resident_whole'] / 1e6:,.1f} MB); a step "
-                      f"takes {row['cpu_ratio']:.2f} times the CPU time, {row['wall_ratio']:.2f} times the time",
-                      flush=True)  # fmt: skip
+                print(line(row), flush=True)
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"settings": vars(args), "rows": rows}, file, indent=1)

@@ -215,9 +215,8 @@ def test_a_job_of_slurm_ends_with_a_checkpoint_asks_for_another_turn_and_goes_on
         (commands / name).write_text(f"#!/bin/bash\n{text}\n")
         (commands / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
-    environment = os.environ | slurm | {
-        "PATH": f"{commands}:{os.environ['PATH']}", "MASTER_PORT": str(launching.free_port()), "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
+    slurm |= {"PATH": f"{commands}:{os.environ['PATH']}", "MASTER_PORT": str(launching.free_port())}
+    environment = os.environ | slurm | {"CUDA_VISIBLE_DEVICES": ""}
     flags = train_flags("--batch-size", 16, "--epochs", 1000, "--log-every-n-steps", 1)[1:]
 
     def job(*more):
