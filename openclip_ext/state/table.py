@@ -88,7 +88,7 @@ class SampleTable(nn.Module):
         super().__init__()
         self.placement, self.name = placement, name
         self.num_samples = shape[1]
-        self.block = math.ceil(self.num_samples / placement.parts)
+        self.block = -(-self.num_samples // placement.parts)
         self._first = min(placement.rank * self.block, self.num_samples)
         shape = (shape[0], min(self.block, self.num_samples - self._first), *shape[2:])
         self._file: int | None = None

@@ -101,7 +101,7 @@ def test_ids_of_billions_of_samples_stay_apart():
     assert ids[-1] == 4_999_999_999
     last = torch.tensor([ids[-1], ids[-2], ids[-1] - 2**32])
     assert last.tolist() == [4_999_999_999, 4_999_999_998, 705_032_703]
-    assert len(uniform(torch.tensor(3), last).unique()) == 3
+    assert len(uniform(torch.tensor(3), last, stream=0).unique()) == 3
     placement = Placement(parts=ranks, rank=ranks - 1)
     table = SampleTable((2, number * each), torch.int64, -1, "ids", placement)
     assert table.values.shape == (2, 5_000) and table.block == 5_000
