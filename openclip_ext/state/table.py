@@ -40,6 +40,9 @@ class Placement:
     rank: int = 0
 
 
+#: Devices that say how many elements of a mask are true without the host waiting for them.
+_COUNTS_AT_ONCE = ("cpu",)
+
 #: Bytes behind the values in a file: a number that tells how old they are.
 _STAMP = 8
 
@@ -168,10 +171,16 @@ class SampleTable(nn.Module):
             rows = torch.where(chosen.view(-1, *(1,) * (rows.ndim - 1)), rows, self.values[direction, ids])
         self.values[direction, ids] = rows
 
-    def _kept_here(self, ids: Tensor, rows: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What to write where: in place of what other ranks keep, once more the first row that is kept here."""
+    def _kept_here(self, ids: Tensor, rows: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What to write where, and which of it.
+
+        How many rows are kept here, a GPU does not tell without a wait: in place of what other ranks keep, it writes
+        the first row that is kept here once more.
+        """
         place = ids - self._first
         here = (place >= 0) & (place < self.values.shape[1])
+        if ids.device.type in _COUNTS_AT_ONCE:
+            return place[here], rows[here], None if chosen is None else chosen[here]
         which = torch.where(here, torch.arange(len(ids), device=ids.device), here.int().argmax())
         here = here[which] if chosen is None else (here & chosen)[which]
         return place[which].clamp(0, self.values.shape[1] - 1), rows[which], here
