@@ -188,8 +188,8 @@ def make_patch(run, shards, tmp_path):
 
 
 JOBS = {job.__name__: job for job in
-        (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_train, installed,
-         make_patch, reproduce_emc2, reproduce_gradient_bias, reproduce_structures, soak)}  # fmt: skip
+        (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_state, bench_train, installed,
+         make_patch, reproduce_emc2, reproduce_gradient_bias, reproduce_structures, simulate_scale, soak)}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))
