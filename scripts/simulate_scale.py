@@ -106,8 +106,8 @@ def cost(cluster: Cluster, step: Step, relative: float) -> dict[str, float]:
 
 def relative_work(measured: dict) -> dict[str, float]:
     """Seconds of a pair, in those of `clip`, whose work is four products."""
-    constants = measured["constants"]
-    return {method: constants[method]["pair"] / constants["clip"]["pair"] for method in METHODS}
+    pairs = {method: measured["constants"][method]["pair"] for method in METHODS}
+    return {method: pairs[method] / pairs["clip"] if pairs["clip"] else 1.0 for method in METHODS}
 
 
 def shares(args: argparse.Namespace, cluster: Cluster, method: str, world_size: int, work: float) -> dict[str, float]:
