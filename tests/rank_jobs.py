@@ -1,5 +1,6 @@
 """Functions that tests run on several ranks."""
 
+import contextlib
 import os
 from unittest import mock
 
@@ -281,3 +282,84 @@ def a_step_that_is_not_taken(rank, num_ranks, shards, bad_rank):
     except UserError as error:
         errors.append(str(error))
     return finite, rows, errors
+
+
+def saved_after_two_steps(rank, num_ranks, name, options, sizes, path):
+    """Write the state of a loss that has taken two steps as a checkpoint."""
+    from openclip_ext.testing import checks
+    from openclip_ext.testing.checks import evaluate_loss, toy_loss, toy_steps
+
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    loss = toy_loss(name, options, rank, num_ranks)
+    for step, (image, text, ids) in enumerate(toy_steps()):
+        loss.begin_step(step=step, total_steps=2)
+        evaluate_loss(loss, checks.ToyModel(loss.needs), image[own], text[own], ids[own])
+        loss.commit()
+    save_loss(loss, path if rank == 0 else None)
+
+
+def save_loss(loss, path):
+    """Write a checkpoint of a loss and a model of one number."""
+    from openclip_ext.training.checkpoint import save_checkpoint
+
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    given = {"model": model, "optimizer": optimizer, "scaler": None, "loss": loss, "distributed": False}
+    save_checkpoint(path, epoch=1, name="a", **given)
+
+
+def restored(rank, num_ranks, name, options, path):
+    """The whole state of a loss that a checkpoint's was loaded into."""
+    from openclip_ext.testing.checks import toy_loss, whole_state
+    from openclip_ext.training.checkpoint import load_checkpoint
+
+    loss = toy_loss(name, options, rank, num_ranks)
+    assert load_checkpoint(path).restore_loss(loss) == []
+    return whole_state(loss)
+
+
+def cannot_be_saved(rank, num_ranks, path, place):
+    """What comes of writing a checkpoint of which the last rank cannot write its part, or the first the rest."""
+    from openclip_ext.testing.checks import toy_loss
+    from openclip_ext.training import checkpoint
+
+    loss = toy_loss("sogclr", {"rate_shard": True}, rank, num_ranks)
+
+    def full(*given, **named):
+        raise OSError(28, "No space left on device")
+
+    with contextlib.ExitStack() as stack:
+        if place == "parts" and rank == num_ranks - 1:
+            writer = "torch.distributed.checkpoint.filesystem.FileSystem.create_stream"
+            stack.enter_context(mock.patch(writer, full))
+        if place == "checkpoint":
+            stack.enter_context(mock.patch.object(checkpoint, "save_tensors", full))
+        try:
+            save_loss(loss, path if rank == 0 else None)
+        except OSError as error:
+            return type(error).__name__
+
+
+def refused_state(rank, num_ranks, samples, free):
+    """What is said of a memory of `samples[rank]`, where so many bytes are free on each rank."""
+    from openclip_ext import create_loss
+    from openclip_ext.errors import UserError
+    from openclip_ext.losses import placement
+
+    memory = (lambda device: (free[rank], free[rank])) if free else placement.memory
+    with mock.patch.object(placement, "memory", memory):
+        try:
+            create_loss("sogclr", num_samples=samples[rank], rank=rank, world_size=num_ranks, rate_shard=True)
+        except UserError as error:
+            return str(error)
+
+
+def parts_of_large_state(rank, num_ranks, samples, asks, total):
+    """Over how many ranks the rates of so many samples are spread by default, with so much memory on a rank."""
+    from openclip_ext.losses import LossContext, ObjectivePlan, placement
+
+    context = LossContext(num_samples=samples, rank=rank, world_size=num_ranks, shards_state=asks)
+    with mock.patch.object(placement, "memory", lambda device: (10**9, total)):
+        loss = ObjectivePlan("sogclr", {}).build(context)
+    assert loss.base.rates.values.shape[1] == samples // loss.base.rates.placement.parts
+    return loss.base.rates.placement.parts

@@ -24,8 +24,8 @@ def test_losses_lists_every_loss_with_package_needs_and_options(capsys):
     assert by_name["gamma_decomp"]["needs"] == ["encoded_again", "num_samples", "sample_ids"]
     assert by_name["siglip"]["needs"] == ["logit_bias"]
     assert [row["name"] for row in by_name["gamma_decomp"]["options"]] == [
-        "recent_batches", "recent_check", "recent_limit",
-        "gamma", "gamma_decay", "draws", "max_weight", "decoupled", "negatives", "rate_device", "rate_path",
+        "recent_batches", "recent_check", "recent_limit", "rate_device", "rate_path", "rate_shard",
+        "gamma", "gamma_decay", "draws", "max_weight", "decoupled", "negatives",
     ]  # fmt: skip
     assert all(row["package"] == "openclip-ext" for row in data["losses"])
     assert main(["losses"]) == 0
@@ -39,7 +39,7 @@ def test_one_loss_shows_its_options(capsys):
     assert main(["losses", "siglip"]) == 0
     assert "no options" in capsys.readouterr().out
     assert main(["losses", "gamma_decomp", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["options"][3]["default"] == "auto"
+    assert json.loads(capsys.readouterr().out)["options"][6]["default"] == "auto"
 
 
 @pytest.mark.parametrize(

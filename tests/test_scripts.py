@@ -1,15 +1,20 @@
 """Every script of `scripts/` runs, on tiny input: scripts/README.md quotes what they print."""
 
+import contextlib
 import difflib
 import gc
 import json
+import os
 import pathlib
 import re
 import runpy
+import signal
+import subprocess
 import sys
 
 import pytest
 
+import launching
 import stock
 from openclip_ext.evaluation.metrics.structure import TITLES
 
@@ -69,6 +74,42 @@ def bench_loss(run, shards, tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     header, row = run("bench_loss.py", "--losses", "dcl", "--batches", 32, "--widths", 8, "--repeats", 0, "--alone")
     assert row.split()[0] == "dcl"
+
+
+def bench_state(run, shards, tmp_path):
+    flags = ("--batch", 8, "--width", 4, "--samples", 100, "--steps", 2, "--json", tmp_path / "state.json")
+    run("bench_state.py", *flags, "--processes", 1, 2)
+    rows = json.loads((tmp_path / "state.json").read_text())["rows"]
+    assert [row["state"] / row["state_whole"] for row in rows] == [1.0, 0.5] * 2
+    assert all(row["cpu_ratio"] > 0 and row["wall_ratio"] > 0 for row in rows)
+
+
+def simulate_scale(run, shards, tmp_path):
+    """Its formulas of bytes, calls and memory are those that are counted."""
+    files = ("--constants", tmp_path / "measured.json", "--picture", tmp_path / "scale.png")
+    tiny = (
+        "--fit-batches",
+        4,
+        8,
+        16,
+        "--check-batch",
+        8,
+        "--measured-width",
+        4,
+        "--measured-samples",
+        90,
+        "--steps",
+        1,
+    )
+    lines = run("simulate_scale.py", "--measure", *tiny, "--check-processes", 2, 3, *files)
+    assert any(line.startswith("| `emc2+bank_shard=true`") for line in lines)
+    checks = json.loads((tmp_path / "measured.json").read_text())["checks"]
+    assert len(checks) == 20
+    for check in checks:
+        for key in ("bytes", "calls", "state"):
+            assert check[key][0] == pytest.approx(check[key][1], abs=3), (check["method"], key)
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
+    assert run("simulate_scale.py", "--constants", ROOT / "scripts" / "scale" / "measured.json")
 
 
 def bench_mh(run, shards, tmp_path):
@@ -153,10 +194,49 @@ def make_patch(run, shards, tmp_path):
 
 
 JOBS = {job.__name__: job for job in
-        (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_train, installed,
-         make_patch, reproduce_emc2, reproduce_gradient_bias, reproduce_structures, soak)}  # fmt: skip
+        (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_state, bench_train, installed,
+         make_patch, reproduce_emc2, reproduce_gradient_bias, reproduce_structures, simulate_scale, soak)}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))
-def test_the_script_runs(run, shards, tmp_path, script):
+def test_the_script_runs(run, shards, tmp_path, script, monkeypatch, ranks):
+    monkeypatch.setattr("openclip_ext.testing.RankPool", lambda: contextlib.nullcontext(ranks))
     JOBS[script](run, shards, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_job_of_slurm_ends_with_a_checkpoint_asks_for_another_turn_and_goes_on(train_flags, tmp_path):
+    """With stand-ins for Slurm's commands, which start two processes here and hand on the signal as srun does."""
+    asked, commands = tmp_path / "asked", tmp_path / "bin"
+    commands.mkdir()
+    start = 'SLURM_PROCID=$rank SLURM_LOCALID=$rank "${@:2}" & processes+=($!)'
+    stand_ins = {
+        "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {asked}',
+        "srun": f"""trap 'kill -USR1 "${{processes[@]}}"' USR1
+            processes=(); for rank in 0 1; do {start}; done
+            for process in "${{processes[@]}}"; do while kill -0 $process 2>/dev/null; do wait $process; done; done""",
+        "openclip-ext": f'exec {sys.executable} -m openclip_ext "$@"',
+    }
+    for name, text in stand_ins.items():
+        (commands / name).write_text(f"#!/bin/bash\n{text}\n")
+        (commands / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
+    slurm |= {"PATH": f"{commands}:{os.environ['PATH']}", "MASTER_PORT": str(launching.free_port())}
+    environment = os.environ | slurm | {"CUDA_VISIBLE_DEVICES": ""}
+    flags = train_flags("--batch-size", 16, "--epochs", 1000, "--log-every-n-steps", 1)[1:]
+
+    def job(*more):
+        command = ["bash", str(SCRIPTS / "slurm.sh"), *map(str, flags), *more]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    with job() as first:
+        for line in first.stderr:
+            if "Train Epoch: 1 " in line:
+                first.send_signal(signal.SIGUSR1)
+                break
+        rest = first.stderr.read()
+    assert first.returncode == 0, rest
+    assert "stopped by SIGUSR1" in rest and asked.read_text() == "requeue 7\n"
+    with job("--max-minutes", "1e-9") as second:
+        said = second.stderr.read()
+    assert second.returncode == 0 and "resumed from" in said and asked.read_text() == "requeue 7\n"

@@ -4,8 +4,12 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from openclip_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from openclip_ext.data.sizes import Sizes
 
 HELP = "pack, index and check WebDataset shards"
 
@@ -16,9 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     index = actions.add_parser(
         "index", help="write sizes.json for folders of shards",
         description="Count the samples of each shard and write them to sizes.json beside the shards, for training to "
-        "number samples by. Where captions are, as shards pack notes it there, is kept.",
+        "number samples by. Where captions are, as shards pack notes it there, is kept. Shards that are elsewhere are "
+        "given as URLs, 'pipe:' and others, with --out; training takes the sizes.json that is written there as its "
+        "--train-data. What has been counted is kept: the same command goes on after an interruption.",
     )  # fmt: skip
-    index.add_argument("folders", nargs="+", metavar="FOLDER", help="braces and stars do, as in 'wds/{train,val}'")
+    index.add_argument(
+        "folders", nargs="+", metavar="FOLDER",
+        help="braces and stars do, as in 'wds/{train,val}'; or URLs of shards, as in 's3://bucket/{000..331}.tar'",
+    )  # fmt: skip
+    index.add_argument("--out", metavar="FOLDER", help="where sizes.json of shards that are elsewhere goes")
+    index.add_argument("--jobs", type=int, default=1, help="processes that count (default: %(default)s)")
     index.add_argument(
         "--skip-unreadable", action="store_true",
         help="go on past a shard that cannot be read to its end: name it, and count what can be read of it",
@@ -89,13 +100,28 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from openclip_ext.data.listing import list_folders
-    from openclip_ext.data.sizes import index
+    from openclip_ext.data.index import index, index_urls
+    from openclip_ext.data.listing import expand_urls, is_local, list_folders
 
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: must be at least 1")
+    remote = [pattern for pattern in args.folders if not is_local(pattern)]
+    if remote and (len(remote) < len(args.folders) or not args.out):
+        raise UserError(f"shards index {remote[0]}: give URLs alone, and --out FOLDER for their sizes.json")
+    if args.out and not remote:
+        raise UserError(f"--out {args.out}: sizes.json of local shards goes beside them; drop it")
+    how = {"skip_unreadable": args.skip_unreadable, "jobs": args.jobs}
+    if remote:
+        urls = [url for pattern in remote for url in expand_urls(pattern, "shards index")]
+        _say_index(args.out, *index_urls(urls, args.out, **how))
+        return 0
     for folder in [folder for pattern in args.folders for folder in list_folders(pattern, "shards index")]:
-        sizes, faults = index(folder, skip_unreadable=args.skip_unreadable)
-        print("\n".join([*faults, f"{folder}/sizes.json: {len(sizes.of_shard)} shards, {sizes.total} samples"]))
+        _say_index(folder, *index(folder, **how))
     return 0
+
+
+def _say_index(folder: str, sizes: "Sizes", faults: list[str]) -> None:
+    print("\n".join([*faults, f"{folder}/sizes.json: {len(sizes.of_shard)} shards, {sizes.total} samples"]))
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import braceexpand
 
-from openclip_ext.data.sizes import read_sizes
+from openclip_ext.data.sizes import SIZES_FILE, Sizes, read_sizes
 from openclip_ext.errors import UserError
 
 LENGTH_FILE = "__len__"
@@ -69,7 +69,7 @@ def list_shards(sources: str, upsampling_factors: str | None = None, flag: str =
 
     Args:
         sources: patterns joined by `::`. Each is a path or URL with braces (`{000..331}`), or a glob; a folder stands
-            for all `*.tar` in it.
+            for all `*.tar` in it, and a `sizes.json` for all that it names.
         upsampling_factors: numbers joined by `::`, one per source.
         flag: for error messages.
 
@@ -83,7 +83,7 @@ def list_shards(sources: str, upsampling_factors: str | None = None, flag: str =
         for url in _expand(pattern, flag):
             weight_of[url] = weight_of.get(url, 0.0) + factor
     urls = tuple(weight_of)
-    sizes, length, caption_keys = _noted(urls)
+    sizes, length, caption_keys = _noted(urls, [os.path.dirname(pattern) for pattern in patterns if _is_sizes(pattern)])
     return ShardListing(urls, tuple(weight_of.values()) if upsampling_factors else None, sizes, length, caption_keys)
 
 
@@ -110,11 +110,14 @@ def is_local(url: str) -> bool:
 
 def _expand(pattern: str, flag: str) -> list[str]:
     if not is_local(pattern):
-        return list(_braces_expanded(pattern, flag))
-    urls = []
+        return expand_urls(pattern, flag)
+    urls: list[str] = []
     for path in _paths(pattern, flag):
-        urls += _shards_in(path, flag) if os.path.isdir(path) else [path]
-    missing = [url for url in urls if not os.path.exists(url)]
+        if _is_sizes(path) and (sizes := read_sizes(os.path.dirname(path))):
+            urls += _named(sizes, os.path.dirname(path))
+        else:
+            urls += _shards_in(path, flag) if os.path.isdir(path) else [path]
+    missing = [url for url in urls if is_local(url) and not os.path.exists(url)]
     if not urls or len(missing) == len(urls):
         raise UserError(f"{flag} {pattern}: no shard matches; check the path (current folder: {os.getcwd()})")
     if missing:
@@ -123,6 +126,20 @@ def _expand(pattern: str, flag: str) -> list[str]:
             "give a pattern of existing shards, or the folder"
         )
     return urls
+
+
+def _is_sizes(path: str) -> bool:
+    return is_local(path) and os.path.basename(path) == SIZES_FILE
+
+
+def _named(sizes: Sizes, folder: str) -> dict[str, int]:
+    """Samples by the path or URL of each shard that the `sizes.json` of a folder names."""
+    return {os.path.join(folder, name) if is_local(name) else name: size for name, size in sizes.of_shard.items()}
+
+
+def expand_urls(pattern: str, flag: str) -> list[str]:
+    """The URLs that one with braces means. Raises UserError: braces do not pair."""
+    return list(_braces_expanded(pattern, flag))
 
 
 def list_folders(pattern: str, flag: str) -> list[str]:
@@ -160,14 +177,19 @@ def _shards_in(folder: str, flag: str) -> list[str]:
     return urls
 
 
-def _noted(urls: Sequence[str]) -> tuple[tuple[int, ...] | None, int | None, tuple[str, ...]]:
-    """From the `sizes.json` beside the shards: sizes per shard and the total, if they are known, and caption keys."""
+def _noted(urls: Sequence[str], listings: Sequence[str]) -> tuple[tuple[int, ...] | None, int | None, tuple[str, ...]]:
+    """From each `sizes.json`: sizes per shard and the total, if they are known, and caption keys.
+
+    Args:
+        urls: of the shards, beside which they are.
+        listings: other folders that have one.
+    """
     folders = list(dict.fromkeys(os.path.dirname(url) for url in urls))
     known: dict[str, int] = {}
     keys: dict[str, None] = {}
-    for folder in filter(is_local, folders):
+    for folder in dict.fromkeys([*filter(is_local, folders), *listings]):
         if noted := read_sizes(folder):
-            known |= {os.path.join(folder, name): size for name, size in noted.of_shard.items()}
+            known |= _named(noted, folder)
             keys |= {noted.caption_key: None} if noted.caption_key else {}
     if all(url in known for url in urls):
         sizes = tuple(known[url] for url in urls)

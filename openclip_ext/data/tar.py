@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
 from PIL import Image
-from webdataset.gopen import gopen
+from webdataset.gopen import gopen, gopen_schemes
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 # In the order in which OpenCLIP looks for them.
@@ -74,7 +74,7 @@ def read_shard(url: str, record: Record) -> Iterator[dict]:
     """
     started = False
     try:
-        with contextlib.closing(gopen(url)) as stream:
+        with contextlib.closing(open_shard(url)) as stream:
             for sample in _group(_files(stream, url), url):
                 started = True
                 yield sample
@@ -82,6 +82,17 @@ def read_shard(url: str, record: Record) -> Iterator[dict]:
         raise
     except Exception:  # tarfile, zlib, the operating system and remote readers each raise their own
         record(TRUNCATED_SHARD if started else UNREADABLE_SHARD, url, None)
+
+
+def open_shard(url: str) -> IO[bytes]:
+    """A shard to read from: a path, what webdataset opens (`pipe:`, `https:`, `gs:`), or by fsspec, where it is
+    installed with what the scheme needs, anything else (`s3:`)."""
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme in ("file", *gopen_schemes) or url.startswith("pipe:"):
+        return gopen(url)
+    import fsspec
+
+    return fsspec.open(url, "rb").open()
 
 
 def _files(stream: IO[bytes], url: str) -> Iterator[tuple[str, bytes]]:

@@ -57,6 +57,8 @@ class LossContext:
         vocabulary: likewise.
         loss_tile: columns whose scores with this rank's anchors are formed at once; None: chosen by their number.
         loss_comm: `gather`: every rank holds the features of all; `ring`: they pass from rank to rank.
+        shards_state: whether the caller's checkpoints take a state that is spread over ranks, so that a loss may spread
+            a large one without being asked to.
     """
 
     num_samples: int | None = None
@@ -68,6 +70,7 @@ class LossContext:
     vocabulary: Vocabulary | None = None
     loss_tile: int | None = None
     loss_comm: Communication = "gather"
+    shards_state: bool = False
 
     def __post_init__(self) -> None:
         tile = self.loss_tile

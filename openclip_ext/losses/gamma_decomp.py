@@ -10,20 +10,18 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from openclip_ext.losses.context import LossContext
-from openclip_ext.losses.placement import named_flags, require_placement
-from openclip_ext.losses.rates import RateLoss
-from openclip_ext.losses.recent import RecentOptions, recent_batches, recent_needs
+from openclip_ext.losses.rates import RateLoss, RateOptions
+from openclip_ext.losses.recent import recent_batches, recent_needs
 from openclip_ext.ops.counter_random import log_gamma_mean
 from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
-from openclip_ext.state.table import Placement
 
 logger = logging.getLogger("openclip_ext")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(RecentOptions):
+class Options(RateOptions):
     recent_batches: int = recent_batches(8)
     gamma: float | Literal["auto"] = option(
         "auto",
@@ -53,13 +51,6 @@ class Options(RecentOptions):
     negatives: int = option(
         0, "K, negatives in the target loss; 0: all others of the training set", allowed=">= 0", check=lambda k: k >= 0
     )
-    rate_device: Literal["device", "cpu", "mmap"] = option(
-        "device", "where the rates are kept: with the model, in the CPU's memory, or in a file"
-    )
-    rate_path: str | None = option(None, "the file, for rate_device=mmap")
-
-    def __post_init__(self) -> None:
-        require_placement("rate", self.rate_device, self.rate_path)  # found wrong as early as other options
 
 
 def auto_gamma(visits: float) -> float:
@@ -93,8 +84,7 @@ class GammaDecompLoss(RateLoss):
     steps_taken: Tensor
 
     def __init__(self, options: Options, context: LossContext) -> None:
-        with named_flags("rate"):
-            super().__init__(options, context, Placement(options.rate_device, options.rate_path))
+        super().__init__(options, context)
         self.log_negatives = context.log_negatives(options.negatives)
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
         self._time: tuple[int, int] | None = None
@@ -154,8 +144,7 @@ class GammaDecompLoss(RateLoss):
 
     def report(self, pairs: PairBatch) -> dict[str, Tensor]:
         """`gamma`, the weight of the current batch; `first_visits`, the share of the batch never seen before."""
-        first_visits = self.rates.read(pairs.all_ids)[0].isnan().float().mean()
-        return {"gamma": torch.tensor(self.batch_weight), "first_visits": first_visits}
+        return {"gamma": torch.tensor(self.batch_weight), "first_visits": self.rates.first_visits}
 
     def commit(self) -> None:
         """Write the rates of this step's samples."""

@@ -1,16 +1,34 @@
 """Pair losses that remember a rate per sample and direction."""
 
-from typing import Any
+import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from openclip_ext.losses.base import PairLoss
 from openclip_ext.losses.context import LossContext
+from openclip_ext.losses.placement import Shard, named_flags, place, require_placement, shard_option
+from openclip_ext.losses.recent import RecentOptions
 from openclip_ext.ops.pair_sums import log_mean_ratio
 from openclip_ext.ops.pairs import PairBatch
-from openclip_ext.state.rate_table import RateTable
-from openclip_ext.state.table import Placement
+from openclip_ext.options import option
+from openclip_ext.state.rate_table import RateTable, rate_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RateOptions(RecentOptions):
+    """Part of the options of a loss that remembers rates."""
+
+    rate_device: Literal["device", "cpu", "mmap"] = option(
+        "device", "where the rates are kept: with the model, in the CPU's memory, or in a file"
+    )
+    rate_path: str | None = option(None, "the file, for rate_device=mmap")
+    rate_shard: Shard = shard_option("the rates")
+
+    def __post_init__(self) -> None:
+        # Found wrong as early as other options.
+        require_placement("rate", self.rate_device, self.rate_path, self.rate_shard)
 
 
 class RateLoss(PairLoss):
@@ -20,13 +38,20 @@ class RateLoss(PairLoss):
     and g are.
 
     Args:
-        options, context: as of `Loss`.
-        placement: of the rates.
+        options: with where rates are kept.
+        context: as of `Loss`.
+
+    Raises:
+        UserError: there is no room for the rates, or their file is another's.
     """
 
-    def __init__(self, options: Any, context: LossContext, placement: Placement | None = None) -> None:
+    def __init__(self, options: RateOptions, context: LossContext) -> None:
         super().__init__(options, context)
-        self.rates = RateTable(context.require_num_ids(), placement, context.device)
+        num_ids = context.require_num_ids()
+        with named_flags("rate"):
+            size, shard = rate_bytes(num_ids), options.rate_shard
+            placement = place(context, size, shard, options.rate_device, options.rate_path)
+            self.rates = RateTable(num_ids, placement, context.device)
 
     def estimate(self, log_mean: Tensor) -> Tensor:
         """log rho of own anchors, (2, B), from the log of their mean ratio."""

@@ -4,14 +4,14 @@ import dataclasses
 
 from torch import Tensor
 
-from openclip_ext.losses.rates import RateLoss
-from openclip_ext.losses.recent import RecentOptions, recent_needs
+from openclip_ext.losses.rates import RateLoss, RateOptions
+from openclip_ext.losses.recent import recent_needs
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(RecentOptions):
+class Options(RateOptions):
     gamma: float = option(
         0.9, "weight of the current batch in the running normaliser", allowed="in (0, 1]", check=lambda g: 0 < g <= 1
     )

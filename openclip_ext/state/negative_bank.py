@@ -1,19 +1,37 @@
 """The current negative of every sample's chain."""
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
+from openclip_ext.state.exchange import Gathered, gather_ids, read_rows
 from openclip_ext.state.table import Placement, SampleTable, place_of_first
 
 DIRECTIONS = 2
 EMPTY = -1
 
 
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What a bank holds of own samples, per direction.
+
+    Attributes:
+        ids: (2, B), of the states; negative: none yet.
+        stored_at: (2, B), the step after which each was stored.
+        embedding: (2, B, D); None: the bank keeps none.
+    """
+
+    ids: Tensor
+    stored_at: Tensor
+    embedding: Tensor | None
+
+
 class NegativeBank(nn.Module):
     """Per sample and direction: the id of the chain's state, its embedding as it was when stored, and when that was.
 
-    `stage` remembers, `commit` writes, once per optimizer step. Every rank holds the whole bank and stages the updates
-    of all ranks; with a file, those of one machine write the same values to the same place.
+    `stage` remembers, `commit` writes, once per optimizer step. Every rank stages the updates of all ranks, and writes
+    those of the rows that it keeps; with a file, ranks of one machine write the same values to the same place.
 
     Memory: 2 N (16 + D * bytes per number) bytes; ids and steps are always in memory.
 
@@ -21,13 +39,13 @@ class NegativeBank(nn.Module):
         num_samples: N, ids run from 0 to N - 1.
         width: D of the embeddings; 0: keep ids only.
         dtype: of the embeddings.
-        placement: of the embeddings.
+        placement: of the embeddings; in parts, of all of it.
         device: where the module is.
     """
 
     def __init__(self, num_samples: int, width: int, dtype: torch.dtype, placement: Placement, device=None) -> None:
         super().__init__()
-        beside = Placement("device" if placement.kind == "device" else "cpu")
+        beside = dataclasses.replace(placement, kind="device" if placement.kind == "device" else "cpu", path=None)
         shape = (DIRECTIONS, num_samples)
         self.ids = SampleTable(shape, torch.int64, EMPTY, "ids of the negative bank", beside, device)
         self.stored_at = SampleTable(shape, torch.int64, 0, "steps of the negative bank", beside, device)
@@ -40,6 +58,16 @@ class NegativeBank(nn.Module):
     def check(self, ids: Tensor) -> None:
         """Raises IndexError: an id outside of the bank."""
         self.ids.check(ids, "negative bank")
+
+    def read(self, samples: Gathered) -> Held:
+        """What is held of own samples. A collective call where the bank is in parts."""
+        tables = [self.ids, self.stored_at, *([] if self.embedding is None else [self.embedding])]
+        ids, stored_at, *embedding = read_rows(tables, samples)
+        return Held(ids, stored_at, embedding[0] if embedding else None)
+
+    def read_ids(self, ids: Tensor) -> Tensor:
+        """Ids (2, B) of the states of any samples (B,). A collective call where the bank is in parts."""
+        return read_rows([self.ids], gather_ids(ids, self.ids))[0]
 
     def stage(self, ids: Tensor, state: Tensor, column_ids: Tensor, texts: Tensor, images: Tensor) -> None:
         """Remember what `commit` will write. Replaces what was staged before.
@@ -73,3 +101,8 @@ class NegativeBank(nn.Module):
             self.stored_at.write(direction, ids, step.expand_as(ids), moved)
             if self.embedding is not None:
                 self.embedding.write(direction, ids, columns[direction][column], moved)
+
+
+def bank_bytes(num_samples: int, width: int, dtype: torch.dtype) -> int:
+    """What a bank of so many samples takes."""
+    return DIRECTIONS * num_samples * (2 * torch.int64.itemsize + width * dtype.itemsize)

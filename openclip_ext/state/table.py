@@ -1,4 +1,10 @@
-"""Values by direction and sample id, in the memory of the device, in that of the CPU, or in a file."""
+"""Values by direction and sample id, in the memory of the device, in that of the CPU, or in a file.
+
+A table is whole on every rank, or in parts: then rank k of W keeps the samples from `k ceil(N / W)` on, as many.
+Blocks, not every W-th sample: `DTensor` and `torch.distributed.checkpoint` bring blocks to any other number of ranks.
+That a batch may lie on few ranks costs little: were it all on one, that one would send half of what each rank receives
+when features are gathered.
+"""
 
 import dataclasses
 import math
@@ -12,6 +18,8 @@ from typing import Literal
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +30,18 @@ class Placement:
         kind: `device`: with the module; `cpu`: in the CPU's memory, wherever the module is; `mmap`: in a file, one per
             machine, shared by its ranks.
         path: the file, for `mmap`; its folder exists.
+        parts: W, ranks over which it is spread; 1: every rank keeps all of it. A file is never in parts.
+        rank: of this process among them.
     """
 
     kind: Literal["device", "cpu", "mmap"] = "device"
     path: str | None = None
+    parts: int = 1
+    rank: int = 0
 
+
+#: Devices that say how many elements of a mask are true without the host waiting for them.
+_COUNTS_AT_ONCE = ("cpu",)
 
 #: Bytes behind the values in a file: a number that tells how old they are.
 _STAMP = 8
@@ -43,8 +58,11 @@ class WrongFileError(ValueError):
 class SampleTable(nn.Module):
     """A table `values` of shape (2, N, ...), read and written by sample id.
 
+    In parts, `values` are this rank's, and `state_dict` has them as a `DTensor` of the whole table; it loads such, and
+    whole tables.
+
     Args:
-        shape: (2, N, ...).
+        shape: (2, N, ...), of all ranks.
         dtype: of the values.
         fill: what rows hold before they are written.
         name: for messages.
@@ -71,7 +89,11 @@ class SampleTable(nn.Module):
         in_state: bool = True,
     ) -> None:
         super().__init__()
-        self.placement = placement
+        self.placement, self.name = placement, name
+        self.num_samples = shape[1]
+        self.block = -(-self.num_samples // placement.parts)
+        self._first = min(placement.rank * self.block, self.num_samples)
+        shape = (shape[0], min(self.block, self.num_samples - self._first), *shape[2:])
         self._file: int | None = None
         device = torch.device(device or "cpu") if placement.kind == "device" else torch.device("cpu")
         size = math.prod(shape) * dtype.itemsize
@@ -96,8 +118,8 @@ class SampleTable(nn.Module):
 
         On a GPU the device stops with the message, so that the host need not wait for it.
         """
-        outside = (ids < 0) | (ids >= self.values.shape[1])
-        where = f"outside of the {name} of {self.values.shape[1]} samples; num_samples must cover the whole data set"
+        outside = (ids < 0) | (ids >= self.num_samples)
+        where = f"outside of the {name} of {self.num_samples} samples; num_samples must cover the whole data set"
         if outside.is_cuda:
             torch._assert_async(~outside.any(), f"a sample id is {where}")
         elif outside.any():
@@ -116,16 +138,16 @@ class SampleTable(nn.Module):
             os.pwrite(self._file, number.to_bytes(_STAMP, "little"), self.values.numel() * self.values.itemsize)
 
     def read(self, ids: Tensor) -> Tensor:
-        """Rows of both directions, (2, B, ...), on the device of `ids` (B,)."""
+        """Rows of both directions, (2, B, ...), on the device of `ids` (B,), all of which are kept here."""
         if self._file is None:
-            return self.values[:, ids.to(self.values.device)].to(ids.device)
+            return self.values[:, ids.to(self.values.device) - self._first].to(ids.device)
         rows = torch.empty((2, len(ids), *self.values.shape[2:]), dtype=self.values.dtype)
         for direction, part in enumerate(rows):
             self._transfer(os.preadv, direction, ids, part)
         return rows.to(ids.device)
 
     def write(self, direction: int, ids: Tensor, rows: Tensor, chosen: Tensor | None = None) -> None:
-        """Replace the rows of one direction.
+        """Replace the rows of one direction, as far as they are kept here.
 
         Args:
             direction: 0 or 1.
@@ -141,9 +163,47 @@ class SampleTable(nn.Module):
                 ids, rows = ids[chosen], rows[chosen]
             self._transfer(os.pwritev, direction, ids, rows.contiguous())
             return
+        if self.placement.parts > 1:
+            if not self.values.shape[1]:
+                return
+            ids, rows, chosen = self._kept_here(ids, rows, chosen)
         if chosen is not None:  # how many they are is known to the device only
             rows = torch.where(chosen.view(-1, *(1,) * (rows.ndim - 1)), rows, self.values[direction, ids])
         self.values[direction, ids] = rows
+
+    def _kept_here(self, ids: Tensor, rows: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What to write where, and which of it.
+
+        How many rows are kept here, a GPU does not tell without a wait: in place of what other ranks keep, it writes
+        the first row that is kept here once more.
+        """
+        place = ids - self._first
+        here = (place >= 0) & (place < self.values.shape[1])
+        if ids.device.type in _COUNTS_AT_ONCE:
+            return place[here], rows[here], None if chosen is None else chosen[here]
+        which = torch.where(here, torch.arange(len(ids), device=ids.device), here.int().argmax())
+        here = here[which] if chosen is None else (here & chosen)[which]
+        return place[which].clamp(0, self.values.shape[1] - 1), rows[which], here
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        key, parts = prefix + "values", self.placement.parts
+        if parts > 1 and key in destination:
+            shape = (self.values.shape[0], self.num_samples, *self.values.shape[2:])
+            stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+            mesh = init_device_mesh(self.values.device.type, (parts,))
+            destination[key] = DTensor.from_local(
+                destination[key], mesh, [Shard(1)], run_check=False, shape=torch.Size(shape), stride=stride
+            )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        key = prefix + "values"
+        value = state_dict.get(key)
+        if isinstance(value, DTensor):
+            state_dict[key] = value.to_local()
+        elif value is not None and self.placement.parts > 1 and value.ndim > 1 and value.shape[1] == self.num_samples:
+            state_dict[key] = value.narrow(1, self._first, self.values.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _transfer(self, call: Callable, direction: int, ids: Tensor, rows: Tensor) -> None:
         """Between the file and `rows` (B, ...), one call per row.
@@ -160,6 +220,16 @@ class SampleTable(nn.Module):
             call(self._file, [memory[row * size : (row + 1) * size]], (first + sample) * size)
 
 
+def describe_parts(module: nn.Module) -> str | None:
+    """What of a module's state is spread over ranks, for the log; None: nothing."""
+    tables = [part for part in module.modules() if isinstance(part, SampleTable) and part.placement.parts > 1]
+    if not tables:
+        return None
+    each = sum(table.values.numel() * table.values.itemsize for table in tables) / 1e9
+    names = ", ".join(dict.fromkeys(table.name for table in tables))
+    return f"{names}: spread over {tables[0].placement.parts} processes, {each:.3g} GB on this one"
+
+
 def place_of_first(ids: Tensor) -> Tensor:
     """For each of `ids` (B,) a number below B, the same for equal ones and different for others, (B,)."""
     return torch.searchsorted(ids.sort().values, ids)
@@ -167,8 +237,15 @@ def place_of_first(ids: Tensor) -> Tensor:
 
 def require_room(size: int, device: torch.device, what: str) -> None:
     """Raises NoRoomError: `size` bytes for `what` are more than is free in the device's memory."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    _require_room(size, free, device.type, what)
+    _require_room(size, memory(device)[0], device.type, what)
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of the device's memory that are free, and that there are."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
 
 
 def _file(path: str, size: int, what: str) -> int:

@@ -37,6 +37,7 @@ from openclip_ext.data.table import Table
 from openclip_ext.errors import UserError
 from openclip_ext.losses import LossContext, Objective, Vocabulary
 from openclip_ext.registry import batch_keys
+from openclip_ext.state.table import describe_parts
 from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.config import run_config
 from openclip_ext.training.data import training_data
@@ -138,6 +139,11 @@ class Hosting:
                 vocabulary=vocabulary,
             )
         )
+        if spread := describe_parts(loss):
+            raise UserError(
+                f"--loss {self._plan.spec.name}: {spread}, and OpenCLIP's loop writes checkpoints by one process; drop "
+                "…_shard=true from --loss-arg, or use openclip-ext train"
+            )
         self._model, self._kept = model, KeptInputs(loss, model)
         return loss
 

@@ -1,17 +1,20 @@
 """The checks that every loss of this package passes, for losses by other authors."""
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from openclip_ext.losses import Objective, create_loss
 from openclip_ext.losses.base import total_loss
+from openclip_ext.registry import get_spec
 from openclip_ext.testing.ranks import RankPool
 
 GLOBAL_BATCH, INPUT, WIDTH, NUM_SAMPLES = 8, 7, 5, 30
@@ -27,6 +30,7 @@ def check_loss(
     * stages: calling it changes no state before `commit`, and calling it again in the same step gives the same;
     * state: `state_dict` holds all that later calls depend on;
     * precision: under autocast and on half-precision features the value is float32, finite, and close;
+    * shards: where an option `…_shard` spreads its state over ranks, everything is what it is without, to the last bit;
     * ranks: N gloo processes give the value (their mean), the averaged gradient and the next state of one process on
       the concatenated batch, to 1e-5, over two steps in which samples change ranks, and the same state after a
       `warm_start` if it has one.
@@ -52,9 +56,12 @@ def check_loss(
         _check_state(name, options)
     with _named("precision"):
         _check_precision(name, options)
-    with _named("ranks"), contextlib.nullcontext(ranks) if ranks else RankPool() as pool:
+    with contextlib.nullcontext(ranks) if ranks else RankPool() as pool:
         for number in num_ranks:
-            check_ranks(pool, name, options, [GLOBAL_BATCH // number] * number)
+            with _named("ranks"):
+                check_ranks(pool, name, options, [GLOBAL_BATCH // number] * number)
+            with _named("shards"):
+                check_shards(pool, name, options, [GLOBAL_BATCH // number] * number)
 
 
 def check_ranks(pool: RankPool, name: str, options: dict[str, Any], sizes: list[int]) -> None:
@@ -79,6 +86,18 @@ def check_ranks(pool: RankPool, name: str, options: dict[str, Any], sizes: list[
                 state, single, rtol=1e-5, atol=1e-5, equal_nan=True,
                 msg=_prefixed(f"warm start, rank {rank}"),
             )  # fmt: skip
+
+
+def check_shards(pool: RankPool, name: str, options: dict[str, Any], sizes: list[int]) -> None:
+    """Assert that ranks with batches of the given sizes give the same with their state spread over them as without."""
+    shards = [field.name for field in dataclasses.fields(get_spec(name).options) if field.name.endswith("_shard")]
+    if not shards:
+        return
+    for job in (two_steps, warm_started):
+        whole, spread = (
+            pool.run(job, len(sizes), name, options | dict.fromkeys(shards, shard), sizes) for shard in (False, True)
+        )
+        torch.testing.assert_close(spread, whole, rtol=0, atol=0, equal_nan=True)
 
 
 class ToyModel(nn.Module):
@@ -170,7 +189,7 @@ def two_steps(rank: int, num_ranks: int, name: str, options: dict, sizes: list[i
             if num_ranks > 1:  # as the training loop does
                 torch.distributed.all_reduce(_gradient(parameter))
             gradients[key] = _gradient(parameter) / num_ranks
-        state = {key: value.clone() for key, value in loss.state_dict().items()}
+        state = whole_state(loss)
         results.append({"values": {k: v.detach() for k, v in outputs.items()}, "gradients": gradients, "state": state})
     return results
 
@@ -181,7 +200,13 @@ def warm_started(rank: int, num_ranks: int, name: str, options: dict, sizes: lis
     loss = toy_loss(name, options, rank, num_ranks)
     for image, text, ids in toy_steps():
         evaluate_loss(loss.warm_start, ToyModel(loss.needs), image[own], text[own], ids[own])
-    return loss.state_dict()
+    return whole_state(loss)
+
+
+def whole_state(loss: nn.Module) -> dict[str, Tensor]:
+    """A copy of its state. A collective call where that is spread over ranks."""
+    state = loss.state_dict()
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value.clone() for key, value in state.items()}
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

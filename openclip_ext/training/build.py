@@ -16,7 +16,7 @@ from openclip_ext.data.streams import Start, StreamConfig
 from openclip_ext.errors import UserError, counted
 from openclip_ext.losses import LossContext, Vocabulary
 from openclip_ext.ops.pairs import least_bytes
-from openclip_ext.state.table import NoRoomError, require_room
+from openclip_ext.state.table import NoRoomError, describe_parts, require_room
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.clock import Clock, start_of
@@ -28,6 +28,7 @@ from openclip_ext.training.learning_rates import describe, scale_learning_rates,
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.lora import Adapters
 from openclip_ext.training.pair_model import feature_widths, freeze_unused_bias, pair_model
+from openclip_ext.training.parts import require_support
 
 
 def build_trainer(
@@ -151,10 +152,12 @@ def _objective(config: RunConfig, accelerator: Accelerator, plan, data: Training
         vocabulary=Vocabulary(*upstream.read_vocabulary(tokenizer)) if "vocabulary" in plan.needs else None,
         loss_tile=config.loss_tile,
         loss_comm=config.loss_comm,
+        shards_state=True,
     )
-    if not symmetric:
-        return plan.build(context)
-    return SymmetricObjective(plan, context).to(accelerator.device)
+    loss = SymmetricObjective(plan, context).to(accelerator.device) if symmetric else plan.build(context)
+    if describe_parts(loss):
+        require_support()
+    return loss
 
 
 def _loader(

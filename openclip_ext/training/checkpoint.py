@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 from openclip_ext import upstream
 from openclip_ext.data.hash_ids import HashIds
 from openclip_ext.errors import UserError
@@ -11,6 +13,7 @@ from openclip_ext.files import load_tensors, save_tensors
 from openclip_ext.training import sharding
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.lora import Adapters
+from openclip_ext.training.parts import PARTS, parts_of, read_parts, remove_parts, write_parts
 
 
 def save_checkpoint(
@@ -33,14 +36,16 @@ def save_checkpoint(
     """Write a checkpoint that stock OpenCLIP loads, whole or not at all.
 
     Keys as OpenCLIP writes them: `epoch, name, state_dict, optimizer`, `scaler` if there is one, and `state_dict_ema`
-    of an average, which its main branch reads. Keys of ours, which OpenCLIP ignores: `loss` (state of the loss),
+    of an average, which its main branch reads. Keys of ours, which OpenCLIP ignores: `loss` (state of the loss; what of
+    it is spread over ranks is kept in parts beside the file, and its `parts` says where, see `training.parts`),
     `loss_optimizer` (the optimizer's last group, if the loss has parameters; in `optimizer` it would keep OpenCLIP from
     resuming), and if there are any `sample_hashes` (by sample id), `momentum_encoder` and `lora` (options, and the
     `state_dict` and `state_dict_ema` of adapters, which the weights have merged); `clock` (of `Trainer.time_state`; a
     checkpoint from within an epoch has the number of completed ones as its `epoch`, so that OpenCLIP repeats what was
     begun); and `notes`, plain values under their own keys, such as `loss_name`.
 
-    A sharded model is gathered, so all ranks call this; those that write nothing pass None for `path`.
+    A sharded model is gathered, and each rank writes its parts of the loss's state, so all ranks call this; those that
+    write no file of their own pass None for `path`.
 
     Raises:
         OSError: it cannot be written, as on a full disk.
@@ -52,6 +57,9 @@ def save_checkpoint(
         optimizer_state, loss_optimizer = split_optimizer(optimizer_state)
     weights = _weights(model, average, adapters, distributed, keep)
     content: dict[str, Any] = {"epoch": epoch, "name": name, **weights, "optimizer": optimizer_state}
+    loss_state, spread = _loss_state(loss)
+    if spread:
+        loss_state[PARTS] = write_parts(spread, path)
     if path is None:
         return
     content |= notes or {}
@@ -59,15 +67,29 @@ def save_checkpoint(
         content["clock"] = clock
     if scaler is not None:
         content["scaler"] = scaler.state_dict()
-    if loss.state_dict():
-        content["loss"] = loss.state_dict()
+    if loss_state:
+        content["loss"] = loss_state
     if hash_ids is not None:
         content["sample_hashes"] = hash_ids.hashes
     if momentum_encoder is not None:
         content["momentum_encoder"] = momentum_encoder.state_dict()
     if loss_optimizer is not None:
         content["loss_optimizer"] = loss_optimizer
-    save_tensors(content, path)
+    folder = loss_state[PARTS]["folder"] if spread else None
+    try:
+        save_tensors(content, path)
+    except OSError:
+        if folder:
+            remove_parts(path, only=folder)
+        raise
+    remove_parts(path, keep=folder)
+
+
+def _loss_state(loss) -> tuple[dict[str, Any], dict[str, DTensor]]:
+    """What every rank has of a loss's state, and what is spread over them."""
+    state = loss.state_dict()
+    spread = {key: value for key, value in state.items() if isinstance(value, DTensor)}
+    return {key: value for key, value in state.items() if key not in spread}, spread
 
 
 def _weights(model, average: WeightAverage | None, adapters: Adapters | None, distributed: bool, keep: bool) -> dict:
@@ -205,7 +227,10 @@ class Checkpoint:
 
     def restore_loss(self, loss) -> list[str]:
         """Load the loss's state; returns remarks for the log. Raises UserError: another loss's, or data set's."""
-        expected, found = loss.state_dict(), self.content.get("loss", {})
+        expected, found = loss.state_dict(), dict(self.content.get("loss", {}))
+        in_parts = parts_of(found)
+        noted = found.pop(PARTS, None)
+        found |= in_parts
         remarks = _recent_remarks(expected, found)
         found = {key: value for key, value in found.items() if key in expected or not _is_recent(key)}
         # Recent pairs come in any number, and a loss can do without.
@@ -228,6 +253,10 @@ class Checkpoint:
                 f"checkpoint, {shapes[1]} now); use the same --loss and shards, or start from its weights with "
                 f"--pretrained {self.path}"
             )
+        if in_parts:
+            read = {key: expected[key] for key in in_parts}
+            read_parts(read, self.path, noted)
+            found |= read
         loss.load_state_dict(found)
         return remarks
 

@@ -13,6 +13,7 @@ from openclip_ext.training.config import RunConfig
 from openclip_ext.training.evaluator import metric_names
 from openclip_ext.training.log import logger
 from openclip_ext.training.loop import Trainer
+from openclip_ext.training.parts import remove_parts
 
 BEST = "best.pt"
 #: Metrics that are best where they are least end so.
@@ -64,7 +65,7 @@ class Keeper:
         previous = os.path.join(self.folder, f"epoch_{epoch - 1}.pt")
         written = set(targets) - {BEST, *failed}
         if self.main and config.delete_previous_checkpoint and written and os.path.exists(previous):
-            os.remove(previous)
+            _remove(previous)
         if last:
             self._require_written(failed)
 
@@ -87,7 +88,7 @@ class Keeper:
             self._require_written({name: reason} if reason else {})
         if self.main and self.config.keep_last and not reason:
             for path in step_files(self.folder)[self.config.keep_last :]:
-                os.remove(path)
+                _remove(path)
         return os.path.join(self.folder, name)
 
     def _is_best(self, epoch: int, metrics: dict[str, float]) -> bool:
@@ -135,3 +136,8 @@ class Keeper:
             distributed=trainer.accelerator.num_processes > 1,
             notes={"loss_name": self.config.loss} | ({"best": self.best} if self.best else {}),
         )
+
+
+def _remove(path: str) -> None:
+    os.remove(path)
+    remove_parts(path)

@@ -9,10 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from openclip_ext.errors import UserError, counted
-from openclip_ext.files import checkpoints, damage
+from openclip_ext.files import checkpoints
 from openclip_ext.redact import redacted_values
 from openclip_ext.training.checkpoint import Checkpoint, load_checkpoint
 from openclip_ext.training.config import RunConfig
+from openclip_ext.training.parts import checkpoint_damage
 from openclip_ext.training.record import Record, read_record
 
 
@@ -78,7 +79,8 @@ def find_resumed(config: RunConfig, folder: str | None, accelerator: Accelerator
         return None
     checkpoint = load_checkpoint(path)
     if config.resume != "latest":
-        fault = _of_first_rank(damage(path) if main and not path.endswith(".safetensors") else None, accelerator)
+        looked_at = main and not path.endswith(".safetensors")
+        fault = _of_first_rank(checkpoint_damage(path) if looked_at else None, accelerator)
         if fault:
             raise UserError(f"--resume {path}: is damaged ({fault}); give an older checkpoint, or a whole copy of it")
     run = os.path.dirname(os.path.dirname(os.path.abspath(path)))
@@ -91,7 +93,7 @@ def _newest_whole(paths: Sequence[str]) -> tuple[str | None, tuple[str, ...], st
     none is whole."""
     remarks: list[str] = []
     for path in paths:
-        fault = damage(path)
+        fault = checkpoint_damage(path)
         if fault is None:
             return path, tuple(remarks), None
         remarks.append(f"--resume latest: {path} is damaged ({fault}); passed over")

@@ -15,6 +15,7 @@ from openclip_ext.errors import counted
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.files import keep_rows
 from openclip_ext.losses import ObjectivePlan
+from openclip_ext.state.table import describe_parts
 from openclip_ext.training.accelerator import choose_precision, make_accelerator
 from openclip_ext.training.build import build_trainer, seed_all
 from openclip_ext.training.checkpoint import Checkpoint
@@ -188,6 +189,8 @@ class _Run:
         logger.info("loss %s over %s; %s of %s per epoch, %s",
                     config.loss, counted(data.size, "sample"), counted(self.clock.steps_per_epoch, "step"),
                     counted(self._pairs_per_step, "pair"), counted(config.epochs, "epoch"))  # fmt: skip
+        if spread := describe_parts(trainer.loss):
+            logger.info(spread)
         if checkpoint:
             within = f" and {counted(self.clock.index, 'step')}" if self.clock.index else ""
             logger.info("resumed from %s after epoch %d%s", checkpoint.path, checkpoint.epoch, within)

@@ -18,11 +18,12 @@ from openclip_ext import UserError
 from openclip_ext.cli import main
 from openclip_ext.data.captions import CaptionFormat, require_caption_key
 from openclip_ext.data.check import check_shards
+from openclip_ext.data.index import index
 from openclip_ext.data.listing import list_shards
 from openclip_ext.data.pack import pack
 from openclip_ext.data.pairs import pairs_from_csv, pairs_from_folder
 from openclip_ext.data.pipeline import eval_loader, train_loader
-from openclip_ext.data.sizes import index, read_sizes
+from openclip_ext.data.sizes import read_sizes
 from openclip_ext.data.tar import Skips, read_shard
 
 

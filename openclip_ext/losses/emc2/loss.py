@@ -13,16 +13,15 @@ from openclip_ext.losses.context import LossContext, require_widths
 from openclip_ext.losses.emc2.chain import Chain, Moves, chain_report
 from openclip_ext.losses.emc2.proposing import propose
 from openclip_ext.losses.emc2.resampling import resample
-from openclip_ext.losses.placement import named_flags, require_placement
+from openclip_ext.losses.placement import Shard, named_flags, place, require_placement, shard_option
 from openclip_ext.losses.recent import RecentOptions, recent_needs
 from openclip_ext.ops.gather import global_mean
 from openclip_ext.ops.pair_sums import log_mean_ratio, loss_with_sums, score_weighted_loss
 from openclip_ext.ops.pairs import PairBatch
 from openclip_ext.options import option
 from openclip_ext.registry import LossSpec
-from openclip_ext.state.negative_bank import NegativeBank
+from openclip_ext.state.negative_bank import Held, NegativeBank, bank_bytes
 from openclip_ext.state.rate_table import RateTable
-from openclip_ext.state.table import Placement
 
 logger = logging.getLogger("openclip_ext")
 
@@ -58,9 +57,11 @@ class Options(RecentOptions):
         "device", "where embeddings are kept: with the model, in the CPU's memory, or in a file"
     )
     bank_path: str | None = option(None, "the file, for bank_device=mmap")
+    bank_shard: Shard = shard_option("the bank")
 
     def __post_init__(self) -> None:
-        require_placement("bank", self.bank_device, self.bank_path)  # found wrong as early as other options
+        # Found wrong as early as other options.
+        require_placement("bank", self.bank_device, self.bank_path, self.bank_shard)
 
 
 class EMC2Loss(PairLoss):
@@ -99,14 +100,16 @@ class EMC2Loss(PairLoss):
         self.register_buffer("steps_taken", torch.zeros((), dtype=torch.int64))
         self._remark: str | None = None
         self.rates = None
-        if options.gamma < 1 and not options.decoupled:
-            self.rates = RateTable(context.require_num_ids(), device=context.device)
         width = require_widths(context, "loss emc2", "embed").embed if options.bank == "embedding" else 0
         assert width is not None
-        placement = Placement(options.bank_device, options.bank_path)
+        num_ids, dtype = context.require_num_ids(), getattr(torch, options.bank_dtype)
         with named_flags("bank"):
-            dtype = getattr(torch, options.bank_dtype)
-            self.bank = NegativeBank(context.require_num_ids(), width, dtype, placement, context.device)
+            size, shard = bank_bytes(num_ids, width, dtype), options.bank_shard
+            placement = place(context, size, shard, options.bank_device, options.bank_path)
+            if options.gamma < 1 and not options.decoupled:
+                beside = dataclasses.replace(placement, kind="device", path=None)
+                self.rates = RateTable(num_ids, beside, context.device)
+            self.bank = NegativeBank(num_ids, width, dtype, placement, context.device)
 
     def compute(
         self,
@@ -140,10 +143,10 @@ class EMC2Loss(PairLoss):
         """
         assert sample_ids is not None  # as the needs say
         pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
-        chains = self._chains(pairs, stored_features)
+        held = self._held(pairs)
+        chains = _chains(pairs, held, stored_features)
         moves, log_mean, loss = self._visit(pairs, chains, self.steps_taken)
-        ages = self.steps_taken - self.bank.stored_at.read(pairs.ids)
-        report = chain_report(chains, moves, ages, self.context.world_size)
+        report = chain_report(chains, moves, self.steps_taken - held.stored_at, self.context.world_size)
         if self.recent is not None:
             self.recent.visit(pairs, log_mean, image_features_again, text_features_again)
             report |= self.recent.report()
@@ -166,14 +169,18 @@ class EMC2Loss(PairLoss):
         """
         pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
         # Draws of their own, so that a sample's first step does not repeat them.
-        self._visit(pairs, self._chains(pairs, stored_features), torch.full_like(self.steps_taken, -1))
+        chains = _chains(pairs, self._held(pairs), stored_features)
+        self._visit(pairs, chains, torch.full_like(self.steps_taken, -1))
         self.bank.commit(self.steps_taken)
         if self.rates is not None:
             self.rates.commit()
 
     def stored_ids(self, sample_ids: Tensor) -> Tensor:
-        """Ids of the current states, (2, B), texts' of images first; -1: none yet."""
-        return self.bank.ids.read(sample_ids)
+        """Ids of the current states, (2, B), texts' of images first; -1: none yet.
+
+        A collective call where the bank is spread over ranks.
+        """
+        return self.bank.read_ids(sample_ids)
 
     def commit(self) -> None:
         """Write the chains' states of this step's samples, and its pairs."""
@@ -183,13 +190,10 @@ class EMC2Loss(PairLoss):
             self.rates.commit()
         self.steps_taken += 1
 
-    def _chains(self, pairs: PairBatch, stored_features: Tensor | None) -> list[Chain]:
-        """The own anchors' chains, per direction, as they are before the visit."""
-        self.bank.check(pairs.ids)
-        ids = self.bank.ids.read(pairs.ids)
-        stored = self.bank.embedding.read(pairs.ids) if self.bank.embedding is not None else stored_features
-        assert stored is not None  # as the needs say
-        return [Chain(pairs, direction, ids[direction], stored[direction]) for direction in range(2)]
+    def _held(self, pairs: PairBatch) -> Held:
+        """What the bank holds of own samples before the visit. A collective call where it is spread over ranks."""
+        self.bank.check(pairs.all_ids)
+        return self.bank.read(pairs)
 
     def _visit(self, pairs: PairBatch, chains: list[Chain], step: Tensor) -> tuple[list[Moves], Tensor, Tensor]:
         """Move the chains with draws of `step` (), and stage their new states.
@@ -272,6 +276,13 @@ class EMC2Loss(PairLoss):
         remark, self._remark = self._remark, None
         if remark:
             logger.warning(remark)
+
+
+def _chains(pairs: PairBatch, held: Held, stored_features: Tensor | None) -> list[Chain]:
+    """The own anchors' chains, per direction, as they are before the visit."""
+    stored = stored_features if held.embedding is None else held.embedding
+    assert stored is not None  # as the needs say
+    return [Chain(pairs, direction, held.ids[direction], stored[direction]) for direction in range(2)]
 
 
 SPEC = LossSpec(
