@@ -47,6 +47,10 @@ class RunConfig:
     loss_terms: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     pairs: str = "captions"
     momentum_encoder: float | None = None
+    fusion: str | None = None
+    task: str | None = None
+    task_images: str | None = None
+    answers: str | None = None
     warm_start_pass: bool = False
     recent_batches: int | None = None
     recent_check: int | None = None
