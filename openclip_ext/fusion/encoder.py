@@ -5,7 +5,6 @@ B   texts        L   tokens of a text        T   tokens of an image        C   w
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from openclip_ext.fusion.config import FusionConfig
@@ -77,10 +76,3 @@ class ClassHead(nn.Sequential):
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
-
-
-@torch.no_grad()
-def pair_scores(encoder: FusionEncoder, head: nn.Module, text: Tensor, attended: Tensor, image: Tensor) -> Tensor:
-    """(B,) scores of a match, the log of its odds, by a head of two classes."""
-    scores = head(encoder(text, attended, image)[:, 0]).float()
-    return scores[:, 1] - scores[:, 0]

@@ -1,7 +1,6 @@
 """`--fusion` and `--task`: the fusion model of a run, from its config or from another run."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from openclip_ext.data.questions import (
 )
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.metrics.vqa import normalise_answer
-from openclip_ext.files import last_checkpoint, load_tensors, read_json
+from openclip_ext.files import read_json
 from openclip_ext.fusion.config import (
     ANSWERING,
     CLASSES,
@@ -30,6 +29,7 @@ from openclip_ext.fusion.config import (
     read_config,
     require_same,
 )
+from openclip_ext.fusion.loading import answer_tokens, load_fusion, take_weights
 from openclip_ext.fusion.masking import Masking
 from openclip_ext.fusion.model import FusionModel
 from openclip_ext.fusion.objective import FusionObjective
@@ -100,35 +100,6 @@ class Fusion:
         return loss
 
 
-def answer_tokens(tokenizer: Callable[[list[str]], Tensor], answers: Sequence[str]) -> Tensor:
-    """(A, M): token ids of the answers, without the columns that all of them have as padding."""
-    tokens = tokenizer(list(answers))
-    used = (tokens != tokens[:, -1:]).any(0).nonzero()
-    return tokens[:, : int(used.max()) + 2] if len(used) else tokens
-
-
-def take_weights(loss: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load the parts of an objective that another one has too, by name: the encoder with its twins, and heads.
-
-    A momentum copy of them starts anew, as a copy.
-    """
-    for name, part in loss.named_children():
-        own = {key.removeprefix(f"{name}."): x for key, x in weights.items() if key.startswith(f"{name}.")}
-        if name == "encoder" and own:
-            part.load(own)
-        elif name in ("matching", "words", "head") and own and same_shapes(part, own):
-            part.load_state_dict(own)
-    copy = getattr(loss, "momentum", None)
-    if copy is not None and weights:
-        copy.restart()
-
-
-def same_shapes(part: nn.Module, weights: Mapping[str, Tensor]) -> bool:
-    """Whether weights are those of a part as it is."""
-    own = part.state_dict()
-    return own.keys() == weights.keys() and all(own[name].shape == weights[name].shape for name in own)
-
-
 def read_fusion(config: RunConfig) -> Fusion:
     """What `--fusion`, `--task` and their kin say.
 
@@ -159,21 +130,6 @@ def read_fusion(config: RunConfig) -> Fusion:
         table = answer_table(questions, answers, normalise_answer)
         remarks += answer_remarks(questions, answers, len(table))
     return Fusion(model, config.task, flags, weights, table, answers, remarks)
-
-
-def load_fusion(source: str, flag: str = "--fusion") -> tuple[str, dict[str, Any]]:
-    """The checkpoint that a run's folder, or a file, is of a fusion model, and its path.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = last_checkpoint(source) if os.path.isdir(source) else source
-    if path is None or not os.path.isfile(path):
-        raise UserError(f"{flag} {source}: no such file; give a fusion config in JSON, a run's folder, or a checkpoint")
-    content = load_tensors(path, flag)
-    if "fusion" not in content:
-        raise UserError(f"{flag} {path}: holds no fusion model; give a run that was trained with --fusion")
-    return path, content
 
 
 def read_answers(path: str | None, questions: Questions) -> list[str]:

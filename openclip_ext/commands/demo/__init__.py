@@ -14,9 +14,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, help="runs per loss (default: 6)")
     parser.add_argument("--epochs", type=int, default=8, help="per run (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument(
+        "--fusion", action="store_true",
+        help="instead: a fusion model on generated scenes, from nothing to scores on questions, statements and retrieval",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.fusion:
+        from openclip_ext.commands.demo.fusion import run_fusion_demo
+
+        run_fusion_demo(args.out, seed=0)
+        return 0
     from openclip_ext.commands.demo.body import ALL_LOSSES, ALL_SEEDS, LOSSES, SEEDS, run_demo
 
     names, number = (ALL_LOSSES, ALL_SEEDS) if args.full else (LOSSES, SEEDS)

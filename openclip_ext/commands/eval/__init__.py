@@ -2,8 +2,12 @@
 
 import argparse
 
+from openclip_ext.evaluation import tasks
 from openclip_ext.evaluation.flags import WEIGHTS, add_model_arguments
-from openclip_ext.evaluation.tasks import add_task_arguments
+from openclip_ext.evaluation.tasks import add_task_arguments, questions
+
+#: Fusion models have parts beside the weights that `interpolate` mixes: their tasks are of this command alone.
+FAMILIES = (*tasks.FAMILIES, questions)
 
 HELP = "score a checkpoint on one or more tasks, in one JSON"
 
@@ -14,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help="JSON to write (default: eval-TIME.json in a run's folder, else in runs/eval)"
     )
-    add_task_arguments(parser)
+    add_task_arguments(parser, FAMILIES)
 
 
 def run(args: argparse.Namespace) -> int:
