@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
         "--fusion", action="store_true",
-        help="instead: a fusion model on generated scenes, from nothing to scores on questions, statements and retrieval",
+        help="instead: a fusion model on generated scenes, from nothing to its scores on four tasks",
     )  # fmt: skip
 
 
