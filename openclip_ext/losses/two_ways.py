@@ -46,7 +46,8 @@ class TwoWays(Loss):
             objective(*pair, logit_scale, **(extra | kept))
             for objective, pair, kept in zip(self._ways, self.pairs(features), again, strict=True)
         )
-        return {name: (value + second[name]) / 2 for name, value in first.items()}
+        # A scalar that one way alone reports, of a check of freshness that the other has ended, is that way's.
+        return first | second | {name: (value + second[name]) / 2 for name, value in first.items() if name in second}
 
     @torch.no_grad()
     def _again(self, extra: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -63,7 +64,9 @@ class TwoWays(Loss):
 
     @property
     def probe(self) -> str | None:
-        return self._ways[0].probe
+        """Both ways begin their checks together, and either may end one before the other does."""
+        asked = {way.probe for way in self._ways}
+        return next((name for name in ("keep", "encode", "forget") if name in asked), None)
 
     @property
     def scheduled(self) -> bool:
