@@ -2,12 +2,8 @@
 
 import argparse
 
-from openclip_ext.evaluation import tasks
 from openclip_ext.evaluation.flags import WEIGHTS, add_model_arguments
-from openclip_ext.evaluation.tasks import add_task_arguments, questions
-
-#: Fusion models have parts beside the weights that `interpolate` mixes: their tasks are of this command alone.
-FAMILIES = (*tasks.FAMILIES, questions)
+from openclip_ext.evaluation.tasks import EVAL_FAMILIES, add_task_arguments
 
 HELP = "score a checkpoint on one or more tasks, in one JSON"
 
@@ -18,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help="JSON to write (default: eval-TIME.json in a run's folder, else in runs/eval)"
     )
-    add_task_arguments(parser, FAMILIES)
+    add_task_arguments(parser, EVAL_FAMILIES)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,10 +10,12 @@ from typing import Any
 
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.flags import add_cache_arguments, add_loading_arguments, require_loading
-from openclip_ext.evaluation.tasks import probes, retrieval, zero_shot
+from openclip_ext.evaluation.tasks import probes, questions, retrieval, zero_shot
 from openclip_ext.evaluation.tasks.base import Task
 
 FAMILIES: Sequence[Any] = (zero_shot, retrieval, probes)
+#: Fusion models have parts beside the weights that `interpolate` mixes: their tasks are of `eval` alone.
+EVAL_FAMILIES = (*FAMILIES, questions)
 
 
 def add_task_arguments(parser: argparse.ArgumentParser, families: Sequence[Any] = FAMILIES) -> None:
