@@ -10,7 +10,6 @@ from torch.nn.functional import normalize
 
 from fusion_models import CONFIG
 from launching import fork
-from openclip_ext import evaluation
 from openclip_ext.cli import main
 from openclip_ext.data.questions import read_questions
 from openclip_ext.data.scenes import write_scenes
@@ -23,7 +22,8 @@ from openclip_ext.fusion.loading import load_fusion, load_head
 from openclip_ext.fusion.model import FusionModel
 
 EVAL_FLAG = {"vqa": "--vqa", "nlvr2": "--nlvr2", "ve": "--snli-ve", "retrieval": "--retrieval"}
-COMMON = ["--batch-size", "24", "--epochs", "1", "--workers", "0", "--device", "cpu", "--precision", "fp32", "--lr", "1e-3", "--warmup", "2", "--log-every-n-steps", "1"]  # fmt: skip
+COMMON = ("--batch-size", "24", "--epochs", "1", "--workers", "0", "--device", "cpu", "--precision", "fp32",
+          "--lr", "1e-3", "--warmup", "2", "--log-every-n-steps", "1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,8 @@ def test_a_missing_picture_is_named_in_the_log_and_the_note(stages, tmp_path):
     copy = write_scenes(str(tmp_path / "scenes"), {"val": 6})
     next(pathlib.Path(copy["ve/val"]).parent.glob("images/*")).unlink()
     out = tmp_path / "eval.json"
-    assert main(["eval", "--fusion", str(root / "ve"), "--snli-ve", copy["ve/val"], "--out", str(out), "--device", "cpu",
-                 "--no-feature-cache"]) == 0  # fmt: skip
+    flags = ["--snli-ve", copy["ve/val"], "--out", str(out), "--device", "cpu", "--no-feature-cache"]
+    assert main(["eval", "--fusion", str(root / "ve"), *flags]) == 0
     (result,) = json.loads(out.read_text())["tasks"].values()
     assert result["num_samples"] == 5 and "1 pictures are missing" in result["note"]
 
@@ -172,11 +172,11 @@ def test_wrong_runs_and_files_are_one_line(stages, tmp_path, capsys):
     (tmp_path / "other.json").write_text(json.dumps(CONFIG | {"layers": 3}))
     plain = ["--device", "cpu", "--no-feature-cache"]
     train = ["train", "--train-data", data["vqa/train"], "--logs", str(tmp_path), "--name", "x", *COMMON]
-    latest = str(root / "vqa" / "checkpoints" / "epoch_1.pt")
+    other, latest = str(tmp_path / "other.json"), str(root / "vqa" / "checkpoints" / "epoch_1.pt")
     (tmp_path / "bad.json").write_text('{"a": 1}')
     for command, message in [
         (["eval", "--vqa", data["vqa/val"], *plain], "is for fusion models; name one with --fusion"),
-        (["eval", "--fusion", str(root / "ve"), "--vqa", data["vqa/val"], *plain], "was trained --task ve; give a run of"),
+        (["eval", "--fusion", str(root / "ve"), "--vqa", data["vqa/val"], *plain], "was trained --task ve; give a run"),
         (["eval", "--fusion", str(root / "ve"), "--retrieval", data["pairs/val"], *plain], "has no matching head"),
         (["eval", "--fusion", "nowhere", "--vqa", data["vqa/val"], *plain], "--fusion nowhere: no such file"),
         ([*train, "--fusion", str(root / "vqa"), "--task", "ve"], "--train-data"),
@@ -184,16 +184,10 @@ def test_wrong_runs_and_files_are_one_line(stages, tmp_path, capsys):
          "must be a list of texts"),
         ([*train, "--fusion", str(root / "pretrain"), "--task", "vqa", "--resume", str(root / "pretrain" / "checkpoints"
          / "epoch_1.pt")], "was trained without --task; to start from it, give it as --fusion"),
-        ([*train, "--fusion", str(tmp_path / "other.json"), "--task", "vqa", "--model", "tiny-test", "--resume", latest],
+        ([*train, "--fusion", other, "--task", "vqa", "--model", "tiny-test", "--resume", latest],
          "its fusion model has layers=1, and --fusion says layers=3"),
     ]:  # fmt: skip
         capsys.readouterr()
         assert main(command) == 2, command
         error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("openclip-ext:")]
         assert len(error) == 1 and message in error[0], (command, error)
-
-
-def test_the_package_of_evaluation_needs_no_torch_for_its_flags():
-    assert "torch" not in pathlib.Path(evaluation.__file__).with_name("tasks").joinpath(
-        "questions.py"
-    ).read_text().split("TYPE_CHECKING:")[0].replace("no torch", "")
