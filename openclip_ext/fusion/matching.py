@@ -55,4 +55,5 @@ def draw_negatives(
         scores = logit_scale * torch.matmul(*promoted(anchor, column.T))
         noise = -(-uniform(seeds[:, None], all_seeds[None], stream=3 + stream).log()).log()
         wrong.append((scores + noise).masked_fill(same, -torch.inf).argmax(1))
-    return Negatives(sizes, all_tokens, *wrong, exist=~same.all(1))
+    text_of_image, image_of_text = wrong
+    return Negatives(sizes, all_tokens, text_of_image, image_of_text, ~same.all(1))

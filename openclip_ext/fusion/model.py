@@ -35,9 +35,9 @@ class FusionModel(Wrapper):
         self.masking, self.trunk_features = masking, trunk_features
         self.momentum_encoder = None if momentum is None else MomentumCopy(model, momentum)
         # Not as attributes of modules: their parts belong to the models already.
-        self._views = (_View(model, trunk_features),)
+        self._views = [_View(model, trunk_features)]
         if self.momentum_encoder is not None:
-            self._views += (_View(self.momentum_encoder.average, trunk_features),)
+            self._views.append(_View(self.momentum_encoder.average, trunk_features))
         self.projected = self._views[0].projected
         self.state_widths = self._views[0].widths
 
@@ -87,7 +87,7 @@ class _View:
         out = {name: value for name, value in out.items() if value is not None}
         out |= {f"{name}_states": value for name, value in states.items()}
         for name, inputs in (("image", images), ("text", texts)) if self._trunks is not None else ():
-            trunk = self._trunks.get(name)
+            trunk = (self._trunks or {}).get(name)
             found = out[f"{name}_features"] if trunk is None else trunk.pool(pooled[name], inputs)
             out[f"{name}_trunk_features"] = found
         if masked is not None:

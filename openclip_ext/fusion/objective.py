@@ -7,8 +7,9 @@ NeurIPS 2021. The contrastive loss is any registered one, on the towers' feature
 second views, which terms ask for, are the features of that copy, as Jiang et al., CVPR 2023, have it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ class FusionObjective(Loss):
         total = (1 - share) * cross_entropy(scores, words, reduction="sum")
         if share:
             with torch.no_grad(), self.autocast():
-                encoder, head = self.momentum.average
+                encoder, head = cast(Iterable[nn.Module], self.momentum.average)
                 target = head(encoder(copy[1], attended, copy[0])[hidden]).to(scores.dtype).softmax(1)
             total = total + share * cross_entropy(scores, target, reduction="sum")
         count = hidden.sum()

@@ -23,8 +23,9 @@ def find_states(model: nn.Module) -> tuple[dict[str, Trunk], tuple[int, int]]:
     """
     from torch import no_grad
 
-    found = {"image": _image_states(model.visual), "text": _text_states(getattr(model, "text", model))}
-    image, text = example_inputs(model, next(model.visual.parameters()).dtype)
+    towers: dict[str, Any] = {"image": model.visual, "text": getattr(model, "text", model)}
+    found = {"image": _image_states(towers["image"]), "text": _text_states(towers["text"])}
+    image, text = example_inputs(model, next(towers["image"].parameters()).dtype)
     was_training = model.training
     model.eval()
     try:
@@ -32,7 +33,7 @@ def find_states(model: nn.Module) -> tuple[dict[str, Trunk], tuple[int, int]]:
             seen = states_of(model, found, image, text)[1]
     finally:
         model.train(was_training)
-    for name, tower in (("image", model.visual), ("text", getattr(model, "text", model))):
+    for name, tower in towers.items():
         states = seen.get(name)
         if states is None or states.ndim != 3 or (name == "text" and states.shape[1] != text.shape[1]):
             raise UserError(
