@@ -75,21 +75,22 @@ class _View:
 
     def __init__(self, model: nn.Module, trunk_features: bool) -> None:
         self._states, self.widths = upstream.find_states(model)
-        self._trunks = upstream.find_trunks(model) if trunk_features else None
-        self.projected = [name for name in ("image", "text") if self._trunks is not None and name not in self._trunks]
+        self._trunks = upstream.find_trunks(model) if trunk_features else {}
+        self._pooled = ("image", "text") if trunk_features else ()
+        self.projected = [name for name in self._pooled if name not in self._trunks]
 
     def __call__(self, model: nn.Module, image: Tensor, text: Tensor, masked: Tensor | None) -> dict[str, Tensor]:
         several = image.ndim == 5
         images = image.flatten(0, 1) if several else image
         texts = text if masked is None else torch.cat([text, masked])
-        with upstream.watched(self._trunks or {}) as pooled:
+        with upstream.watched(self._trunks) as seen:
             out, states = upstream.states_of(model, self._states, images, texts)
         out = {name: value for name, value in out.items() if value is not None}
         out |= {f"{name}_states": value for name, value in states.items()}
-        for name, inputs in (("image", images), ("text", texts)) if self._trunks is not None else ():
-            trunk = (self._trunks or {}).get(name)
-            found = out[f"{name}_features"] if trunk is None else trunk.pool(pooled[name], inputs)
-            out[f"{name}_trunk_features"] = found
+        inputs = {"image": images, "text": texts}
+        for name in self._pooled:
+            pooled = self._trunks[name].pool(seen[name], inputs[name]) if name in self._trunks else None
+            out[f"{name}_trunk_features"] = out[f"{name}_features"] if pooled is None else pooled
         if masked is not None:
             out["text_states"], out["masked_states"] = out["text_states"].chunk(2)
             out |= {name: out[name].chunk(2)[0] for name in ("text_features", "text_trunk_features") if name in out}
