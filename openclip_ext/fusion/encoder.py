@@ -50,6 +50,8 @@ class FusionEncoder(nn.Module):
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over the weights of an encoder; twins that these lack start as the layers they follow."""
+        if self.twins is None:
+            weights = {name: value for name, value in weights.items() if not name.startswith("twins.")}
         if self.twins is not None and not any(name.startswith("twins.") for name in weights):
             own = {name: value for name, value in weights.items() if name.startswith("layers.")}
             weights = weights | {f"twins.{name.removeprefix('layers.')}": value for name, value in own.items()}

@@ -24,7 +24,7 @@ class Masking(nn.Module):
     Args:
         vocabulary: of the captions.
         share: of words.
-        mask_id: None: the largest id that is no special one.
+        mask_id: None: the vocabulary's, or where it has none the largest id that is no special one.
 
     Raises:
         UserError: `mask_id` is outside of the vocabulary.
@@ -40,6 +40,8 @@ class Masking(nn.Module):
         self.end_id, self.share = vocabulary.end_id, share
         if mask_id is not None and mask_id >= vocabulary.size:
             raise UserError(f"--fusion: mask_id={mask_id} is outside of the vocabulary of {vocabulary.size} ids")
+        if mask_id is None:
+            mask_id = vocabulary.mask_id
         self.mask_id = int((~is_special).nonzero().max()) if mask_id is None else mask_id
 
     def words(self, tokens: Tensor) -> Tensor:

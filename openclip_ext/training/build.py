@@ -42,7 +42,9 @@ def build_trainer(
 ) -> tuple[Trainer, list[str]]:
     """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
     model, adapters = _to_train(config, accelerator, plan, model, checkpoint)
-    vocabulary = Vocabulary(*upstream.read_vocabulary(tokenizer)) if fusion or "vocabulary" in plan.needs else None
+    vocabulary = None
+    if fusion or "vocabulary" in plan.needs:
+        vocabulary = Vocabulary(*upstream.read_vocabulary(tokenizer), mask_id=upstream.find_mask_id(tokenizer))
     paired = _paired(config, plan, model, fusion, vocabulary)
     momentum_encoder = getattr(paired, "momentum_encoder", None)
     loss = _objective(config, accelerator, plan, data, paired, fusion, vocabulary, tokenizer)

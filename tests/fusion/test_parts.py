@@ -70,6 +70,7 @@ def test_captions_without_an_end_id_are_told_by_special_ids():
     tokens = torch.tensor([[1, 7, 8, 2, 0, 0]])
     assert masking.words(tokens).tolist() == [[False, True, True, False, False, False]]
     assert masking.attended(tokens).tolist() == [[True, True, True, False, False, False]]
+    assert Masking(Vocabulary(64, frozenset({0, 4}), mask_id=4), 0.5).mask_id == 4
     with pytest.raises(UserError, match="mask_id=64 is outside of the vocabulary of 64"):
         Masking(VOCABULARY, 0.5, mask_id=64)
 
@@ -220,6 +221,8 @@ def test_two_images_pass_one_after_the_other_through_twins():
         x = twin(layer(x, one), two)
     torch.testing.assert_close(found, encoder.norm(x))
     single = FusionEncoder(make_config(CONFIG, ""), 6, 5)
+    single.load(encoder.state_dict())  # without the twins
+    assert torch.equal(single.norm.weight, encoder.norm.weight.float())
     encoder.load(single.state_dict())
     for layer, twin, own in zip(encoder.layers, encoder.twins, single.layers, strict=True):
         assert torch.equal(layer.linear1.weight, own.linear1.weight.double())

@@ -1,6 +1,7 @@
 """`openclip-ext demo`."""
 
 import argparse
+import os
 
 HELP = "train on handwritten digits with several losses, on CPU, in minutes"
 
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if args.fusion:
         from openclip_ext.commands.demo.fusion import run_fusion_demo
 
-        run_fusion_demo(args.out, seed=0)
+        run_fusion_demo(os.path.join(args.out, "fusion"))
         return 0
     from openclip_ext.commands.demo.body import ALL_LOSSES, ALL_SEEDS, LOSSES, SEEDS, run_demo
 
