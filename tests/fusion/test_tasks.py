@@ -106,6 +106,7 @@ def test_scores_of_pairs_are_ranked_as_features_are():
     assert score_metrics(scores, scores.T, owner) == pytest.approx(retrieval_metrics(image, text, owner))
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(stages, tmp_path):
     root, data = stages
     one = evaluate(root, data, "vqa")
@@ -117,7 +118,7 @@ def test_two_processes_score_as_one(stages, tmp_path):
         assert values["scores"] == one[task]["scores"]
 
 
-@pytest.mark.parametrize("task", ["vqa", "nlvr2"])
+@pytest.mark.parametrize("task", ["vqa", pytest.param("nlvr2", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_with_twice_the_batch(stages, tmp_path, task):
     root, data = stages
     start = root / ("assign" if task == "nlvr2" else "pretrain")
