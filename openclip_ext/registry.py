@@ -80,6 +80,10 @@ NEEDS: Mapping[str, Need] = types.MappingProxyType({
         meaning="features and logit scale of a teacher", provider="teacher",
         arguments=("dist_image_features", "dist_text_features", "dist_logit_scale"),
     ),
+    "row_seeds": Need(
+        meaning="a number of each sample's own in the epoch, (B,), to draw by", provider="data",
+        arguments=("row_seeds",), batch_keys=("row_seeds",),
+    ),
     "encoded_again": Need(
         meaning="features of a batch that it asked to keep, encoded again, in some steps", provider="loop",
         arguments=("image_features_again", "text_features_again"), optional=True, of_views=True,

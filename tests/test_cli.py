@@ -72,6 +72,6 @@ def test_every_flag_of_openclip_is_known_with_its_default():
         "warm_start_pass", "ema", "lora", "resume_other_loss", "save_best", "save_every_steps",
         "keep_last", "max_minutes", "profile", "rank_timeout", "max_skipped", "max_bad",
         "zero_shot", "class_names", "templates", "classes", "recent_batches", "recent_check", "recent_limit",
-        "loss_tile", "loss_comm",
+        "loss_tile", "loss_comm", "fusion", "task", "task_images", "answers",
     }  # fmt: skip
     assert REFUSED.keys() <= reference.keys()

@@ -179,6 +179,12 @@ def _done(folder, record, found):
     return "--out", folder, "--table"
 
 
+def reproduce_fusion(run, shards, tmp_path):
+    flags = ("--scenes", 12, "--epochs", 0.01, "--seeds", 1, "--rows", "base", "--out", tmp_path / "fusion")
+    head, _, row = run("reproduce_fusion.py", *flags)
+    assert head.split("|")[2:4] == [" seeds ", " vqa "] and row.startswith("| base | 1 | ")
+
+
 def installed(run, shards, tmp_path):
     with pytest.raises(SystemExit) as ended:
         run("installed.py")
@@ -195,7 +201,8 @@ def make_patch(run, shards, tmp_path):
 
 JOBS = {job.__name__: job for job in
         (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_state, bench_train, installed,
-         make_patch, reproduce_emc2, reproduce_gradient_bias, reproduce_structures, simulate_scale, soak)}  # fmt: skip
+         make_patch, reproduce_emc2, reproduce_fusion, reproduce_gradient_bias, reproduce_structures,
+         simulate_scale, soak)}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))

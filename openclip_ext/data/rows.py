@@ -22,6 +22,7 @@ class RowFormat:
         tokenizer: captions to (B, L) ids.
         image_aug_transform: picture to tensor, for a second view; None: none wanted.
         text_aug: whether a second view of the caption is wanted.
+        row_seeds: whether training rows hold their seed, for draws that others make.
         captions: where a sample's captions are; None: rows hold images alone, and a sample needs no caption.
     """
 
@@ -29,12 +30,15 @@ class RowFormat:
     tokenizer: Callable[[list[str]], torch.Tensor]
     image_aug_transform: Callable[[Any], torch.Tensor] | None = None
     text_aug: bool = False
+    row_seeds: bool = False
     captions: CaptionFormat | None = CaptionFormat()
 
     def training_row(self, image: Image.Image, captions: list[str], seed: int) -> dict:
         """A row whose random draws are a function of `seed`. The first view is the same with or without a second."""
         _seed_all(seed)
         row: dict[str, Any] = {"image": self.image_transform(image)}
+        if self.row_seeds:
+            row["row_seeds"] = seed
         if self.image_aug_transform is not None:
             row["image_aug"] = self.image_aug_transform(image)
         if self.captions is None:

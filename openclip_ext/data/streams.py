@@ -221,7 +221,7 @@ class TableStream(Dataset):
             if not self.training:
                 return self.config.evaluation_row(*pair) | {"position": index}
             with contextlib.nullcontext() if get_worker_info() else random_state_kept():
-                return _with_id(self.config, pair, self._epoch.value, row, (0, row))
+                return _with_id(self.config, pair, self._epoch.value, row, (0, row)) | self._table.columns(row)
         if not self.training:
             return None
         raise UserError(f"{self._table.name}: none of its images can be opened")

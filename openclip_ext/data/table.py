@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -18,12 +19,16 @@ class Table:
     """
 
     name: str
-    rows: Sequence[tuple[str | None, str]]
+    rows: Sequence[tuple[Any, str]]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def load(self, row: int) -> tuple[Image.Image, str]:
+    def columns(self, row: int) -> dict[str, Any]:
+        """What a training row holds besides: numbers, or lists of as many as in every other row."""
+        return {}
+
+    def load(self, row: int) -> tuple[Any, str]:
         """The picture in RGB and the caption. Raises one of `tar.IMAGE_ERRORS` where it cannot be opened."""
         path, caption = self.rows[row]
         if path is None:

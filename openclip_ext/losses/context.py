@@ -36,11 +36,13 @@ class Vocabulary:
         size: V; ids run from 0 to V - 1.
         special_ids: those that are no words: where captions begin and end, what is unknown, and padding.
         end_id: what follows it in a caption is padding, whatever its id; None: padding is one of `special_ids`.
+        mask_id: stands for a hidden word, where the tokenizer has one for that.
     """
 
     size: int
     special_ids: frozenset[int]
     end_id: int | None = None
+    mask_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ class Objective(Loss):
     """
 
     def __init__(
-        self, name: str, base: nn.Module, needs: frozenset[str], context: LossContext, weight: float = 1.0
+        self, name: str, base: nn.Module | None, needs: frozenset[str], context: LossContext, weight: float = 1.0
     ) -> None:
         super().__init__(context=context)
         self.base = base
@@ -146,7 +146,7 @@ class Objective(Loss):
             loss.commit()
 
     def _parts(self) -> dict[str, nn.Module]:
-        return {"base": self.base, **self.terms}
+        return ({} if self.base is None else {"base": self.base}) | dict(self.terms)
 
     def _losses(self) -> Iterator[Loss]:
         return (part for part in self._parts().values() if isinstance(part, Loss))

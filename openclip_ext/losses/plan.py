@@ -54,17 +54,22 @@ class ObjectivePlan:
     def _base_needs(self) -> frozenset[str]:
         return self.spec.needs_for(self.options)
 
-    def build(self, context: LossContext) -> Objective:
+    def build(self, context: LossContext, *, base: bool = True, terms: bool = True) -> Objective:
         """The loss with its terms, on the context's device.
+
+        Args:
+            context: see `LossContext`.
+            base, terms: False: leave out the loss, or its terms, for who calls them on other features.
 
         Raises:
             UserError: the context lacks something that a part needs, or there is no room for a part's state.
         """
         if "num_samples" in self.needs:
             context.require_num_samples(f"loss {self.spec.name}")
-        objective = Objective(self.spec.name, self._part(self.spec, self.options, context), self._base_needs, context,
-                              self.weight)  # fmt: skip
-        for term, weight, options in self.terms:
+        loss = self._part(self.spec, self.options, context) if base else None
+        needs = self._base_needs if base else frozenset()
+        objective = Objective(self.spec.name, loss, needs, context, self.weight)
+        for term, weight, options in self.terms if terms else ():
             objective.add_term(term.name, self._part(term, options, context), term.needs_for(options), weight)
         return objective.to(context.device)
 

@@ -26,7 +26,7 @@ def uniform(step: Tensor, ids: Tensor, stream: int) -> Tensor:
     """Independent uniform draws in (0, 1), one per id: float32, shape of `ids`.
 
     Args:
-        step: () int64, what changes between optimizer steps.
+        step: () int64, what changes between optimizer steps; or of a shape that goes with that of `ids`.
         ids: int64 sample ids.
         stream: tells several draws of one sample in one step apart.
     """

@@ -12,6 +12,7 @@ from accelerate.utils import (
 )
 
 from openclip_ext.errors import UserError, counted
+from openclip_ext.fusion.config import ANSWERING
 from openclip_ext.redact import redacted_values
 from openclip_ext.training import sharding
 from openclip_ext.training.config import RunConfig
@@ -66,7 +67,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     # The first rank fits probes and writes checkpoints while the others wait.
     group = {"backend": config.dist_backend, "init_method": config.dist_url, "timeout": datetime.timedelta(hours=6)}
     handlers = [
-        DistributedDataParallelKwargs(static_graph=config.ddp_static_graph),
+        # Answers to a question leave the towers' projections unused.
+        DistributedDataParallelKwargs(
+            static_graph=config.ddp_static_graph, find_unused_parameters=config.task in ANSWERING
+        ),
         InitProcessGroupKwargs(**{key: value for key, value in group.items() if value is not None}),
     ]
     accelerator = Accelerator(
@@ -79,8 +83,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         log_with=_trackers(config.report_to) or None,
         project_config=ProjectConfiguration(logging_dir=config.logs),  # of trackers; the run's folder once it is known
     )
-    if plugin and config.pairs == "views":
-        raise UserError("--pairs views: does not go with FSDP; launch without it: accelerate launch --multi_gpu")
+    for flag in ["--pairs views"] * (config.pairs == "views") + [f"--fusion {config.fusion}"] * bool(config.fusion):
+        if plugin:
+            raise UserError(f"{flag}: does not go with FSDP; launch without it: accelerate launch --multi_gpu")
     if plugin and not accelerator.is_fsdp2:
         raise UserError(
             "Accelerate is configured for FSDP, which it has for GPUs only; launch without it: accelerate launch "

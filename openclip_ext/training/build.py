@@ -23,6 +23,7 @@ from openclip_ext.training.clock import Clock, start_of
 from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import TrainingData, row_format
 from openclip_ext.training.faults import Faults
+from openclip_ext.training.fusion import Fusion
 from openclip_ext.training.image_only import SymmetricObjective, ViewsModel
 from openclip_ext.training.learning_rates import describe, scale_learning_rates, scaled
 from openclip_ext.training.loop import Trainer
@@ -32,15 +33,25 @@ from openclip_ext.training.parts import require_support
 
 
 def build_trainer(
-    config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, model, transform, tokenizer, checkpoint
+    config: RunConfig,
+    accelerator: Accelerator,
+    plan,
+    data: TrainingData,
+    model,
+    transform,
+    tokenizer,
+    checkpoint,
+    fusion: Fusion | None = None,
 ) -> tuple[Trainer, list[str]]:
     """The prepared parts of training, restored from the checkpoint if there is one, and remarks for the log."""
     model, adapters = _to_train(config, accelerator, plan, model, checkpoint)
-    views = ViewsModel(model, config.momentum_encoder) if config.pairs == "views" else None
-    paired = views or pair_model(model, plan.needs)
-    momentum_encoder = views.momentum_encoder if views else None
+    vocabulary = None
+    if fusion or "vocabulary" in plan.needs:
+        vocabulary = Vocabulary(*upstream.read_vocabulary(tokenizer), mask_id=upstream.find_mask_id(tokenizer))
+    paired = _paired(config, plan, model, fusion, vocabulary)
+    momentum_encoder = getattr(paired, "momentum_encoder", None)
     _require_room(config, accelerator, upstream.embedding_width(model))
-    loss = _objective(config, accelerator, plan, data, paired, tokenizer)
+    loss = _objective(config, accelerator, plan, data, paired, fusion, vocabulary, tokenizer)
     seed_all(config.seed + accelerator.process_index)
     time = checkpoint.content.get("clock") if checkpoint else None
     loader = _loader(config, accelerator, plan, data, transform, tokenizer, start_of(time))
@@ -50,7 +61,8 @@ def build_trainer(
     )  # fmt: skip
     optimizer = upstream.create_optimizer(config.flags, model)
     scale_learning_rates(config, model, optimizer)
-    prepared_model, prepared_optimizer = sharding.prepare(accelerator, paired, optimizer, list(loss.parameters()))
+    loss_parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    prepared_model, prepared_optimizer = sharding.prepare(accelerator, paired, optimizer, loss_parameters)
     remarks = [
         f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
         for modality in getattr(paired, "projected", [])
@@ -136,7 +148,18 @@ def _require_room(config: RunConfig, accelerator: Accelerator, width: int) -> No
         raise UserError(f"--batch-size {config.batch_size}{accumulated}: {error}; use fewer pairs{narrower}") from error
 
 
-def _objective(config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, paired, tokenizer):
+def _paired(config: RunConfig, plan, model, fusion: Fusion | None, vocabulary: Vocabulary | None) -> nn.Module:
+    """The model as the loss needs it."""
+    if fusion:
+        assert vocabulary is not None
+        return fusion.model(model, vocabulary, trunk_features="trunk_features" in plan.needs)
+    return ViewsModel(model, config.momentum_encoder) if config.pairs == "views" else pair_model(model, plan.needs)
+
+
+def _objective(
+    config: RunConfig, accelerator: Accelerator, plan, data: TrainingData, paired, fusion: Fusion | None,
+    vocabulary: Vocabulary | None, tokenizer,
+):  # fmt: skip
     """The loss on the device, with room for the data's ids, for the model `paired`."""
     symmetric = config.momentum_encoder is not None
     widths = None
@@ -149,12 +172,17 @@ def _objective(config: RunConfig, accelerator: Accelerator, plan, data: Training
         world_size=accelerator.num_processes,
         device=accelerator.device,
         widths=widths,
-        vocabulary=Vocabulary(*upstream.read_vocabulary(tokenizer)) if "vocabulary" in plan.needs else None,
+        vocabulary=vocabulary,
         loss_tile=config.loss_tile,
         loss_comm=config.loss_comm,
         shards_state=True,
     )
-    loss = SymmetricObjective(plan, context).to(accelerator.device) if symmetric else plan.build(context)
+    if fusion:
+        loss = fusion.objective(plan, context, paired, accelerator.autocast, tokenizer).to(accelerator.device)
+    elif symmetric:
+        loss = SymmetricObjective(plan, context).to(accelerator.device)
+    else:
+        loss = plan.build(context)
     if describe_parts(loss):
         require_support()
     return loss

@@ -179,7 +179,7 @@ class Checkpoint:
         if momentum_encoder is not None and "momentum_encoder" in self.content:
             momentum_encoder.load_state_dict(self.content["momentum_encoder"])
         elif momentum_encoder is not None:
-            remarks.append("it holds no momentum encoder: that starts as a copy of the image tower")
+            remarks.append("it holds no momentum encoder: that starts as a copy of what it follows")
         state, more = self.optimizer_state(optimizer)
         remarks += more
         try:

@@ -47,6 +47,10 @@ class RunConfig:
     loss_terms: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     pairs: str = "captions"
     momentum_encoder: float | None = None
+    fusion: str | None = None
+    task: str | None = None
+    task_images: str | None = None
+    answers: str | None = None
     warm_start_pass: bool = False
     recent_batches: int | None = None
     recent_check: int | None = None
@@ -133,8 +137,10 @@ class RunConfig:
     remote_sync_protocol: str
 
     def decided(self, **values: Any) -> "RunConfig":
-        """The same with other values of fields that are flags, for OpenCLIP's functions and the record too."""
-        return dataclasses.replace(self, flags=self.flags.replace(**values), **values)
+        """The same with other values of flags, for OpenCLIP's functions and the record too."""
+        names = {field.name for field in dataclasses.fields(self)}
+        own = {name: value for name, value in values.items() if name in names}
+        return dataclasses.replace(self, flags=self.flags.replace(**values), **own)
 
     @property
     def logs_folder(self) -> str | None:

@@ -11,8 +11,11 @@ from openclip_ext.data.check import check_shards
 from openclip_ext.data.listing import ShardListing, list_shards
 from openclip_ext.data.table import Table, csv_table, synthetic_table
 from openclip_ext.errors import UserError
+from openclip_ext.fusion.config import QUESTIONS, TWO_IMAGES
+from openclip_ext.fusion.objective import data_needs
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.training.config import RunConfig
+from openclip_ext.training.fusion import Pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +37,8 @@ class TrainingData:
     sample_id: str | None
 
 
-def training_data(config: RunConfig, plan: ObjectivePlan) -> TrainingData | None:
-    """What `--train-data` and its kin name; None where they name nothing.
+def training_data(config: RunConfig, plan: ObjectivePlan, table: Table | None = None) -> TrainingData | None:
+    """What `--train-data` and its kin name, `table` if that has been read already; None where they name nothing.
 
     Raises:
         UserError: nothing matches, or the number of samples, or of ids where the loss needs them, cannot be known.
@@ -44,6 +47,8 @@ def training_data(config: RunConfig, plan: ObjectivePlan) -> TrainingData | None
     kind = _dataset_type(config.train_data, config.dataset_type, "--train-data")
     if config.caption_key and kind != "webdataset":
         raise UserError(f"--caption-key {config.caption_key}: shards have JSON, {kind} data has not; drop the flag")
+    if table is not None:
+        return TrainingData(table, len(table), len(table), len(table), None)
     if kind == "synthetic":
         if not config.train_num_samples:
             raise UserError("--dataset-type synthetic: give the number of samples with --train-num-samples")
@@ -105,11 +110,15 @@ def caption_format(config: RunConfig) -> CaptionFormat:
 def row_format(config: RunConfig, plan: ObjectivePlan, transform, tokenizer) -> dict[str, Any]:
     """What training rows hold: the fields of `RowFormat`, second views only where they are needed."""
     views = config.pairs == "views"
+    needs = data_needs(plan) if config.fusion else plan.needs
+    if config.task in TWO_IMAGES and config.task in QUESTIONS:
+        transform = Pictures(transform)
     image_aug = Compose([AutoAugment(), transform]) if config.view_aug == "auto" else transform
     return {
         "image_transform": transform,
         "tokenizer": tokenizer,
-        "image_aug_transform": image_aug if views or "image_aug" in plan.needs else None,
-        "text_aug": "text_aug" in plan.needs,
+        "image_aug_transform": image_aug if views or "image_aug" in needs else None,
+        "text_aug": "text_aug" in needs,
+        "row_seeds": "row_seeds" in needs,
         "captions": None if views else caption_format(config),
     }

@@ -11,6 +11,7 @@ from openclip_ext.evaluation.tasks.zero_shot import (
     add_labelled_arguments,
     require_words_have_a_set,
 )
+from openclip_ext.fusion.config import ANSWERING, TASKS
 from openclip_ext.options import Parser
 from openclip_ext.training.config import RunConfig, run_config
 from openclip_ext.training.fault_flags import add_fault_flags, require_fault_limits
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_labelled_arguments(zero_shot)
     add_classes_argument(zero_shot, "--imagenet-val and --imagenet-v2 must have all")
     _add_tuning_flags(parser.add_argument_group("added by openclip-ext for fine-tuning"))
+    _add_fusion_flags(parser.add_argument_group("added by openclip-ext for fusion models"))
     return parser
 
 
@@ -178,6 +180,29 @@ def _add_tuning_flags(tuning) -> None:
     )
 
 
+def _add_fusion_flags(fusion) -> None:
+    fusion.add_argument(
+        "--fusion",
+        metavar="CONFIG",
+        help="Train cross-attention over the towers' tokens with them (ALBEF): a JSON file with its options, such as "
+        '{"layers": 6}; or a run or checkpoint of such a model, to start from it.',
+    )
+    fusion.add_argument(
+        "--task",
+        choices=TASKS,
+        help="Fine-tune for it: visual question answering, NLVR2's statements on two images, SNLI-VE's entailment, "
+        "retrieval, or assign: which of two images a caption is of, the stage before nlvr2. --train-data is then the "
+        "published file of questions or statements; of retrieval and assign, pairs.",
+    )
+    fusion.add_argument(
+        "--task-images", metavar="FOLDER", help="Pictures of the questions. Default: images beside their file."
+    )
+    fusion.add_argument(
+        "--answers", metavar="FILE",
+        help="With --task vqa: a JSON list of the answers there are. Default: the 3,128 most frequent of the data.",
+    )  # fmt: skip
+
+
 def parse_args(argv: Sequence[str]) -> RunConfig:
     """What a command line asks for, checked as far as that needs nothing but the command line.
 
@@ -204,6 +229,7 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
         raise UserError("--ddp-static-graph: cannot be combined with --accum-freq; drop one")
     require_keep_limits(config)
     _require_views_agree(config)
+    _require_fusion_agrees(config)
     if bool(config.probe_train) != bool(config.probe_val):
         raise UserError("--probe-train, --probe-val: give both or neither")
     require_words_have_a_set(config.zero_shot, config.class_names, config.templates)
@@ -264,6 +290,21 @@ def _require_views_agree(config: RunConfig) -> None:
     if not 0 <= momentum < 1:
         raise UserError(f"--momentum-encoder {momentum}: must be in [0, 1), such as 0.99")
     _require_averages_move(config, "--momentum-encoder")
+
+
+def _require_fusion_agrees(config: RunConfig) -> None:
+    """Raises UserError: a flag that has no meaning with `--fusion` or `--task`, or none without."""
+    for name, needed in (("task", "fusion"), ("task_images", "task"), ("answers", "task")):
+        if getattr(config, name) and not getattr(config, needed):
+            flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
+            raise UserError(f"{flag}: is for fusion models; add --{needed}, or drop it")
+    if not config.fusion:
+        return
+    if config.pairs == "views":
+        raise UserError(f"--fusion {config.fusion}: needs captions, and --pairs views has none; drop one of the two")
+    if config.task in ANSWERING and (config.loss_terms or config.loss_options or "loss" in config.given):
+        raise UserError(f"--task {config.task}: is trained by answers alone; drop --loss, --loss-arg and --loss-term")
+    _require_averages_move(config, "--fusion")
 
 
 def _require_averages_move(config: RunConfig, flag: str) -> None:

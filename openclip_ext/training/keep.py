@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -37,9 +38,14 @@ class Keeper:
         trainer: what a checkpoint holds.
         folder: the run's.
         best: what the checkpoint that the run goes on from says of the best one; None: nothing.
+        notes: plain values that checkpoints hold besides.
     """
 
-    def __init__(self, config: RunConfig, trainer: Trainer, folder: str, best: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, trainer: Trainer, folder: str, best: dict[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.notes = notes or {}
         self.config, self.trainer = config, trainer
         self.main = trainer.accelerator.is_main_process
         self.folder = os.path.join(folder, "checkpoints")
@@ -134,7 +140,7 @@ class Keeper:
             hash_ids=trainer.hash_ids,
             clock=trainer.time_state(),
             distributed=trainer.accelerator.num_processes > 1,
-            notes={"loss_name": self.config.loss} | ({"best": self.best} if self.best else {}),
+            notes={"loss_name": self.config.loss, **self.notes} | ({"best": self.best} if self.best else {}),
         )
 
 

@@ -31,6 +31,8 @@ from openclip_ext.training.profile import part
 from openclip_ext.training.replay import random_state, replayed
 from openclip_ext.training.stopping import GO_ON, Stop, elected
 
+#: What the loss is given as the batch has it, by the name of its argument.
+_CONSTANTS = {"sample_ids": "sample_ids", "row_seeds": "row_seeds", "text_tokens": "text", "targets": "targets"}
 _MODEL_INPUTS = ("image", "text", *sorted(batch_keys() - {"sample_ids"}))
 
 
@@ -215,8 +217,7 @@ class Trainer:
 
     def constants(self, batch: dict) -> dict[str, Tensor]:
         """What the loss is given that has no gradient."""
-        given = (("sample_ids", "sample_ids"), ("text_tokens", "text"))
-        constants = {argument: batch[key] for argument, key in given if key in batch}
+        constants = {argument: batch[key] for argument, key in _CONSTANTS.items() if key in batch}
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 teacher_out = self.teacher(batch["image"], batch["text"])

@@ -41,8 +41,10 @@ def plan_objective(config: RunConfig) -> ObjectivePlan:
             f"--model {config.model}: a CoCa model makes captions of first views only; drop the --loss-term that needs "
             "second views, or use another model"
         )
-    if "teacher_features" in plan.needs and not config.distill_model:
+    if "teacher_features" in plan.needs and not (config.distill_model or config.fusion):
         raise UserError(f"--loss {config.loss}: it or a term of it needs a teacher; name one with --distill-model")
+    if config.fusion and coca:
+        raise UserError(f"--fusion {config.fusion}: a CoCa model makes captions itself; use another --model")
     if config.pairs == "views":
         _require_views_only(config, plan, coca)
     return plan

@@ -1,31 +1,14 @@
 """The model as terms need it: with features of second views, and with the pooled outputs of its towers."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from openclip_ext import upstream
 from openclip_ext.losses import Widths
-
-
-class Wrapper(nn.Module):
-    """An OpenCLIP model `model` inside another module, which still encodes images and texts as it does."""
-
-    model: Any  # OpenCLIP says of no model what it has
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def encode_image(self, *args, **options) -> Tensor:
-        """The model's."""
-        return self.model.encode_image(*args, **options)
-
-    def encode_text(self, *args, **options) -> Tensor:
-        """The model's."""
-        return self.model.encode_text(*args, **options)
+from openclip_ext.upstream.wrapper import Wrapper
 
 
 class PairModel(Wrapper):
@@ -96,7 +79,7 @@ def feature_widths(model: nn.Module, dtype: torch.dtype | None) -> Widths:
     model.eval()
     try:
         image, text = upstream.example_inputs(getattr(model, "model", model), dtype)
-        embed = cast(Any, model).encode_image(image).shape[1]
+        embed = cast(Wrapper, model).encode_image(image).shape[1]
         out = model(image, text) if getattr(model, "trunk_features", False) else {}
     finally:
         model.train(was_training)

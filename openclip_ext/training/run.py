@@ -23,6 +23,7 @@ from openclip_ext.training.config import RunConfig
 from openclip_ext.training.data import TrainingData, require_sizes, training_data
 from openclip_ext.training.evaluator import evaluate, evaluate_only, make_evaluator
 from openclip_ext.training.folder import choose_name, entries, make_run_folder, remove_new_entries, run_folder
+from openclip_ext.training.fusion import Fusion, read_fusion
 from openclip_ext.training.keep import Keeper, require_metric
 from openclip_ext.training.learning_rates import describe
 from openclip_ext.training.log import EpochLog, RowFiles, logger, report_skips, start_logging, stop_logging
@@ -48,22 +49,29 @@ def train(config: RunConfig) -> dict[str, float]:
         KeyboardInterrupt: SIGINT ended it, after a checkpoint was kept.
     """
     require_metric(config)
+    fusion = read_fusion(config) if config.fusion else None
+    if fusion:
+        config = config.decided(**fusion.flags)
     plan = plan_objective(config)
-    data = training_data(config, plan)
+    data = training_data(config, plan, fusion.table if fusion else None)
     if config.model_config:
         upstream.register_model_config(config.model_config)
     config = config.decided(precision=choose_precision(config))
     with awaited(config.rank_timeout):
         accelerator = make_accelerator(config)
     with watched(accelerator.process_index, accelerator.num_processes, config.rank_timeout):
-        metrics, stop_reason = _train(config, plan, data, accelerator)
+        metrics, stop_reason = _train(config, plan, data, accelerator, fusion)
     if stop_reason == signal.SIGINT:
         raise KeyboardInterrupt
     return metrics
 
 
 def _train(
-    config: RunConfig, plan: ObjectivePlan, data: TrainingData | None, accelerator: Accelerator
+    config: RunConfig,
+    plan: ObjectivePlan,
+    data: TrainingData | None,
+    accelerator: Accelerator,
+    fusion: Fusion | None = None,
 ) -> tuple[dict[str, float], int]:
     """The same, once processes know of each other; beside the metrics why the run has stopped, or `GO_ON`."""
     stop = Stop(config.max_minutes)
@@ -72,6 +80,8 @@ def _train(
     resumed = find_resumed(config, folder, accelerator)
     if resumed and data is not None:
         resumed = resumed.with_loss(config)
+    if resumed and fusion:
+        fusion.require_same(resumed.checkpoint.content, f"--resume {config.resume}")
     if config.check_shards and data and isinstance(data.source, ShardListing):
         require_sizes(data.source, accelerator.is_main_process)
     seed_all(config.seed)
@@ -84,11 +94,14 @@ def _train(
     checkpoint = resumed.checkpoint if resumed else None
     if data is None:
         return evaluate_only(config, accelerator, model, evaluator, checkpoint), GO_ON
-    trainer, remarks = build_trainer(config, accelerator, plan, data, model, train_transform, tokenizer, checkpoint)
+    trainer, remarks = build_trainer(
+        config, accelerator, plan, data, model, train_transform, tokenizer, checkpoint, fusion
+    )
     new_memory = not (resumed and resumed.has_loss_state)
     record = new_record(config, resumed, trainer.clock.step, remarks)
-    remarks += resumed.remarks if resumed else ()
-    keeper = Keeper(config, trainer, folder, checkpoint.content.get("best") if checkpoint else None) if folder else None
+    remarks += [*(resumed.remarks if resumed else ()), *(fusion.remarks if fusion else ())]
+    best = checkpoint.content.get("best") if checkpoint else None
+    keeper = Keeper(config, trainer, folder, best, fusion.notes if fusion else {}) if folder else None
     if checkpoint:
         checkpoint.content.clear()  # it is as large as the model and its optimizer
     elif config.resume:

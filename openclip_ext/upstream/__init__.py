@@ -24,7 +24,8 @@ from openclip_ext.upstream.models import (
     preprocessing,
     register_model_config,
 )
-from openclip_ext.upstream.tokenizers import create_tokenizer, read_vocabulary
+from openclip_ext.upstream.states import find_states, states_of
+from openclip_ext.upstream.tokenizers import create_tokenizer, find_mask_id, read_vocabulary
 from openclip_ext.upstream.trunks import find_projections, find_trunks, watched
 from openclip_ext.upstream.weights import SCHEMES
 from openclip_ext.upstream.zero_shot import CLASSES_PER_BATCH, imagenet_names, imagenet_templates, zero_shot_weights
@@ -71,7 +72,9 @@ __all__ = [
     "distill_loss",
     "embedding_width",
     "example_inputs",
+    "find_mask_id",
     "find_projections",
+    "find_states",
     "find_trunks",
     "flags_with",
     "freeze_text",
@@ -90,6 +93,7 @@ __all__ = [
     "role_of",
     "save_pretrained",
     "start_remote_sync",
+    "states_of",
     "tower_layers",
     "tower_parameters",
     "watched",

@@ -35,7 +35,7 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(
         ("loss", "loss_arg", "loss_term", "epochs", "batch_size", "accum_freq", "lr", "wd", "warmup", "opt",
          "lr_scheduler", "layer_decay", "image_lr", "text_lr", "lora", "ema", "warm_start_pass", "recent_batches",
-         "recent_check", "recent_limit", "precision", "seed"),
+         "recent_check", "recent_limit", "precision", "seed", "fusion", "task"),
         Role.TRAINING,
     ),
     **dict.fromkeys(

@@ -34,3 +34,8 @@ def read_vocabulary(tokenizer) -> tuple[int, frozenset[int], int | None]:
         return max(hub.get_vocab().values()) + 1, special_ids, None
     end_id = tokenizer.eot_token_id if isinstance(tokenizer, SimpleTokenizer) else None
     return tokenizer.vocab_size, special_ids, end_id
+
+
+def find_mask_id(tokenizer) -> int | None:
+    """The id by which a tokenizer's own model was trained to fill gaps; None: it has none, as CLIP's BPE."""
+    return getattr(getattr(tokenizer, "tokenizer", None), "mask_token_id", None)

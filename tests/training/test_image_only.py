@@ -259,7 +259,7 @@ def test_an_average_may_begin_later_and_says_so(train_flags, tmp_path, capsys):
     assert main(train_flags(*VIEWS)) == 0
     path = tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt"
     assert main(train_flags(*MOMENTUM, "--name", "on", "--epochs", 2, "--resume", path)) == 0
-    assert "it holds no momentum encoder: that starts as a copy of the image tower" in capsys.readouterr().err
+    assert "it holds no momentum encoder: that starts as a copy of what it follows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loss", ["clip", "gamma_decomp"])

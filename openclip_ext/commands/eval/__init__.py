@@ -3,7 +3,7 @@
 import argparse
 
 from openclip_ext.evaluation.flags import WEIGHTS, add_model_arguments
-from openclip_ext.evaluation.tasks import add_task_arguments
+from openclip_ext.evaluation.tasks import EVAL_FAMILIES, add_task_arguments
 
 HELP = "score a checkpoint on one or more tasks, in one JSON"
 
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help="JSON to write (default: eval-TIME.json in a run's folder, else in runs/eval)"
     )
-    add_task_arguments(parser)
+    add_task_arguments(parser, EVAL_FAMILIES)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.loading import LoadedModel, choose_device, load_model
 from openclip_ext.evaluation.ranks import join_ranks, leave_ranks
-from openclip_ext.evaluation.tasks import tasks_from
+from openclip_ext.evaluation.tasks import EVAL_FAMILIES, tasks_from
 from openclip_ext.evaluation.tasks.base import run_tasks, table
 from openclip_ext.files import write_json
 from openclip_ext.redact import redacted_values
@@ -42,12 +42,12 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: a wrong flag, a path that does not fit, or a checkpoint that cannot be had.
     """
-    tasks = tasks_from(args)
+    tasks = tasks_from(args, families=EVAL_FAMILIES)
     require_folder(args.out)
     ranks, device = join_ranks(choose_device(args.device).type)
     model = load_model(
-        args.pretrained, name=args.model, model_config=args.model_config, device=device, precision=args.precision,
-        cache_dir=args.cache_dir,
+        args.pretrained or args.fusion, name=args.model, model_config=args.model_config, device=device,
+        precision=args.precision, cache_dir=args.cache_dir, flag="--pretrained" if args.pretrained else "--fusion",
     )  # fmt: skip
     report = describe(model) | {"processes": ranks.world_size, "tasks": {}}
     out = args.out or (default_path(model) if ranks.first else "")

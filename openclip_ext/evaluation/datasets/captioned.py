@@ -144,6 +144,11 @@ def pair_features(
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
+def loader_of(model: LoadedModel, dataset: Any, batch_size: int, workers: int) -> DataLoader:
+    """Batches of (pictures, token ids of all captions, their pictures' places, ids of both), or the error of a row."""
+    return _loader(model, dataset, batch_size, workers, ALONE)[0]
+
+
 def _loader(
     model: LoadedModel, dataset: CaptionedFiles | CaptionedShards, batch_size: int, workers: int, ranks: Ranks
 ) -> tuple[DataLoader, int | None]:

@@ -69,11 +69,35 @@ def retrieval_metrics(
             scores = image_features[rows].float() @ text_features[columns].float().T
             by_image.count(rows, scores)
             by_text.count(columns, scores.T)
-    has_text = torch.zeros_like(best, dtype=torch.bool)
-    has_text[image_of_text] = True
+    return _metrics(by_image, by_text, image_of_text)
+
+
+def score_metrics(image_to_text: Tensor, text_to_image: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    """`retrieval_metrics` of scores that may differ by way; equal ones are those that are the same number.
+
+    Args:
+        image_to_text: (N, M), by which images choose among texts.
+        text_to_image: (M, N), by which texts choose among images.
+        image_of_text: (M,), row of the image that each text belongs to.
+    """
+    texts = torch.arange(len(image_of_text), device=image_of_text.device)
+    own = image_to_text[image_of_text, texts]
+    best = own.new_full((len(image_to_text),), -torch.inf).scatter_reduce_(0, image_of_text, own, "amax")
+    by_image = _Standing(best, 0.0, torch.zeros_like(best, dtype=torch.long))
+    by_image.own_equals.index_add_(0, image_of_text, (own == best[image_of_text]).long())
+    by_text = _Standing(text_to_image[texts, image_of_text], 0.0, torch.ones_like(texts))
+    by_image.count(slice(None), image_to_text)
+    by_text.count(slice(None), text_to_image)
+    return _metrics(by_image, by_text, image_of_text)
+
+
+def _metrics(by_image: "_Standing", by_text: "_Standing", image_of_text: Tensor) -> dict[str, float]:
+    images, texts = len(by_image.own), len(by_text.own)
+    has_text = torch.zeros(images, dtype=torch.bool)
+    has_text[image_of_text.cpu()] = True
     places = {
-        "image_to_text": [numbers[has_text.cpu()] for numbers in by_image.places(len(own))],
-        "text_to_image": by_text.places(len(best)),
+        "image_to_text": [numbers[has_text] for numbers in by_image.places(texts)],
+        "text_to_image": by_text.places(images),
     }
     return {f"{way}_{name}": value for way, numbers in places.items() for name, value in _summary(*numbers).items()}
 

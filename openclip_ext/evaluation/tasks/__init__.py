@@ -5,25 +5,29 @@ flags are part of `--help`.
 """
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.flags import add_cache_arguments, add_loading_arguments, require_loading
-from openclip_ext.evaluation.tasks import probes, retrieval, zero_shot
+from openclip_ext.evaluation.tasks import probes, questions, retrieval, zero_shot
 from openclip_ext.evaluation.tasks.base import Task
 
-FAMILIES = (zero_shot, retrieval, probes)
+FAMILIES: Sequence[Any] = (zero_shot, retrieval, probes)
+#: Fusion models have parts beside the weights that `interpolate` mixes: their tasks are of `eval` alone.
+EVAL_FAMILIES = (*FAMILIES, questions)
 
 
-def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+def add_task_arguments(parser: argparse.ArgumentParser, families: Sequence[Any] = FAMILIES) -> None:
     """The flags of all families, and those of how data is loaded."""
-    for family in FAMILIES:
+    for family in families:
         family.add_arguments(parser.add_argument_group(family.TITLE))
     group = parser.add_argument_group("loading")
     add_loading_arguments(group)
     add_cache_arguments(group, "features for retrieval and probes")
 
 
-def tasks_from(args: argparse.Namespace, *, required: bool = True) -> list[Task]:
+def tasks_from(args: argparse.Namespace, *, required: bool = True, families: Sequence[Any] = FAMILIES) -> list[Task]:
     """What the flags of `add_task_arguments` ask for, in the order of the families.
 
     Raises:
@@ -31,7 +35,7 @@ def tasks_from(args: argparse.Namespace, *, required: bool = True) -> list[Task]
             not fit.
     """
     require_loading(args)
-    tasks = [task for family in FAMILIES for task in family.tasks(args)]
+    tasks = [task for family in families for task in family.tasks(args)]
     if required and not tasks:
         raise UserError("nothing to evaluate: name data with --imagenet-val, --zero-shot, or another; see --help")
     names = [task.name for task in tasks]
