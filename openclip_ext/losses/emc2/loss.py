@@ -143,7 +143,7 @@ class EMC2Loss(PairLoss):
         """
         assert sample_ids is not None  # as the needs say
         pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
-        held = self._held(pairs)
+        held = self._read(pairs)
         chains = _chains(pairs, held, stored_features)
         moves, log_mean, loss = self._visit(pairs, chains, self.steps_taken)
         report = chain_report(chains, moves, self.steps_taken - held.stored_at, self.context.world_size)
@@ -169,7 +169,7 @@ class EMC2Loss(PairLoss):
         """
         pairs = self.gather(image_features, text_features, logit_scale, sample_ids)
         # Draws of their own, so that a sample's first step does not repeat them.
-        chains = _chains(pairs, self._held(pairs), stored_features)
+        chains = _chains(pairs, self._read(pairs), stored_features)
         self._visit(pairs, chains, torch.full_like(self.steps_taken, -1))
         self.bank.commit(self.steps_taken)
         if self.rates is not None:
@@ -190,7 +190,7 @@ class EMC2Loss(PairLoss):
             self.rates.commit()
         self.steps_taken += 1
 
-    def _held(self, pairs: PairBatch) -> Held:
+    def _read(self, pairs: PairBatch) -> Held:
         """What the bank holds of own samples before the visit. A collective call where it is spread over ranks."""
         self.bank.check(pairs.all_ids)
         return self.bank.read(pairs)
