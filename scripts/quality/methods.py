@@ -16,7 +16,7 @@ from .tasks import EMBED
 STATELESS = ("clip", "dcl", "batch_corrected")
 
 #: What terms need to know of a model, by which a method's terms are checked before any run.
-_MODEL = {"image_trunk_dim": EMBED, "vocab_size": 2, "special_token_ids": {0, 1}}
+_MODEL: dict[str, Any] = {"image_trunk_dim": EMBED, "vocab_size": 2, "special_token_ids": {0, 1}}
 
 
 @dataclasses.dataclass(frozen=True)
