@@ -7,6 +7,7 @@ when features are gathered.
 """
 
 import dataclasses
+import functools
 import math
 import mmap
 import os
@@ -18,7 +19,7 @@ from typing import Literal
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -191,10 +192,14 @@ class SampleTable(nn.Module):
         if parts > 1 and key in destination:
             shape = (self.values.shape[0], self.num_samples, *self.values.shape[2:])
             stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-            mesh = init_device_mesh(self.values.device.type, (parts,))
             destination[key] = DTensor.from_local(
-                destination[key], mesh, [Shard(1)], run_check=False, shape=torch.Size(shape), stride=stride
+                destination[key], self._mesh, [Shard(1)], run_check=False, shape=torch.Size(shape), stride=stride
             )
+
+    @functools.cached_property
+    def _mesh(self) -> DeviceMesh:
+        """Of the ranks over which it is spread."""
+        return init_device_mesh(self.values.device.type, (self.placement.parts,))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         key = prefix + "values"

@@ -249,6 +249,13 @@ def assert_equal_runs(tmp_path, epoch):
 
 
 @pytest.mark.slow
+def test_a_state_that_is_spread_is_for_our_loop(run_two_processes, two_shards):
+    flags = ("--train-data", two_shards, "--batch-size", 16, "--loss", "sogclr", "--loss-arg", "rate_shard=true")
+    with pytest.raises(AssertionError, match="spread over 2 processes, .* and OpenCLIP's loop"):
+        run_two_processes(*flags, batches="theirs")
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one(run_ours, run_two_processes, two_shards, tmp_path):
     flags = [*ONE_STEP_PER_EPOCH.split(), "--train-data", two_shards]
     reference = run_ours(*flags, "--batch-size", 32, "--name", "one")
