@@ -71,6 +71,7 @@ def run(args: argparse.Namespace, row: str, seed: int) -> None:
             seed=seed,
             epochs=args.epochs,
             sizes=sizes,
+            batch_size=min(50, args.scenes),
         )
 
 

@@ -181,8 +181,8 @@ def _done(folder, record, found):
 
 def reproduce_fusion(run, shards, tmp_path):
     flags = ("--scenes", 12, "--epochs", 0.01, "--seeds", 1, "--rows", "base", "--out", tmp_path / "fusion")
-    head, _, row = run("reproduce_fusion.py", *flags)
-    assert head.split("|")[2:4] == [" seeds ", " vqa "] and row.startswith("| base | 1 | ")
+    head, _, row, *_ = run("reproduce_fusion.py", *flags)
+    assert "seeds" in head and "vqa" in head and [cell.strip() for cell in row.split("|")[1:3]] == ["base", "1"]
 
 
 def installed(run, shards, tmp_path):
