@@ -63,18 +63,18 @@ def _stepper(
 ) -> tuple[Callable[[], None], int]:
     """A function that takes a step of a loss, and the bytes of the loss's tables."""
     name, options = parse_method(method)
-    place = {"num_samples": samples, "rank": rank, "world_size": world_size}
-    loss = create_loss(name, embed_dim=width, **place, **options)
+    given: dict[str, Any] = {"num_samples": samples, "rank": rank, "world_size": world_size, **options}
+    loss = create_loss(name, embed_dim=width, **given)
     tables = [table for table in loss.modules() if isinstance(table, SampleTable)]
     generator = torch.Generator().manual_seed(0)  # the same on all
     scale = torch.tensor(SCALE, requires_grad=True)
-    given = {"logit_bias": torch.tensor(-SCALE / 2)} if name == "siglip" else {}
+    bias = {"logit_bias": torch.tensor(-SCALE / 2)} if name == "siglip" else {}
     loss.begin_step(step=0, total_steps=1)
 
     def step() -> None:
         ids = torch.randint(samples, (world_size * batch,), generator=generator)[rank * batch : (rank + 1) * batch]
         image, text = (normalize(torch.randn(batch, width), dim=-1).requires_grad_() for _ in range(2))
-        loss(image, text, scale, sample_ids=ids, output_dict=False, **given).backward()
+        loss(image, text, scale, sample_ids=ids, output_dict=False, **bias).backward()
         loss.commit()
 
     return step, sum(table.values.numel() * table.values.itemsize for table in tables)

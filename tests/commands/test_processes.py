@@ -1,4 +1,4 @@
-"""`eval` and `interpolate` in two processes, which share the pictures, against one."""
+"""`eval`, `interpolate` and `structure` in two processes, which share the pictures, against one."""
 
 import json
 
@@ -80,3 +80,24 @@ def test_mixtures_are_scored_by_two_processes_as_by_one(digit_run, digit_folders
     one, two = (json.loads((tmp_path / name / "interpolation.json").read_text()) for name in ("one", "two"))
     scores = [[list(mixture["tasks"].values())[0]["scores"] for mixture in found["mixtures"]] for found in (one, two)]
     assert scores[0] == scores[1] and len(scores[0]) == 2 and (tmp_path / "mixed.pt").exists()
+
+
+def test_structure_is_measured_by_two_processes_as_by_one(digit_run, tmp_path, pairs):
+    pack(pairs[300:371], str(tmp_path / "shards"), samples_per_shard=30, progress=False)
+    flags = [
+        "structure",
+        "--checkpoint",
+        digit_run,
+        "--data",
+        tmp_path / "shards",
+        "--num-samples",
+        53,
+        "--device",
+        "cpu",
+    ]
+    flags = [*map(str, flags), "--batch-size", "8", "--workers", "0", "--out"]
+    assert main([*flags, str(tmp_path / "one")]) == 0
+    finished = fork("torchrun", [*flags, str(tmp_path / "two")])
+    assert finished.returncode == 0, finished.stderr
+    one, two = (json.loads((tmp_path / name / "structure.json").read_text()) for name in ("one", "two"))
+    assert two["checkpoints"] == one["checkpoints"] and two["num_pairs"] == 53

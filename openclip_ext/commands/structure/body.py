@@ -1,11 +1,11 @@
 """`openclip-ext structure`: how checkpoints lay out held-out images and texts, as numbers and as a picture."""
 
 import argparse
-import collections
 import dataclasses
 import datetime
 import json
 import os
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from openclip_ext.evaluation.feature_cache import require_finite
 from openclip_ext.evaluation.flags import caption_format, csv_columns, require_loading
 from openclip_ext.evaluation.loading import LoadedModel, choose_device, load_model, local_file
 from openclip_ext.evaluation.metrics.structure import TITLES, Structure, structure_metrics
+from openclip_ext.evaluation.ranks import Ranks, join_ranks, leave_ranks
 from openclip_ext.files import load_tensors, make_out_folder
 from openclip_ext.losses import LossContext, Widths
 from openclip_ext.options import NoOptions
@@ -38,13 +39,16 @@ HEADS = "terms.feature_separation."  # where a checkpoint's loss state keeps the
 def run_structure(args: argparse.Namespace) -> dict:
     """Encode the first `--num-samples` pairs with each checkpoint; write `structure.json` and `structure.png`.
 
+    Processes that `accelerate launch` or `torchrun` has started share the batches; the first one measures and writes.
+
     Args:
         args: the flags of `openclip-ext structure`.
 
     Returns:
-        What `structure.json` holds: `created, versions, model` (names of the architectures, joined by commas),
-        `precision, data, num_pairs`, and for each of `checkpoints` its `label`, its `source` (as given), `path` (of the
-        file, null: from the hub), `model`, and its `metrics` as `structure_metrics` returns them.
+        What `structure.json` holds; nothing on other processes than the first: `created, versions, model` (names of the
+        architectures, joined by commas), `precision, data, num_pairs`, and for each of `checkpoints` its `label`, its
+        `source` (as given), `path` (of the file, null: from the hub), `model`, and its `metrics` as `structure_metrics`
+        returns them.
 
     Raises:
         UserError: a wrong flag, a checkpoint that is none or of another architecture, or fewer than two usable pairs.
@@ -52,24 +56,30 @@ def run_structure(args: argparse.Namespace) -> dict:
     require_loading(args)
     if args.num_samples < 2:
         raise UserError(f"--num-samples {args.num_samples}: must be at least 2")
-    choose_device(args.device)
+    device_type = choose_device(args.device).type
     captions, source = caption_format(args), _source(args)
     labels = _labels(args.checkpoint, [local_file(given, "--checkpoint") for given in args.checkpoint])
     make_out_folder(args.out)
+    ranks, device = join_ranks(device_type)
     structures, rows = [], []
-    start_logging(None, console=True, debug=False)
+    start_logging(None, console=ranks.first, debug=False)
     try:
         for given, label in zip(args.checkpoint, labels, strict=True):
             model = load_model(
-                given, name=args.model, model_config=args.model_config, device=args.device, precision=args.precision,
+                given, name=args.model, model_config=args.model_config, device=device, precision=args.precision,
                 cache_dir=args.cache_dir, flag="--checkpoint",
             )  # fmt: skip
-            features = _encode(model, label, args, source, captions)
+            features = _encode(model, label, args, source, captions, ranks)
+            if not ranks.first:
+                continue
             structures.append(Structure(label, features, structure_metrics(**features)))
             rows.append({"label": label, "source": given, "path": model.path, "model": model.name,
                          "metrics": structures[-1].metrics})  # fmt: skip
     finally:
         stop_logging()
+    leave_ranks(ranks)
+    if not ranks.first:
+        return {}
     report = {
         "created": datetime.datetime.now().isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("openclip-ext", "open_clip_torch", "torch")},
@@ -131,10 +141,11 @@ def _labels(sources: list[str], paths: list[str | None]) -> list[str]:
 
 @torch.no_grad()
 def _encode(
-    model: LoadedModel, label: str, args: argparse.Namespace, source: ShardListing | Table, captions: CaptionFormat
-) -> dict[str, Tensor]:
+    model: LoadedModel, label: str, args: argparse.Namespace, source: ShardListing | Table, captions: CaptionFormat,
+    ranks: Ranks,
+) -> dict[str, Tensor]:  # fmt: skip
     """Unit features (M, D) of the first `--num-samples` usable pairs, on CPU: `image`, `text`, and with heads
-    `…_private`."""
+    `…_private`. Nothing on ranks other than the first."""
     heads, limit = _private_heads(model), args.num_samples
     encoder = dataclasses.replace(model, model=PairModel(model.model, trunk_features=heads is not None).eval())
     config = StreamConfig(
@@ -148,29 +159,45 @@ def _encode(
     # Several workers take turns at shards: the first pairs would depend on how many there are.
     part_of_shards = isinstance(source, ShardListing) and (length is None or length > limit)
     loader = eval_loader(config, workers=min(args.workers, 1) if part_of_shards else args.workers)
-    parts, skipped, count = collections.defaultdict(list), [], 0
-    with tqdm(total=min(limit, length or limit), desc=label, unit="pair") as bar:
-        for batch, out in encoder.paired(loader):
-            skipped += batch["skipped"]
-            if batch["position"][0] < 0:  # none of its pairs can be used
-                continue
+    own, skipped = [], []
+    with tqdm(total=min(limit, length or limit), desc=label, unit="pair", disable=not ranks.first) as bar:
+        for _, out in encoder.paired(_own_batches(loader, limit, ranks, skipped, bar)):
+            parts = {}
             for modality in ("image", "text"):
-                parts[modality].append(out[f"{modality}_features"].float().cpu())
+                parts[modality] = out[f"{modality}_features"].float().cpu()
                 if heads is not None:
                     private = heads.private(modality, out[f"{modality}_trunk_features"].float())
-                    parts[f"{modality}_private"].append(private.cpu())
-            count += len(batch["image"])
-            bar.update(min(count, limit) - bar.n)
-            if count >= limit:
-                break
+                    parts[f"{modality}_private"] = private.cpu()
+            own.append(parts)
+    batches = ranks.in_turn(own)
+    if not ranks.first:
+        return {}
     report_skips(skipped, label)
-    if count < 2:
+    if (count := sum(len(parts["image"]) for parts in batches)) < 2:
         raise UserError(
             f"--data {args.data}: {counted(count, 'usable pair')}, and at least 2 are needed; look at shards with: "
             "openclip-ext shards check"
         )
-    features = {name: torch.cat(rows)[:limit] for name, rows in parts.items()}
+    features = {name: torch.cat([parts[name] for parts in batches])[:limit] for name in batches[0]}
     return require_finite(features, model, "--checkpoint")
+
+
+def _own_batches(loader: Iterable[dict], limit: int, ranks: Ranks, skipped: list, bar: tqdm) -> Iterator[dict]:
+    """This rank's share, every so many, of the batches that hold the first `limit` usable pairs.
+
+    Every rank reads all of them, since which pairs are usable shows only then. Samples that are not go to `skipped`.
+    """
+    count = taken = 0
+    for batch in loader:
+        skipped += batch["skipped"]
+        if batch["position"][0] < 0:  # none of its pairs can be used
+            continue
+        if taken % ranks.world_size == ranks.rank:
+            yield batch
+        taken, count = taken + 1, count + len(batch["image"])
+        bar.update(min(count, limit) - bar.n)
+        if count >= limit:
+            return
 
 
 def _private_heads(model: LoadedModel) -> FeatureSeparationTerm | None:
