@@ -29,7 +29,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from openclip_ext.data import digits, sizes
+from openclip_ext.data import digits
+from openclip_ext.data.index import index
 from openclip_ext.data.pack import pack
 
 RANKS = 2
@@ -56,7 +57,7 @@ def make_data(folder: Path, seed: int) -> None:
     cut, none = random.Random(seed).sample(sorted(folder.glob("*.tar")), 2)
     cut.write_bytes(cut.read_bytes()[:30_000])
     none.write_bytes(b"no tar" * 1000)
-    sizes.index(str(folder), skip_unreadable=True, progress=False)
+    index(str(folder), skip_unreadable=True, progress=False)
 
 
 class Job:

@@ -1,5 +1,6 @@
 import json
 
+import pytest
 from PIL import Image
 
 from openclip_ext.cli import main
@@ -29,6 +30,7 @@ def test_the_demo_writes_a_report_and_a_picture(tmp_path, capsys):
     assert len(progress) == 4 and progress[3].startswith("[4/4] ") and ": top-1 " in progress[3]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_demo_with_its_reason(tmp_path, capsys):
     flags = ["demo", "--out", str(tmp_path / "demo"), "--losses", "clip", "--seeds", "1", "--epochs", "1"]
     assert main([*flags, "--batch-size", "100000"]) == 2

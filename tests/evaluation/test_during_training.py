@@ -121,6 +121,7 @@ def test_ranks_share_the_work_and_keep_the_order(sources, workers):
     assert sorted(batch for share in real for batch in share) == alone  # the pictures too
 
 
+@pytest.mark.slow
 def test_what_one_rank_cannot_read_ends_all_with_one_line(train_flags, tmp_path, digit_folders):
     folders = tmp_path / "rot"
     shutil.copytree(digit_folders, folders)

@@ -113,6 +113,7 @@ def feature_bias(loss, leaves, full, epochs=120, warm_up=30, size=16):
     return ((total / used - full).norm() / full.norm()).item()
 
 
+@pytest.mark.slow
 def test_with_stored_samples_encoded_again_gradients_of_both_sides_lose_bias(features):
     leaves = [part.clone().requires_grad_() for part in features]
     dcl = create_loss("dcl", num_samples=N)

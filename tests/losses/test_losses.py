@@ -140,7 +140,8 @@ def test_decoupled_without_draws_has_the_gradient_of_sogclr_on_every_visit():
         reference.commit()
 
 
-@pytest.mark.parametrize("draws", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("draws", [1, 4])
 def test_gamma_draws_average_to_the_gradient_without_draws(draws):
     image, text = batch()
     extra = {"sample_ids": torch.arange(B)}

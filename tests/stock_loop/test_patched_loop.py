@@ -170,6 +170,7 @@ def test_other_losses_equal_ours(monkeypatch, patched, run_patched, run_ours, fl
     assert_equal_losses(run_patched(*flags, "--name", "patched"), run_ours(*flags, "--name", "ours"))
 
 
+@pytest.mark.slow
 def test_a_teacher_and_captions_are_terms_as_in_ours(monkeypatch, patched, run_patched, run_ours, tmp_path):
     stock.feed_our_batches(monkeypatch, patched)
     run_ours("--name", "teacher")
@@ -264,6 +265,7 @@ def test_two_processes_equal_one(run_ours, run_two_processes, two_shards, tmp_pa
     assert_equal_runs(tmp_path, 20)
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_chains_of_one(run_ours, run_two_processes, tmp_path):
     """The draws of `emc2` are among the gathered pairs in their order, so both runs have the same one."""
     flags = "--loss emc2 --loss-arg bank_dtype=float32 --opt timm/sgd --eps 1e-8 --lr 0.01 --wd 0 --epochs 3"

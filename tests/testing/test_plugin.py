@@ -44,6 +44,7 @@ def test_the_plugin_trains_by_name_from_the_command_line(installed, train_flags,
     assert len(losses) == 8 and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_plugin_passes_the_checks(installed):
     code = "from openclip_ext.testing import check_loss\n"
     code += "if __name__ == '__main__':\n    check_loss('poly', num_ranks=(2,))\n"

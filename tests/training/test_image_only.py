@@ -26,6 +26,12 @@ from towers import tower_model
 
 VIEWS = ("--pairs", "views")
 MOMENTUM = (*VIEWS, "--momentum-encoder", "0.9")
+WAYS = [
+    pytest.param(VIEWS, "clip", id="views-clip"),
+    pytest.param(MOMENTUM, "gamma_decomp", id="momentum-gamma_decomp"),
+    pytest.param(VIEWS, "gamma_decomp", id="views-gamma_decomp", marks=pytest.mark.slow),
+    pytest.param(MOMENTUM, "clip", id="momentum-clip", marks=pytest.mark.slow),
+]
 
 
 def rows(tmp_path, name="run"):
@@ -242,8 +248,7 @@ def test_the_text_tower_rests_and_the_checkpoint_is_openclips(train_flags, tmp_p
         assert not any(torch.equal(first["loss"][key], second["loss"][key]) for key in weights)
 
 
-@pytest.mark.parametrize("loss", ["clip", "gamma_decomp"])
-@pytest.mark.parametrize("flags", [VIEWS, MOMENTUM], ids=["views", "momentum"])
+@pytest.mark.parametrize("flags,loss", WAYS)
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(train_flags, tmp_path, loss, flags):
     flags = (*flags, "--loss", loss, "--epochs", 4)
     assert main(train_flags(*flags, "--name", "whole")) == 0
@@ -262,8 +267,7 @@ def test_an_average_may_begin_later_and_says_so(train_flags, tmp_path, capsys):
     assert "it holds no momentum encoder: that starts as a copy of what it follows" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("loss", ["clip", "gamma_decomp"])
-@pytest.mark.parametrize("flags", [VIEWS, MOMENTUM], ids=["views", "momentum"])
+@pytest.mark.parametrize("flags,loss", WAYS)
 def test_accumulated_batches_equal_one_large_batch(train_flags, tmp_path, loss, flags):
     common = (*flags, "--loss", loss, "--epochs", 3, "--train-num-samples", 256, "--opt", "timm/sgd", "--lr", "0.1")
     assert main(train_flags(*common, "--batch-size", 256, "--name", "large")) == 0

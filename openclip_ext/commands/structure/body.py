@@ -159,7 +159,8 @@ def _encode(
     # Several workers take turns at shards: the first pairs would depend on how many there are.
     part_of_shards = isinstance(source, ShardListing) and (length is None or length > limit)
     loader = eval_loader(config, workers=min(args.workers, 1) if part_of_shards else args.workers)
-    own, skipped = [], []
+    own: list[dict[str, Tensor]] = []
+    skipped: list[tuple[str, str, int]] = []
     with tqdm(total=min(limit, length or limit), desc=label, unit="pair", disable=not ranks.first) as bar:
         for _, out in encoder.paired(_own_batches(loader, limit, ranks, skipped, bar)):
             parts = {}
