@@ -69,7 +69,7 @@ class Step:
         if self.name == "siglip":
             return LONG * others + round(share * FLOAT)
         per_anchor = {"sogclr": 3 * FLOAT, "gamma_decomp": 7 * FLOAT, "emc2": 2 * LONG}.get(self.name, 0)
-        sums = LONG * others + 10 * round(share * FLOAT) if self.name == "emc2" else 0
+        sums = LONG * others + 6 * round(share * FLOAT) if self.name == "emc2" else 0
         return others * (LONG + self.batch * (ids + 4 * FLOAT + per_anchor)) + sums
 
     @property
@@ -79,7 +79,7 @@ class Step:
     @property
     def calls(self) -> int:
         """Collective calls."""
-        return {"sogclr": 5, "gamma_decomp": 6, "emc2": 11}.get(self.name, 3) + self.in_parts
+        return {"sogclr": 5, "gamma_decomp": 6, "emc2": 7}.get(self.name, 3) + self.in_parts
 
     @property
     def state_bytes(self) -> float:

@@ -223,7 +223,7 @@ def test_no_more_than_a_tile_of_scores_is_formed():
     """Whatever is asked of the columns, and each of them exactly once."""
     anchors, ids = torch.randn(6, D), torch.arange(6)
     columns = Columns(anchors, torch.randn(10, D), ids, torch.arange(10), torch.tensor(2.0), tile=4)
-    tiles = [(place, scores.shape, same.shape) for place, scores, same in columns]
+    tiles = [(tile.place, tile.scores.shape, tile.same.shape) for tile in columns]
     assert tiles == [(slice(s, e), (6, e - s), (6, e - s)) for s, e in ((0, 4), (4, 8), (8, 10))]
     assert fitting_tile(2**15, torch.device("cpu")) == 32 and fitting_tile(8, torch.device("cpu")) > 2**15
 
