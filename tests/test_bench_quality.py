@@ -7,12 +7,12 @@ import json
 import bench_quality
 import pytest
 import torch
-from quality.loop import Run, take_gradient, visits
+from quality.loop import Run, take_gradient, train, visits
 from quality.methods import Method
 from quality.published import short_table
 from quality.store import Row, open_store
 from quality.summary import markdown, summarise
-from quality.tasks import Setting, TwoTowers, perceptron
+from quality.tasks import Pairs, Setting, Task, TwoTowers, perceptron
 
 from openclip_ext import UserError
 
@@ -135,6 +135,16 @@ def test_every_epoch_visits_every_pair_once():
     order = visits(10, 3, 4, seed=0).flatten().tolist()
     assert len(order) == 32
     assert all(sorted(order[start : start + 10]) == list(range(10)) for start in (0, 10, 20))
+
+
+@pytest.mark.parametrize("vocabulary", [None, 9])
+def test_a_loss_that_stores_embeddings_trains_on_every_kind_of_pairs(vocabulary):
+    torch.manual_seed(0)
+    texts = torch.randn(12, 2, 5) if vocabulary is None else torch.randint(vocabulary, (12, 2, 5))
+    task = Task({"train": Pairs(torch.randn(12, 4), texts)}, recalls=(1,), vocabulary=vocabulary)
+    run = dataclasses.replace(BASE, method="emc2", batch_size=4, lr=0.1)
+    model = TwoTowers(*task.towers(), 9.0, learned=False)
+    assert train(run, task, model)["steps"] == 3
 
 
 @pytest.mark.parametrize("name", ["clip", "dcl", "siglip"])

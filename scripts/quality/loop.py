@@ -71,7 +71,7 @@ def score(run: Run, files: Files = None) -> dict[str, float]:
 def train(run: Run, task: Task, model: TwoTowers) -> dict[str, float]:
     """Train on the run's pairs in the order of its seed; what `score` returns of it."""
     pairs, method = task.splits["train"], Method(run.method)
-    loss = method.build(len(pairs.image))
+    loss = method.build(len(pairs.image), task.embed_dim)
     size = method.pairs_per_step(run.batch_size)
     order = visits(len(pairs.image), run.setting.epochs, size, run.seed)
     captions = torch.randint(pairs.text.shape[1], order.shape, generator=torch.Generator().manual_seed(run.seed))

@@ -64,10 +64,10 @@ class Method:
         """Pairs of one optimizer step, of batches of `batch_size`."""
         return int(self.options.get("accumulate", batch_size))
 
-    def build(self, num_samples: int) -> Objective:
+    def build(self, num_samples: int, embed_dim: int = EMBED) -> Objective:
         """The loss. Raises UserError: no such loss, option or value."""
         options: dict[str, Any] = dict(self.options)
         if not options.pop("accumulate", "1").isdigit():
             raise UserError(f"--methods {self.text}: accumulate must be a number of pairs, such as accumulate=1024")
         terms = {name: {"weight": options.pop(name)} for name in self.terms}
-        return create_loss(self.name, num_samples=num_samples, embed_dim=EMBED, terms=terms, **_MODEL, **options)
+        return create_loss(self.name, num_samples=num_samples, embed_dim=embed_dim, terms=terms, **_MODEL, **options)

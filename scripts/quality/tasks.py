@@ -12,7 +12,8 @@ from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
 
 Files = tuple[str, ...] | None  #: What a task is read from; None: from nothing.
 
-EMBED = 64
+EMBED = 64  # width of embeddings of a simulated stream
+HIDDEN = 256  # of layers, and of embeddings of photographs and captions
 HELD_OUT = 4000  # pairs each to choose a learning rate on and to score, of a simulated stream
 FLICKR_VALIDATION = 1000  # photographs, the last of the training file
 
@@ -52,13 +53,21 @@ class Task:
     recalls: tuple[int, ...]
     vocabulary: int | None = None
 
+    @property
+    def embed_dim(self) -> int:
+        """Width of the embeddings."""
+        return EMBED if self.vocabulary is None else HIDDEN
+
     def towers(self) -> tuple[nn.Module, nn.Module]:
         """New towers of images and texts, initialised from torch's generator."""
-        train = self.splits["train"]
+        train, widths = self.splits["train"], (HIDDEN, HIDDEN)
         if self.vocabulary is not None:
-            bag = nn.EmbeddingBag(self.vocabulary, 256, mode="mean", padding_idx=0)
-            return perceptron(train.image.shape[1], 256, 256), nn.Sequential(bag, nn.GELU(), nn.Linear(256, 256))
-        return perceptron(train.image.shape[1], 256, 256, EMBED), perceptron(train.text.shape[2], 256, 256, EMBED)
+            bag = nn.EmbeddingBag(self.vocabulary, HIDDEN, mode="mean", padding_idx=0)
+            return perceptron(train.image.shape[1], *widths), nn.Sequential(bag, nn.GELU(), nn.Linear(*widths))
+        return (
+            perceptron(train.image.shape[1], *widths, EMBED),
+            perceptron(train.text.shape[2], *widths, EMBED),
+        )
 
     @torch.no_grad()
     def score(self, model: "TwoTowers", split: str) -> float:
