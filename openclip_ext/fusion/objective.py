@@ -20,6 +20,7 @@ from openclip_ext.fusion.encoder import FusionEncoder, WordHead
 from openclip_ext.fusion.masking import Masking
 from openclip_ext.fusion.matching import draw_negatives
 from openclip_ext.losses import Loss, LossContext, ObjectivePlan
+from openclip_ext.losses.composite import Composite
 from openclip_ext.losses.context import require_vocabulary
 from openclip_ext.losses.two_ways import TwoWays
 from openclip_ext.losses.weights import parse_weight
@@ -41,7 +42,7 @@ class MomentumContrast(TwoWays):
         return (features["image_features"], text_keys), (image_keys, features["text_features"])
 
 
-class FusionObjective(Loss):
+class FusionObjective(Composite):
     """`contrast + terms + w_m matching + w_w words`, as ALBEF's, with any registered loss as the contrast.
 
         matching   cross entropy of two classes over the pairs, an image with a wrong text and a text with a wrong image
@@ -177,11 +178,7 @@ class FusionObjective(Loss):
 
     @property
     def scheduled(self) -> bool:
-        return not self._distill.constant or self.contrast.scheduled or self.terms.scheduled
-
-    @property
-    def wants_warm_start(self) -> bool:
-        return self.contrast.wants_warm_start or self.terms.wants_warm_start
+        return super().scheduled or not self._distill.constant
 
     @torch.no_grad()
     def warm_start(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **extra: Tensor) -> None:
@@ -192,13 +189,11 @@ class FusionObjective(Loss):
     def begin_step(self, *, step: int, total_steps: int) -> None:
         """Tell the parts the time."""
         self._distill_now = self._distill.at(step, total_steps)
-        for part in (self.contrast, self.terms):
-            part.begin_step(step=step, total_steps=total_steps)
+        super().begin_step(step=step, total_steps=total_steps)
 
     def commit(self) -> None:
         """Let the parts write what they staged, and the momentum copy follow the encoder."""
-        for part in (self.contrast, self.terms):
-            part.commit()
+        super().commit()
         self.momentum.update()
 
 

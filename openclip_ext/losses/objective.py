@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from openclip_ext.errors import UserError
 from openclip_ext.losses.base import Loss
+from openclip_ext.losses.composite import Composite
 from openclip_ext.losses.context import LossContext
 from openclip_ext.losses.weights import Weight
 from openclip_ext.registry import NEEDS, OPTIONAL, arguments
@@ -18,7 +19,7 @@ from openclip_ext.registry import NEEDS, OPTIONAL, arguments
 _UNCOMMITTED = 20
 
 
-class Objective(Loss):
+class Objective(Composite):
     """A base loss and additive terms behind one call.
 
     Hands each part only what its spec says it needs, multiplies the terms by their weights, and passes the hooks on to
@@ -108,18 +109,7 @@ class Objective(Loss):
     @property
     def scheduled(self) -> bool:
         """Whether a weight or a part has a schedule."""
-        constant = all(weight.constant for weight in self._weights.values())
-        return not constant or any(loss.scheduled for loss in self._losses())
-
-    @property
-    def has_state(self) -> bool:
-        """Whether any part writes something on `commit`."""
-        return any(loss.has_state for loss in self._losses())
-
-    @property
-    def wants_warm_start(self) -> bool:
-        """Whether any part has use for `warm_start`."""
-        return any(loss.wants_warm_start for loss in self._losses())
+        return super().scheduled or not all(weight.constant for weight in self._weights.values())
 
     @torch.no_grad()
     def warm_start(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **extra: Any) -> None:
@@ -136,20 +126,15 @@ class Objective(Loss):
         """Tell weights and parts that have a schedule the time. Call before each optimizer step."""
         self._told_time = True
         self._weights_now = {name: weight.at(step, total_steps) for name, weight in self._weights.items()}
-        for loss in self._losses():
-            loss.begin_step(step=step, total_steps=total_steps)
+        super().begin_step(step=step, total_steps=total_steps)
 
     def commit(self) -> None:
         """Let the parts that have state write what `forward` staged. Call once after each optimizer step taken."""
         self._uncommitted = 0
-        for loss in self._losses():
-            loss.commit()
+        super().commit()
 
     def _parts(self) -> dict[str, nn.Module]:
         return ({} if self.base is None else {"base": self.base}) | dict(self.terms)
-
-    def _losses(self) -> Iterator[Loss]:
-        return (part for part in self._parts().values() if isinstance(part, Loss))
 
 
 def _require_usable(image_features: Any, text_features: Any, logit_scale: Any, extra: dict[str, Any]) -> None:

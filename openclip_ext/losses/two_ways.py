@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from openclip_ext.losses.base import Loss
+from openclip_ext.losses.composite import Composite
 from openclip_ext.losses.context import LossContext
 from openclip_ext.losses.objective import Objective
 from openclip_ext.losses.plan import ObjectivePlan
@@ -14,7 +14,7 @@ from openclip_ext.losses.plan import ObjectivePlan
 AGAIN = "_again"  # how names of features end that were encoded again
 
 
-class TwoWays(Loss):
+class TwoWays(Composite):
     """The mean of one objective over two pairs of features, which a subclass makes in `pairs`.
 
     Each way has an objective, and so a memory, of its own: every memory sees each sample once per epoch, in one role,
@@ -68,27 +68,9 @@ class TwoWays(Loss):
         asked = {way.probe for way in self._ways}
         return next((name for name in ("keep", "encode", "forget") if name in asked), None)
 
-    @property
-    def scheduled(self) -> bool:
-        return self._ways[0].scheduled
-
-    @property
-    def wants_warm_start(self) -> bool:
-        return self._ways[0].wants_warm_start
-
     @torch.no_grad()
     def warm_start(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **extra: Tensor) -> None:
         """As `Objective.warm_start`, each way."""
         features = {"image_features": image_features, "text_features": text_features, **extra}
         for objective, pair in zip(self._ways, self.pairs(features), strict=True):
             objective.warm_start(*pair, logit_scale, **extra)
-
-    def begin_step(self, *, step: int, total_steps: int) -> None:
-        """As `Objective.begin_step`."""
-        for objective in self._ways:
-            objective.begin_step(step=step, total_steps=total_steps)
-
-    def commit(self) -> None:
-        """As `Objective.commit`."""
-        for objective in self._ways:
-            objective.commit()
