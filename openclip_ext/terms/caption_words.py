@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from openclip_ext.errors import UserError
 from openclip_ext.losses.base import Loss
 from openclip_ext.losses.context import LossContext, require_vocabulary, require_widths
+from openclip_ext.losses.words import Words
 from openclip_ext.ops.gather import global_mean, sum_over_ranks
 from openclip_ext.ops.precision import promoted
 from openclip_ext.options import NoOptions
@@ -35,19 +36,15 @@ class CaptionWordsTerm(Loss):
 
     captions: Tensor
     captions_with: Tensor
-    is_special: Tensor
 
     def __init__(self, options: NoOptions, context: LossContext) -> None:
         super().__init__(options, context)
         width = require_widths(context, OWNER, "image_trunk").image_trunk
         vocabulary = require_vocabulary(context, OWNER)
-        self.end_id = vocabulary.end_id
+        self.words = Words(vocabulary)
         self.head = nn.Linear(width or 0, vocabulary.size, bias=False)
         self.register_buffer("captions", torch.zeros((), dtype=torch.int64))
         self.register_buffer("captions_with", torch.zeros(vocabulary.size, dtype=torch.int64))
-        is_special = torch.zeros(vocabulary.size, dtype=torch.bool)
-        is_special[list(vocabulary.special_ids)] = True
-        self.register_buffer("is_special", is_special, persistent=False)
         self._staged: tuple[Tensor, Tensor] | None = None
 
     def compute(
@@ -98,10 +95,7 @@ class CaptionWordsTerm(Loss):
 
     def _words(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Ids of each caption in ascending order, (B, L), and which of them are words that did not come before."""
-        is_word = ~self.is_special[tokens]
-        if self.end_id is not None:
-            is_word &= (tokens == self.end_id).cumsum(1) == 0
-        ids = tokens.masked_fill(~is_word, -1).sort(1).values
+        ids = tokens.masked_fill(~self.words.words(tokens), -1).sort(1).values
         is_new = ids.diff(dim=1, prepend=ids.new_full((len(ids), 1), -1)) > 0
         return ids.clamp_min(0), is_new
 
@@ -116,7 +110,7 @@ class CaptionWordsTerm(Loss):
             kind = f"{str(tokens.dtype).removeprefix('torch.')} {tuple(tokens.shape)}"
             raise UserError(f"text_tokens: is {kind}; must be one row of token ids per pair, ({pairs}, L)")
         low, high = tokens.aminmax()
-        size = len(self.is_special)
+        size = self.words.size
         fix = f"and vocab_size={size}; give that of the tokenizer"
         if tokens.is_cuda:  # the device stops, so that the host need not wait for it
             torch._assert_async(
