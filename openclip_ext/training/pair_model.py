@@ -75,14 +75,10 @@ def run_on_views(
 @torch.no_grad()
 def feature_widths(model: nn.Module, dtype: torch.dtype | None) -> Widths:
     """The widths of a model's features, from one run on an empty pair; `dtype` is that of images."""
-    was_training = model.training
-    model.eval()
-    try:
-        image, text = upstream.example_inputs(getattr(model, "model", model), dtype)
+    image, text = upstream.example_inputs(getattr(model, "model", model), dtype)
+    with upstream.in_evaluation(model):
         embed = cast(Wrapper, model).encode_image(image).shape[1]
         out = model(image, text) if getattr(model, "trunk_features", False) else {}
-    finally:
-        model.train(was_training)
     trunks = {f"{name}_trunk": out.get(f"{name}_trunk_features") for name in ("image", "text")}
     return Widths(embed=embed, **{name: embed if x is None else x.shape[1] for name, x in trunks.items()})
 

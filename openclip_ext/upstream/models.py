@@ -1,6 +1,7 @@
 """OpenCLIP's models: their configs, weights, inputs and preprocessing."""
 
 import argparse
+import contextlib
 import difflib
 import inspect
 import os
@@ -53,6 +54,17 @@ def example_inputs(model, dtype):
     height, width = size if isinstance(size, list | tuple) else (size, size)
     text = torch.zeros(1, model.context_length, dtype=torch.int64, device=device)
     return torch.zeros(1, 3, height, width, dtype=dtype, device=device), text
+
+
+@contextlib.contextmanager
+def in_evaluation(model):
+    """The model in evaluation mode within the block, and in the mode it was in after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def freeze_text(model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from openclip_ext.errors import UserError
-from openclip_ext.upstream.models import example_inputs
+from openclip_ext.upstream.models import example_inputs, in_evaluation
 from openclip_ext.upstream.trunks import Trunk, watched
 
 if TYPE_CHECKING:
@@ -26,13 +26,8 @@ def find_states(model: nn.Module) -> tuple[dict[str, Trunk], tuple[int, int]]:
     towers: dict[str, Any] = {"image": model.visual, "text": getattr(model, "text", model)}
     found = {"image": _image_states(towers["image"]), "text": _text_states(towers["text"])}
     image, text = example_inputs(model, next(towers["image"].parameters()).dtype)
-    was_training = model.training
-    model.eval()
-    try:
-        with no_grad():
-            seen = states_of(model, found, image, text)[1]
-    finally:
-        model.train(was_training)
+    with no_grad(), in_evaluation(model):
+        seen = states_of(model, found, image, text)[1]
     for name, tower in towers.items():
         states = seen.get(name)
         if states is None or states.ndim != 3 or (name == "text" and states.shape[1] != text.shape[1]):
