@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from openclip_ext.data.questions import Question
-from openclip_ext.errors import UserError
+from openclip_ext.errors import RankError, UserError
 from openclip_ext.evaluation.datasets.captioned import CaptionedFiles, CaptionedShards, loader_of
+from openclip_ext.evaluation.datasets.rows import opened
 from openclip_ext.evaluation.loading import LoadedModel
 from openclip_ext.evaluation.metrics.retrieval import score_metrics
 from openclip_ext.evaluation.ranks import Ranks
@@ -47,11 +47,10 @@ def predictions(
 def _pictures(model: LoadedModel, paths: Sequence[str]) -> Tensor:
     pictures = []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                pictures.append(model.transform(image.convert("RGB")))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be opened as a picture ({error}); mend or remove it") from error
+        picture = opened(path)
+        if isinstance(picture, RankError):
+            raise picture
+        pictures.append(model.transform(picture))
     return pictures[0] if len(pictures) == 1 else torch.stack(pictures)
 
 

@@ -30,7 +30,7 @@ def load_fusion(source: str, flag: str = "--fusion") -> tuple[str, dict[str, Any
     path = last_checkpoint(source) if os.path.isdir(source) else source
     if path is None or not os.path.isfile(path):
         raise UserError(f"{flag} {source}: no such file; give a fusion config in JSON, a run's folder, or a checkpoint")
-    content = load_tensors(path, flag)
+    content = load_tensors(path, flag, mapped=True)  # the model in it is read by others
     if "fusion" not in content:
         raise UserError(f"{flag} {path}: holds no fusion model; give a run that was trained with --fusion")
     return path, content

@@ -1,16 +1,15 @@
 """`openclip-ext demo --fusion`: a fusion model from nothing to four scores, on generated scenes."""
 
-import json
 import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from openclip_ext.commands import eval as eval_command
+from openclip_ext.commands.eval.body import run_eval
 from openclip_ext.data.scenes import IMAGE_SIZE, write_scenes
-from openclip_ext.files import read_json, write_json
+from openclip_ext.files import write_json
 from openclip_ext.options import Parser
 from openclip_ext.training.flags import parse_args
 from openclip_ext.training.run import train
@@ -65,8 +64,7 @@ def run_fusion_demo(
     shutil.rmtree(logs, ignore_errors=True)
     configs = {MODEL: MODEL_CONFIG, "fusion-config": FUSION_CONFIG}
     for name, config in configs.items():
-        with open(os.path.join(out, f"{name}.json"), "w") as file:
-            json.dump(config, file, indent=1)
+        write_json(config, os.path.join(out, f"{name}.json"))
     scores: dict[str, float] = {}
     for stage, (start, number) in STAGES.items():
         flags = _flags(out, data, stage, start, seed, max(1, round(epochs * number)), batch_size)
@@ -106,7 +104,7 @@ def _flags(
     if start is None:
         flags |= {"--model": MODEL, "--model-config": os.path.join(out, f"{MODEL}.json")}
     else:
-        flags |= {} if stage == "pretrain" else {"--task": stage}
+        flags["--task"] = stage
     return [str(part) for pair in flags.items() for part in pair]
 
 
@@ -118,9 +116,9 @@ def _score(logs: str, data: Mapping[str, str], stage: str) -> dict[str, float]:
     parser = Parser(prog="openclip-ext eval")
     eval_command.add_arguments(parser)
     words = ["--fusion", os.path.join(logs, stage), flag, data[source], "--out", report, "--device", "cpu",
-                   "--workers", "0", "--no-feature-cache", "--rerank", "16"]  # fmt: skip
-    eval_command.run(parser.parse_args(words))
-    found = {}
-    for task, result in read_json(Path(report))["tasks"].items():
-        found[f"{stage}-reranked" if task.endswith("-reranked") else stage] = result["scores"][name]
-    return found
+             "--workers", "0", "--no-feature-cache", "--rerank", "16"]  # fmt: skip
+    tasks = run_eval(parser.parse_args(words))["tasks"]
+    return {
+        f"{stage}-reranked" if task.endswith("-reranked") else stage: result["scores"][name]
+        for task, result in tasks.items()
+    }
