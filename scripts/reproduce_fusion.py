@@ -54,7 +54,7 @@ def do(args: argparse.Namespace) -> None:
         for job in jobs:
             run(*job)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,)) as pool:
         for future in [pool.submit(run, *job) for job in jobs]:
             future.result()

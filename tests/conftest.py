@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 
 import open_clip
 import pytest
@@ -10,6 +11,11 @@ from openclip_ext.data import digits
 from openclip_ext.data.pack import pack
 from openclip_ext.testing import RankPool
 from towers import DEEP_MODEL, TINY_MODEL
+
+#: What processes have imported that tests fork, in `launching` and in a `RankPool`: each would take ten seconds to.
+PRELOADED = ["accelerate", "launching", "rank_jobs", "open_clip_train.main", "openclip_ext.training.run", "peft",
+             "torch.distributed.fsdp"]  # fmt: skip
+multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 @pytest.fixture(scope="session", autouse=True)

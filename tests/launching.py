@@ -12,10 +12,7 @@ import tempfile
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(
-    ["accelerate", "launching", "open_clip_train.main", "openclip_ext.training.run", "peft", "torch.distributed.fsdp"]
-)
+FORKING = multiprocessing.get_context("forkserver")  # `conftest.py` says what it has imported
 
 LAUNCHERS = {
     # Without a GPU `--cpu --num_processes 2` starts one process; `--multi_gpu` gives two on CPU.

@@ -26,7 +26,7 @@ class RankPool:
     """
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:

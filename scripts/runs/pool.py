@@ -46,7 +46,7 @@ def finish(
         title: of a run, for the progress bar.
     """
     left, done = sum(row.cost * row.left(store) for row in rows), 0
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     with (
         tqdm(total=left / 1e6, unit="M", smoothing=0.1, bar_format=_BAR) as bar,
         concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=_begin) as pool,

@@ -99,7 +99,7 @@ def run_demo(out: str, *, losses: Sequence[str], seeds: int, epochs: int, batch_
 
 def _train_all(jobs: dict[str, list[str]], test: str) -> Iterator[tuple[str, float]]:
     """Train with the flags of each folder and score it on `test`; yields folders and top-1 as they are done."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     workers = min(PROCESSES, os.cpu_count() or 1, len(jobs))
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         futures = {pool.submit(_train_one, folder, flags, test): folder for folder, flags in jobs.items()}
