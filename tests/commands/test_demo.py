@@ -47,6 +47,12 @@ def test_what_is_compared_by_default_is_little_and_with_full_everything(tmp_path
     assert set(few) < set(everything) and many > three == 3 and two == 2 and given == ["clip", "dcl"]
 
 
+def test_what_has_no_meaning_for_a_fusion_model_is_refused(capsys):
+    for flags in (["--losses", "clip"], ["--full"], ["--seeds", "2"], ["--epochs", "3"], ["--batch-size", "8"]):
+        assert main(["demo", "--fusion", *flags]) == 2
+        assert capsys.readouterr().err.count(f"{flags[0]}: does not go with --fusion") == 1
+
+
 def test_the_splits_are_fixed_disjoint_and_complete():
     splits = digits.digit_splits()
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 1257, "val": 180, "test": 360}
