@@ -363,3 +363,26 @@ def parts_of_large_state(rank, num_ranks, samples, asks, total):
         loss = ObjectivePlan("sogclr", {}).build(context)
     assert loss.base.rates.values.shape[1] == samples // loss.base.rates.placement.parts
     return loss.base.rates.placement.parts
+
+
+def expected_rows(rank, num_ranks, samples):
+    """Of rows that were expected, read as such, once more, and where others were: (as they are, found three times).
+
+    And what is said of an id that there is not.
+    """
+    from openclip_ext.state.exchange import Reader, gather_ids
+    from openclip_ext.state.table import Placement, SampleTable
+
+    table = SampleTable((2, samples), torch.float32, 0, "table", Placement(parts=num_ranks, rank=rank))
+    table.write(0, torch.arange(samples), torch.arange(samples) + 0.5)
+    reader, ids = Reader([table]), torch.arange(rank, samples, num_ranks + 1)
+    reader.expect(ids)
+    sent_before = gather_ids(ids, table)
+    found = [reader.read(sent_before)[0][0], reader.read(sent_before)[0][0]]
+    reader.expect(ids)
+    table.write(0, torch.arange(samples), torch.zeros(samples))
+    found.append(reader.read(sent_before)[0][0])
+    try:
+        reader.expect(torch.tensor([samples if rank else 0]))
+    except IndexError as error:
+        return ids + 0.5, found, str(error)

@@ -72,6 +72,11 @@ class Loss(nn.Module):
     def begin_step(self, *, step: int, total_steps: int) -> None:
         """Called before each optimizer step, of which training has `total_steps`. For losses with a schedule."""
 
+    def expect(self, sample_ids: Tensor) -> None:
+        """May be called before the model is run, with the ids (B,) that `compute` will be given: what is kept of them on
+        other ranks can come meanwhile. On all ranks or on none. For losses whose state is spread over ranks.
+        """
+
     def commit(self) -> None:
         """Called after each optimizer step that was taken: write what `compute` staged. For losses with state."""
 
@@ -108,7 +113,7 @@ class Loss(nn.Module):
 
 
 #: What a subclass may define and others call.
-HOOKS = ("compute", "begin_step", "commit", "warm_start", "wants_warm_start", "scheduled", "has_state",
+HOOKS = ("compute", "begin_step", "expect", "commit", "warm_start", "wants_warm_start", "scheduled", "has_state",
          "probe", "terms", "anchor_terms", "report", "visit")  # fmt: skip
 
 

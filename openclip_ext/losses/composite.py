@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from openclip_ext.losses.base import Loss
 
@@ -29,6 +29,11 @@ class Composite(Loss):
         """Tell those that have a schedule the time. Call before each optimizer step."""
         for loss in self._losses():
             loss.begin_step(step=step, total_steps=total_steps)
+
+    def expect(self, sample_ids: Tensor) -> None:
+        """Let those that keep something of samples (B,) fetch it."""
+        for loss in self._losses():
+            loss.expect(sample_ids)
 
     def commit(self) -> None:
         """Let those that have state write what `forward` staged. Call once after each optimizer step taken."""

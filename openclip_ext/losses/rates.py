@@ -53,6 +53,10 @@ class RateLoss(PairLoss):
             placement = place(context, size, shard, options.rate_device, options.rate_path)
             self.rates = RateTable(num_ids, placement, context.device)
 
+    def expect(self, sample_ids: Tensor) -> None:
+        """Let the rates of samples (B,) come from the ranks that keep them."""
+        self.rates.expect(sample_ids)
+
     def estimate(self, log_mean: Tensor) -> Tensor:
         """log rho of own anchors, (2, B), from the log of their mean ratio."""
         return log_mean

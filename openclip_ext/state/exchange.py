@@ -50,29 +50,70 @@ def gather_ids(ids: Tensor, table: SampleTable) -> Samples:
     return Samples(ids, gather_rows(ids, sizes), sizes)
 
 
-@torch.no_grad()
-def read_rows(tables: Sequence[SampleTable], samples: Gathered) -> list[Tensor]:
-    """Rows of both directions of own samples, (2, B, ...), of each table.
+class Reading:
+    """Rows of both directions of own samples, on their way from the ranks that keep them.
 
-    A collective call where tables are in parts. The host waits for the device then, to learn how many rows go where.
+    Making one is a collective call where tables are in parts, and the host waits for the device then, to learn how many
+    rows go where; the rows themselves come while this rank goes on.
 
     Args:
         tables: of one size, and spread over the same ranks.
         samples: whose ids are all below N.
     """
-    if tables[0].placement.parts == 1:
-        return [table.read(samples.ids) for table in tables]
-    keeper = samples.ids // tables[0].block
-    sent, received = _shares(tables[0], samples, keeper)
-    others = samples.all_ids // tables[0].block != tables[0].placement.rank
-    asked = samples.all_ids[others.argsort(stable=True)[: sum(sent)]]  # of each rank in turn, in its order
-    answers = [_as_bytes(table.read(asked)) for table in tables]
-    widths = [answer.shape[1] for answer in answers]
-    by_keeper = answers[0].new_empty(len(keeper), sum(widths))
-    dist.all_to_all_single(by_keeper, torch.cat(answers, dim=1), received, sent)
-    rows = torch.empty_like(by_keeper)
-    rows[keeper.argsort(stable=True)] = by_keeper
-    return [_from_bytes(part, table) for part, table in zip(rows.split(widths, dim=1), tables, strict=True)]
+
+    @torch.no_grad()
+    def __init__(self, tables: Sequence[SampleTable], samples: Gathered) -> None:
+        self._tables, self._work, self._sent = tables, None, None
+        if tables[0].placement.parts == 1:
+            self._rows = [table.read(samples.ids) for table in tables]
+            return
+        self._keeper = samples.ids // tables[0].block
+        sent, received = _shares(tables[0], samples, self._keeper)
+        others = samples.all_ids // tables[0].block != tables[0].placement.rank
+        asked = samples.all_ids[others.argsort(stable=True)[: sum(sent)]]  # of each rank in turn, in its order
+        answers = [_as_bytes(table.read(asked)) for table in tables]
+        self._widths = [answer.shape[1] for answer in answers]
+        self._sent = torch.cat(answers, dim=1)
+        self._received = self._sent.new_empty(len(self._keeper), sum(self._widths))
+        self._work = dist.all_to_all_single(self._received, self._sent, received, sent, async_op=True)
+
+    @torch.no_grad()
+    def rows(self) -> list[Tensor]:
+        """Of each table, (2, B, ...), as they were when this was made."""
+        if self._work is None:
+            return self._rows
+        self._work.wait()
+        rows = torch.empty_like(self._received)
+        rows[self._keeper.argsort(stable=True)] = self._received
+        parts = zip(rows.split(self._widths, dim=1), self._tables, strict=True)
+        return [_from_bytes(part, table) for part, table in parts]
+
+
+class Reader:
+    """Reads tables, once per step ahead of time where it is told what comes."""
+
+    def __init__(self, tables: Sequence[SampleTable]) -> None:
+        self._tables = tables
+        self._coming: Reading | None = None
+
+    def expect(self, ids: Tensor) -> None:
+        """Let the rows of own samples (B,) come, for the next `read`, which is to be of these and before any write.
+
+        A collective call where the tables are in parts; otherwise nothing happens.
+
+        Raises:
+            IndexError: an id outside of the tables.
+        """
+        table = self._tables[0]
+        if table.placement.parts > 1:
+            samples = gather_ids(ids, table)
+            table.check(samples.all_ids)
+            self._coming = Reading(self._tables, samples)
+
+    def read(self, samples: Gathered) -> list[Tensor]:
+        """Rows of both directions of own samples, (2, B, ...), of each table. Collective unless they were expected."""
+        coming, self._coming = self._coming, None
+        return (coming or Reading(self._tables, samples)).rows()
 
 
 def _shares(table: SampleTable, samples: Gathered, keeper: Tensor) -> tuple[list[int], list[int]]:

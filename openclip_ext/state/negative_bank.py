@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from openclip_ext.state.exchange import Gathered, gather_ids, read_rows
+from openclip_ext.state.exchange import Gathered, Reader, gather_ids
 from openclip_ext.state.table import Placement, SampleTable, place_of_first
 
 DIRECTIONS = 2
@@ -47,27 +47,31 @@ class NegativeBank(nn.Module):
         super().__init__()
         beside = dataclasses.replace(placement, kind="device" if placement.kind == "device" else "cpu", path=None)
         shape = (DIRECTIONS, num_samples)
-        self.ids = SampleTable(shape, torch.int64, EMPTY, "ids of the negative bank", beside, device)
-        self.stored_at = SampleTable(shape, torch.int64, 0, "steps of the negative bank", beside, device)
+        self.ids = SampleTable(shape, torch.int64, EMPTY, "negative bank", beside, device)
+        self.stored_at = SampleTable(shape, torch.int64, 0, "negative bank", beside, device)
         self.embedding = None
         if width:
             in_state = placement.kind != "mmap"  # a checkpoint would hold all of the file
             self.embedding = SampleTable((*shape, width), dtype, 0, "negative bank", placement, device, in_state)
         self._staged: tuple[Tensor, ...] | None = None
+        self._reader = Reader([self.ids, self.stored_at, *([] if self.embedding is None else [self.embedding])])
 
     def check(self, ids: Tensor) -> None:
         """Raises IndexError: an id outside of the bank."""
-        self.ids.check(ids, "negative bank")
+        self.ids.check(ids)
+
+    def expect(self, ids: Tensor) -> None:
+        """Let what is held of own samples (B,), which is read next, come from other ranks. As `Reader.expect`."""
+        self._reader.expect(ids)
 
     def read(self, samples: Gathered) -> Held:
-        """What is held of own samples. A collective call where the bank is in parts."""
-        tables = [self.ids, self.stored_at, *([] if self.embedding is None else [self.embedding])]
-        ids, stored_at, *embedding = read_rows(tables, samples)
+        """What is held of own samples. A collective call where the bank is in parts, unless they were expected."""
+        ids, stored_at, *embedding = self._reader.read(samples)
         return Held(ids, stored_at, embedding[0] if embedding else None)
 
     def read_ids(self, ids: Tensor) -> Tensor:
         """Ids (2, B) of the states of any samples (B,). A collective call where the bank is in parts."""
-        return read_rows([self.ids], gather_ids(ids, self.ids))[0]
+        return Reader([self.ids]).read(gather_ids(ids, self.ids))[0]
 
     def stage(self, ids: Tensor, state: Tensor, column_ids: Tensor, texts: Tensor, images: Tensor) -> None:
         """Remember what `commit` will write. Replaces what was staged before.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from openclip_ext.ops.pairs import PairBatch
-from openclip_ext.state.exchange import read_rows
+from openclip_ext.state.exchange import Reader
 from openclip_ext.state.table import Placement, SampleTable, place_of_first
 
 
@@ -36,7 +36,12 @@ class RateTable(SampleTable):
     ) -> None:
         super().__init__((2, num_samples), torch.float32, math.nan, "rate table", placement or Placement(), device)
         self._staged: tuple[Tensor, Tensor] | None = None
+        self._reader = Reader([self])
         self.first_visits = torch.tensor(math.nan)
+
+    def expect(self, ids: Tensor) -> None:
+        """Let the rates of own samples (B,), which the next visit is of, come from other ranks. As `Reader.expect`."""
+        self._reader.expect(ids)
 
     @torch.no_grad()
     def visit(self, pairs: PairBatch, log_estimate: Tensor, gamma: float) -> Tensor:
@@ -55,8 +60,8 @@ class RateTable(SampleTable):
         Raises:
             IndexError: an id outside of the table.
         """
-        self.check(pairs.all_ids, "rate table")
-        (old,) = read_rows([self], pairs)
+        self.check(pairs.all_ids)
+        (old,) = self._reader.read(pairs)
         log_rate = blended(old, log_estimate, gamma)
         gathered = pairs.gathered(torch.cat([log_rate, old[:1].isnan()]))
         self.first_visits = gathered[2].float().mean()

@@ -114,13 +114,13 @@ class SampleTable(nn.Module):
     def _apply(self, fn, recurse=True):
         return super()._apply(fn, recurse) if self.placement.kind == "device" else self
 
-    def check(self, ids: Tensor, name: str) -> None:
-        """Raises IndexError: an id outside of the table, which the message calls `name`.
+    def check(self, ids: Tensor) -> None:
+        """Raises IndexError: an id outside of the table.
 
         On a GPU the device stops with the message, so that the host need not wait for it.
         """
         outside = (ids < 0) | (ids >= self.num_samples)
-        where = f"outside of the {name} of {self.num_samples} samples; num_samples must cover the whole data set"
+        where = f"outside of the {self.name} of {self.num_samples} samples; num_samples must cover the whole data set"
         if outside.is_cuda:
             torch._assert_async(~outside.any(), f"a sample id is {where}")
         elif outside.any():

@@ -181,6 +181,8 @@ def two_steps(rank: int, num_ranks: int, name: str, options: dict, sizes: list[i
         loss.begin_step(step=step, total_steps=2)
         toy.zero_grad()
         loss.zero_grad()
+        if step:  # which a loop may do or not
+            loss.expect(ids[own])
         outputs = evaluate_loss(loss, model, image[own], text[own], ids[own])
         total_loss(outputs).backward()
         loss.commit()

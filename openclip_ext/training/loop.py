@@ -167,6 +167,8 @@ class Trainer:
     def _backward(self, batches: list[dict]) -> dict[str, Tensor]:
         """Gradients of one optimizer step; the loss's outputs, detached."""
         self.optimizer.zero_grad()
+        if ids := [batch["sample_ids"] for batch in batches if "sample_ids" in batch]:
+            self.loss.expect(torch.cat(ids))
         run = self._backward_whole if len(batches) == 1 else self._backward_in_parts
         with part("encoders"):
             again = self.kept_inputs.features([model_inputs(batch) for batch in batches], self.model)

@@ -105,7 +105,7 @@ def test_ids_of_billions_of_samples_stay_apart():
     placement = Placement(parts=ranks, rank=ranks - 1)
     table = SampleTable((2, number * each), torch.int64, -1, "ids", placement)
     assert table.values.shape == (2, 5_000) and table.block == 5_000
-    table.check(last, "table")
+    table.check(last)
     table.write(1, last, last)
     assert table.read(last[:2])[1].tolist() == last[:2].tolist()
     assert (table.values >= 0).sum() == 2  # what another rank keeps is not written

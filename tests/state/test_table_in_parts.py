@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import rank_jobs
 from openclip_ext.state import table as table_module
 from openclip_ext.state.table import Placement, SampleTable
 
@@ -32,6 +33,12 @@ def test_a_rank_beyond_the_samples_keeps_nothing():
     table = part(rank=7, parts=8)  # blocks of 2
     table.write(0, torch.tensor([9]), torch.ones(1, 3))
     assert table.values.shape == (2, 0, 3)
+
+
+def test_rows_that_were_expected_are_those_of_then(ranks):
+    for expected, found, error in ranks.run(rank_jobs.expected_rows, 3, SAMPLES):
+        assert len(expected) and all(torch.equal(rows, expected) for rows in found)
+        assert error.startswith(f"sample id {SAMPLES} is outside of the table of {SAMPLES} samples")
 
 
 def test_a_whole_table_is_taken_up_in_parts():

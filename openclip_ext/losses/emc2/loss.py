@@ -111,6 +111,12 @@ class EMC2Loss(PairLoss):
                 self.rates = RateTable(num_ids, beside, context.device)
             self.bank = NegativeBank(num_ids, width, dtype, placement, context.device)
 
+    def expect(self, sample_ids: Tensor) -> None:
+        """Let the states and rates of samples (B,) come from the ranks that keep them."""
+        self.bank.expect(sample_ids)
+        if self.rates is not None:
+            self.rates.expect(sample_ids)
+
     def compute(
         self,
         image_features: Tensor,
