@@ -87,9 +87,9 @@ def pair_loss(
     No tensor of width D is communicated. A collective call when there is more than one rank.
 
     Stored pairs add to the gradient, and nothing to the number that sums are divided by: as columns of the batch's
-    anchors, moved to the mean that `centre` says, and as anchors a `sum_j w_aj grad s_aj` over the batch's columns j,
-    the logit scale held constant, with `w_aj = exp(q_aj + log_weight_a) / (G + S - 1)`. As an anchor meets that many
-    columns, so does a column anchors, and with any other number one side would push harder than the other.
+    anchors, moved to the mean that `centre` says, and as anchors a `sum_j w_aj grad s_aj` over the batch's columns j, the
+    logit scale held constant. There `w_aj = exp(q_aj + log_weight_a) / (G + S - 1)`: as an anchor meets that many columns
+    on average, so does a column anchors, and with any other number both sides would not push alike.
 
     Args:
         pairs: the global batch.
