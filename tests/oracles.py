@@ -160,8 +160,6 @@ def with_recent_pairs(form, fresh, stored, scale, negatives):
 
     Stored columns push as if their mean were that of the batch's other columns.
 
-    A column of the batch takes the mean over the anchors that there are, of the batch and stored.
-
     `fresh` and `stored`: (image, text, ids); in `stored` log sums (2, S) and counts (S,) of its anchors follow.
     """
     image, text, ids = fresh
@@ -186,9 +184,8 @@ def with_recent_pairs(form, fresh, stored, scale, negatives):
             scores = torch.stack([constant * old_anchors[a] @ other for other in others])
             log_sum = torch.logaddexp(log_sums[direction][a], scores.logsumexp(0))
             positive = constant * old_anchors[a] @ old_columns[a]
-            number = int(counts[a]) + len(others)
-            offset = recent_weight(form, log_sum, number, positive, negatives).detach()
-            weights = (scores - offset).exp().detach() * number / (len(ids) + len(old_ids) - 1)
+            offset = recent_weight(form, log_sum, int(counts[a]) + len(others), positive, negatives).detach()
+            weights = (scores - offset).exp().detach()
             met[1 - direction, [j for j in range(len(ids)) if ids[j] != old_ids[a]]] += weights
             total = total + (weights * scores).sum()
     for kind, (anchors, columns, old_columns) in enumerate(((image, text, old_text), (text, image, old_image))):

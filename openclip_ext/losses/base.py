@@ -148,7 +148,8 @@ class PairLoss(Loss):
         value, log_weight = self.anchor_terms(pairs, log_mean)
         of_stored = None
         if pairs.stored is not None:
-            of_stored = self.terms(*stored_standing(pairs))[1]
+            stored_mean, stored_count = stored_standing(pairs)
+            of_stored = self.terms(stored_mean, stored_count)[1] - stored_count
         loss = pair_loss(pairs, value=value, log_weight=log_weight, stored_log_weight=of_stored)
         if self.recent is not None:
             self.recent.visit(pairs, log_mean, image_features_again, text_features_again)

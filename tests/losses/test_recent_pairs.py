@@ -13,7 +13,6 @@ from openclip_ext.testing import check_loss
 
 B, D, N = 5, 4, 40
 SCALE = torch.tensor(6.0, dtype=torch.float64)
-WAYS = "image", "text"
 FORMS = {
     "clip": {},
     "dcl": {},
@@ -118,35 +117,6 @@ def test_fresh_pairs_cost_no_signal_where_features_lie_in_a_cone():
     assert signals[steps] > signals[0] - 0.02 > 0.5
 
 
-@pytest.mark.parametrize("size", [40, 80])
-def test_the_mean_gradient_is_that_over_all_pairs(size):
-    """With parameters that stand still, what batches and stored pairs push adds up to what all pairs do."""
-    pairs, steps, draws = 240, 3, 400
-    latent = torch.randn(pairs, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    noise = torch.randn(2, pairs, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    inputs = [normalize(latent + x, dim=1) for x in noise]
-
-    def gradient(loss, ids, again=None):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        probe = {} if again is None else {f"{n}_features_again": x[again] for n, x in zip(WAYS, inputs, strict=True)}
-        value = loss(*(x[ids] for x in leaves), SCALE, sample_ids=ids, **probe)["contrastive_loss"]
-        return torch.cat(
-            [(x.T @ slope).flatten() for x, slope in zip(inputs, torch.autograd.grad(value, leaves), strict=True)]
-        )
-
-    whole = gradient(create_loss("batch_corrected", num_samples=pairs), torch.arange(pairs))
-    loss = create_loss("batch_corrected", num_samples=pairs, recent_batches=steps, recent_check=1)
-    generator, kept, found = torch.Generator().manual_seed(2), None, []
-    for _ in range(draws):
-        ids = torch.randperm(pairs, generator=generator)[:size]
-        kept = ids if loss.probe == "keep" else kept
-        found.append(gradient(loss, ids, kept if loss.probe == "encode" else None))
-        loss.commit()
-    assert loss.base.recent.usable == steps
-    error = torch.stack(found[4 * steps :]).mean(0) - whole
-    assert error.norm() < 0.15 * whole.norm()
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_without_features_encoded_again_no_stored_pair_joins(name):
     with_them, without = recent_loss(name), create_loss(name, **FORMS[name])
@@ -162,8 +132,8 @@ def test_without_features_encoded_again_no_stored_pair_joins(name):
     assert with_them.base.recent.joining() is None
 
 
-def test_what_stored_anchors_weigh_is_bounded():
-    """However wrong a stored log sum is, an anchor of `dcl` pushes with a weight of at most two in all."""
+def test_stored_anchors_weigh_no_more_than_in_the_batch_alone():
+    """However wrong a stored log sum is, an anchor of `dcl` pushes with a weight of at most one in all."""
     loss, seen = filled("dcl")
     loss.base.recent.log_sum.fill_(-1e4)
     image, text, ids = batch(len(seen))
@@ -171,7 +141,7 @@ def test_what_stored_anchors_weigh_is_bounded():
     gradients = torch.autograd.grad(loss(*leaves, 100 * SCALE, sample_ids=ids)["contrastive_loss"], leaves)
     stored = 3 * B
     for gradient in gradients:  # two directions of fresh anchors with their positives, and stored ones, all of norm one
-        assert gradient.norm(dim=1).sum() <= 100 * SCALE * (4 * B + 2 * stored) / (2 * B) + 1e-6
+        assert gradient.norm(dim=1).sum() <= 100 * SCALE * (4 * B + stored) / (2 * B) + 1e-6
 
 
 def test_an_age_whose_scores_have_moved_stays_out():
