@@ -73,8 +73,9 @@ class Loss(nn.Module):
         """Called before each optimizer step, of which training has `total_steps`. For losses with a schedule."""
 
     def expect(self, sample_ids: Tensor) -> None:
-        """May be called before the model is run, with the ids (B,) that `compute` will be given: what is kept of them on
-        other ranks can come meanwhile. On all ranks or on none. For losses whose state is spread over ranks.
+        """May be called before the model is run, with the ids (B,) that `compute` will be given, on all ranks.
+
+        What is kept of them on other ranks can come meanwhile. For losses whose state is spread over ranks.
         """
 
     def commit(self) -> None:

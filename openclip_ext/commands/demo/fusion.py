@@ -3,11 +3,14 @@
 import os
 import shutil
 import time
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from openclip_ext.commands import eval as eval_command
 from openclip_ext.commands.eval.body import run_eval
+from openclip_ext.data.questions import read_questions
 from openclip_ext.data.scenes import IMAGE_SIZE, write_scenes
 from openclip_ext.files import write_json
 from openclip_ext.options import Parser
@@ -23,7 +26,7 @@ MODEL_CONFIG = {
 FUSION_CONFIG = {"layers": 2, "width": 64, "heads": 4, "decoder_layers": 1, "dropout": 0.0, "momentum": 0.99}
 #: Stages in order: task, what it starts from, and epochs.
 STAGES = {
-    "pretrain": (None, 8),
+    "pretrain": (None, 24),  # matching begins to be learned after some eight
     "retrieval": ("pretrain", 2),
     "vqa": ("pretrain", 8),
     "assign": ("pretrain", 1),
@@ -55,7 +58,8 @@ def run_fusion_demo(
         batch_size: of all stages.
 
     Returns:
-        `scores` by task, `reranked`, what matching makes of retrieval, and `seconds`.
+        `scores` by stage, and of `retrieval-reranked`, what matching makes of retrieval; `words_alone`, what the best
+        guess from a question's words would score; and `seconds`.
     """
     started = time.time()
     os.makedirs(out, exist_ok=True)
@@ -73,10 +77,26 @@ def run_fusion_demo(
         train(parse_args(flags))
         if stage in SCORES:
             scores |= _score(logs, data, stage)
-            print("  ".join(f"{name} {100 * value:.1f} %" for name, value in scores.items()), flush=True)
-    result = {"scores": scores, "seconds": round(time.time() - started, 1)}
+            print(_shown(scores), flush=True)
+    words_alone = {task: _by_words_alone(task, data) for task in ("vqa", "nlvr2", "ve")}
+    print(f"without a look at the pictures: {_shown(words_alone)}")
+    result = {"scores": scores, "words_alone": words_alone, "seconds": round(time.time() - started, 1)}
     write_json(result, os.path.join(out, "fusion.json"))
     return result
+
+
+def _shown(scores: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {100 * value:.1f} %" for name, value in scores.items())
+
+
+def _by_words_alone(task: str, data: Mapping[str, str]) -> float:
+    """The accuracy of the answer that a question had most often in training, or that all had, of one never asked."""
+    train, val = (read_questions(task, data[f"{task}/{split}"], None, "--out").rows for split in ("train", "val"))
+    given: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in train:
+        given[row.text].update(row.answers)
+    of_all = sum(given.values(), Counter())
+    return fmean(given.get(row.text, of_all).most_common(1)[0][0] in row.answers for row in val)
 
 
 def _flags(
