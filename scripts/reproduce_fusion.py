@@ -4,9 +4,9 @@
     python scripts/reproduce_fusion.py --jobs 2
     python scripts/reproduce_fusion.py --table scripts/README.md
 
-What `openclip-ext demo --fusion` does, on fewer scenes and in fewer epochs, with pre-training by the base loss, with
-each term (Sep: `feature_separation`, Br: `brownian_bridge`, GC: `geometric_consistency`), and all three; weights are
-not tuned. Every run that is done is a folder of OUT with its `fusion.json`, and is not done again.
+What `openclip-ext demo --fusion` does, on fewer scenes and in fewer epochs: with the base loss alone, with each term
+(Sep: `feature_separation`, Br: `brownian_bridge`, GC: `geometric_consistency`), and with all three; weights are not
+tuned. Every run that is done is a folder of OUT with its `fusion.json`, and is not done again.
 """
 
 import argparse

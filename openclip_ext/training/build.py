@@ -49,7 +49,6 @@ def build_trainer(
     if fusion or "vocabulary" in plan.needs:
         vocabulary = Vocabulary(*upstream.read_vocabulary(tokenizer), mask_id=upstream.find_mask_id(tokenizer))
     paired = _paired(config, plan, model, fusion, vocabulary)
-    momentum_encoder = getattr(paired, "momentum_encoder", None)
     _require_room(config, accelerator, upstream.embedding_width(model))
     loss = _objective(config, accelerator, plan, data, paired, fusion, vocabulary, tokenizer)
     seed_all(config.seed + accelerator.process_index)
@@ -63,23 +62,6 @@ def build_trainer(
     scale_learning_rates(config, model, optimizer)
     loss_parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     prepared_model, prepared_optimizer = sharding.prepare(accelerator, paired, optimizer, loss_parameters)
-    remarks = [
-        f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
-        for modality in getattr(paired, "projected", [])
-    ]
-    remarks += [f"--resume {config.resume}: {remark}" for remark in loader.remarks]
-    average = None if config.ema is None else WeightAverage(model, config.ema)
-    hash_ids = HashIds(data.num_ids) if data.sample_id == "hash" else None
-    if checkpoint:
-        restored = checkpoint.restore(
-            optimizer=optimizer,
-            scaler=accelerator.scaler,
-            loss=loss,
-            momentum_encoder=momentum_encoder,
-            average=average,
-        )
-        checkpoint.restore_ids(data.sample_id, hash_ids)
-        remarks += [f"--resume {config.resume}: {remark}" for remark in restored]
     trainer = Trainer(
         accelerator=accelerator,
         module=model,
@@ -93,23 +75,52 @@ def build_trainer(
         accum_freq=config.accum_freq,
         grad_clip_norm=config.grad_clip_norm,
         clock=clock,
-        faults=Faults(
-            source=data.source,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            samples=loader.num_samples,
-            max_skipped=config.max_skipped,
-            max_bad=config.max_bad,
-        ),
+        faults=_faults(config, accelerator, data, loader),
         teacher=upstream.create_teacher(config.flags, accelerator.device) if config.distill_model else None,
-        hash_ids=hash_ids,
-        momentum_encoder=momentum_encoder,
-        average=average,
+        hash_ids=HashIds(data.num_ids) if data.sample_id == "hash" else None,
+        momentum_encoder=getattr(paired, "momentum_encoder", None),
+        average=None if config.ema is None else WeightAverage(model, config.ema),
         adapters=adapters,
     )
-    if time:
+    remarks = [
+        f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
+        for modality in getattr(paired, "projected", [])
+    ]
+    resumed = [*loader.remarks, *(_restore(trainer, checkpoint, optimizer, data) if checkpoint else [])]
+    return trainer, remarks + [f"--resume {config.resume}: {remark}" for remark in resumed]
+
+
+def _restore(trainer: Trainer, checkpoint, optimizer, data: TrainingData) -> list[str]:
+    """Bring everything but the model to where it was; returns remarks for the log.
+
+    Args:
+        trainer: built, and not yet used.
+        checkpoint: to go on from.
+        optimizer: as it was before it was prepared.
+        data: says how samples are told apart.
+    """
+    remarks = checkpoint.restore(
+        optimizer=optimizer,
+        scaler=trainer.accelerator.scaler,
+        loss=trainer.loss,
+        momentum_encoder=trainer.momentum_encoder,
+        average=trainer.average,
+    )
+    checkpoint.restore_ids(data.sample_id, trainer.hash_ids)
+    if time := checkpoint.content.get("clock"):
         trainer.restore_time(time)
-    return trainer, remarks
+    return remarks
+
+
+def _faults(config: RunConfig, accelerator: Accelerator, data: TrainingData, loader: TrainLoader) -> Faults:
+    return Faults(
+        source=data.source,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        samples=loader.num_samples,
+        max_skipped=config.max_skipped,
+        max_bad=config.max_bad,
+    )
 
 
 def _to_train(
