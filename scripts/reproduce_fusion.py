@@ -4,7 +4,7 @@
     python scripts/reproduce_fusion.py --jobs 2
     python scripts/reproduce_fusion.py --table scripts/README.md
 
-What `openclip-ext demo --fusion` does, on fewer scenes and in fewer epochs: with the base loss alone, with each term
+What `openclip-ext demo --fusion` does: with the base loss alone, with each term
 (Sep: `feature_separation`, Br: `brownian_bridge`, GC: `geometric_consistency`), and with all three; weights are not
 tuned. Every run that is done is a folder of OUT with its `fusion.json`, and is not done again.
 """
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--loss", default="clip", help="the base loss (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=0.67, help="a factor on those of the demo")
-    parser.add_argument("--scenes", type=int, default=2000, help="to train each stage on (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, default=1.0, help="a factor on those of the demo")
+    parser.add_argument("--scenes", type=int, default=3000, help="to train each stage on (default: %(default)s)")
     add_arguments(parser, "runs/fusion", MARKS, quick="two rows, one seed, few scenes, which show nothing: minutes")
     args = parser.parse_args()
     args = argparse.Namespace(**vars(args) | QUICK) if args.quick else args
