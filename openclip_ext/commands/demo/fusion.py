@@ -30,7 +30,7 @@ FUSION_CONFIG = {
 }  # fmt: skip
 #: Stages in order: task, what it starts from, and epochs.
 STAGES = {
-    "pretrain": (None, 16),  # matching begins to be learned after five
+    "pretrain": (None, 24),  # matching begins to be learned after five
     "retrieval": ("pretrain", 2),
     "vqa": ("pretrain", 6),
     "assign": ("pretrain", 1),
