@@ -10,6 +10,8 @@ from reproduce.emc2.train import Run as EMC2Run
 from reproduce.emc2.train import build, encode_stored, exact
 from reproduce.emc2.train import train as train_emc2
 from reproduce.emc2.views import stored_views
+from reproduce.fusion import summary as fusion_summary
+from reproduce.fusion.train import Run as FusionRun
 from reproduce.gradient_bias.data import NUISANCE, SCALE, Noise, global_loss, optimum, shares, simulate
 from reproduce.gradient_bias.train import PAIRS, Run, Trainer, is_decoupled, train
 from reproduce.structures.data import Source, load
@@ -194,3 +196,19 @@ def test_pictures_of_a_csv_have_classes_and_disjoint_splits(tmp_path, pairs):
     assert np.asarray(splits.examples["train"][0].picture()).shape == (32, 32, 3)
     with pytest.raises(UserError, match="--classes nothing: .* has the columns filepath, title, kind"):
         load(Source(pairs=str(tmp_path / "pairs.csv"), classes="nothing"))
+
+
+def test_rows_of_fusion_models_are_held_against_the_base_seed_by_seed(tmp_path):
+    store = Store(str(tmp_path / "runs.jsonl"), lambda record: FusionRun(**record))
+    scores = {("GC", 0): 0.5, ("GC", 1): 0.3, ("base", 0): 0.4, ("base", 1): 0.1, ("base", 2): 0.0}
+    for (row, seed), value in scores.items():
+        run = FusionRun(row=row, loss="clip", scenes=9, epochs=1.0, seed=seed)
+        found = dict.fromkeys(fusion_summary.SCORES, value)
+        store.add(run, {"scores": found, "words_alone": {"vqa": 0.25}, "seconds": 1.0})
+    store.add(FusionRun(row="Sep", loss="dcl", scenes=9, epochs=1.0, seed=0), store.require(run))  # another base loss
+    base, gc, alone = fusion_summary.summarise(store)
+    assert [record["row"] for record in (base, gc, alone)] == ["base", "GC", "Sep"]
+    mean, width = gc["difference"]["vqa"]
+    assert mean == pytest.approx(15) and width == pytest.approx(12.706 * 5 * math.sqrt(2) / math.sqrt(2), rel=1e-3)
+    assert "difference" not in base and "difference" not in alone
+    assert "| GC " in fusion_summary.markdown([base, gc]) and "25.0" in fusion_summary.markdown([base, gc])

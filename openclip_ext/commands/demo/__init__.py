@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help=f"(default: {BATCH_SIZE})")
     parser.add_argument(
         "--fusion", action="store_true",
-        help="instead: a fusion model on generated scenes, from nothing to its scores on four tasks, in a quarter of an hour",
+        help="instead: a fusion model on generated scenes, from nothing to scores on four tasks, in 15 minutes",
     )  # fmt: skip
 
 
