@@ -27,6 +27,7 @@ def two_shards(tmp_path, pairs):
             ["--loss-arg", "draws=2", "--loss-arg", "gamma_decay=0", "--warm-start-pass", "--recent-batches", "0"],
         ),
         (fork, "torchrun", "clip", ["--grad-clip-norm", "1"]),
+        (fork, "torchrun", "gamma_decomp", ["--recent-batches", "0", "--loss-comm", "ring", "--loss-tile", "3"]),
         (fork, "torchrun", "dcl", TERMS.split()),
     ],
 )
