@@ -26,10 +26,8 @@ from reproduce.emc2.train import Run, build, train
 from reproduce.emc2.views import stored_views
 from runs.pool import finish
 from runs.rows import Single
-from runs.script import add_arguments, carry_out
+from runs.script import add_arguments, carry_out, write_report
 from runs.store import Store
-
-from openclip_ext.files import write_json
 
 METHODS = (
     *("clip", "sogclr", "dcl", "gamma_decomp+gamma=0.1+decoupled=true+recent=0"),
@@ -80,11 +78,7 @@ def do(args: argparse.Namespace, store: Store) -> None:
 
 def report(store: Store, out: str) -> list[dict]:
     """Write OUT/results.json and OUT/emc2.png of all that is done, and return the records."""
-    records = summarise(store)
-    write_json(records, os.path.join(out, "results.json"))
-    if records:
-        draw(records, os.path.join(out, "emc2.png"))
-    return records
+    return write_report(summarise(store), out, draw, "emc2.png")
 
 
 if __name__ == "__main__":

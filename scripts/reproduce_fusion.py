@@ -18,10 +18,9 @@ from reproduce.fusion.summary import draw, markdown, summarise
 from reproduce.fusion.train import ROWS, Run, train
 from runs.pool import finish
 from runs.rows import Single
-from runs.script import add_arguments, carry_out
+from runs.script import add_arguments, carry_out, write_report
 from runs.store import Store
 
-from openclip_ext.files import write_json
 from openclip_ext.registry import get_spec
 
 QUICK = {"seeds": 1, "epochs": 0.01, "scenes": 60, "rows": ["base", "all"]}
@@ -59,11 +58,7 @@ def do(args: argparse.Namespace, store: Store) -> None:
 
 def report(store: Store, out: str) -> list[dict]:
     """Write OUT/results.json and OUT/fusion.png of all that is done, and return the records."""
-    records = summarise(store)
-    write_json(records, os.path.join(out, "results.json"))
-    if records:
-        draw(records, os.path.join(out, "fusion.png"))
-    return records
+    return write_report(summarise(store), out, draw, "fusion.png")
 
 
 if __name__ == "__main__":

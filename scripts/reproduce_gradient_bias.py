@@ -25,10 +25,8 @@ from reproduce.gradient_bias.summary import draw, markdown, summarise
 from reproduce.gradient_bias.train import Run, is_decoupled, train
 from runs.pool import finish
 from runs.rows import Single
-from runs.script import add_arguments, carry_out
+from runs.script import add_arguments, carry_out, write_report
 from runs.store import Store
-
-from openclip_ext.files import write_json
 
 METHODS = (
     *("clip", "dcl", "batch_corrected"),
@@ -72,11 +70,7 @@ def do(args: argparse.Namespace, store: Store) -> None:
 
 def report(store: Store, out: str) -> list[dict]:
     """Write OUT/results.json and OUT/gradient_bias.png of all that is done, and return the records."""
-    records = summarise(store)
-    write_json(records, os.path.join(out, "results.json"))
-    if records:
-        draw(records, os.path.join(out, "gradient_bias.png"))
-    return records
+    return write_report(summarise(store), out, draw, "gradient_bias.png")
 
 
 def title(run: Run) -> str:

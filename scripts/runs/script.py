@@ -1,11 +1,12 @@
 """What such scripts take and how they end."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
 from openclip_ext.errors import UserError
-from openclip_ext.files import make_out_folder
+from openclip_ext.files import make_out_folder, write_json
 
 from .marks import put_between_marks
 
@@ -51,3 +52,11 @@ def carry_out(
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
+
+
+def write_report(records: list[dict], out: str, draw: Callable[[list[dict], str], None], picture: str) -> list[dict]:
+    """Write OUT/results.json and, unless there are none, the picture of all records, which are returned."""
+    write_json(records, os.path.join(out, "results.json"))
+    if records:
+        draw(records, os.path.join(out, picture))
+    return records
