@@ -4,10 +4,11 @@ import itertools
 import os
 import shutil
 
+from runs.intervals import format_interval
 from runs.marks import put_between_marks
 
 from .store import open_store
-from .summary import draw, format_interval, markdown, summarise
+from .summary import draw, markdown, summarise
 
 SCRIPTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNS = os.path.join(SCRIPTS, "quality", "runs.jsonl")

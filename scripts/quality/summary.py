@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from runs.intervals import format_interval
 from runs.store import Store
 
 from openclip_ext.files import atomic
@@ -100,11 +101,6 @@ def _line(record: dict) -> str:
         f"{record['seconds']:.0f}",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def format_interval(mean: float, width: float | None, sign: str = "") -> str:
-    """`81.9 ± 0.2`."""
-    return f"{mean:{sign}.1f}" + ("" if width is None else f" ± {width:.1f}")
 
 
 def _signed(difference: list | None) -> str:

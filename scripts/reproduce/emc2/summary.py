@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from runs.intervals import format_values
 from runs.methods import place
 from runs.store import Store
 
@@ -66,15 +67,15 @@ def markdown(records: list[dict]) -> str:
     ]
     for record in records:
         at_end = [losses[-1] for losses in record["loss"]]
-        cells = [f"`{record['method']}`", _interval(record["last"], 2), _ratio(record["ratio"]), _interval(at_end, 3),
-                 f"{record['seconds']:.0f}"]  # fmt: skip
+        cells = [
+            f"`{record['method']}`",
+            format_values(record["last"], 2),
+            _ratio(record["ratio"]),
+            format_values(at_end, 3),
+            f"{record['seconds']:.0f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _interval(values: list[float], digits: int) -> str:
-    width = half_width(values)
-    return f"{np.mean(values):.{digits}f}" + ("" if width is None else f" ± {width:.{digits}f}")
 
 
 def _ratio(values: list[float]) -> str:

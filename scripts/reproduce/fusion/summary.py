@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from runs.intervals import draw_bars, format_compared, format_values, paired_differences
 from runs.store import Store
 
 from openclip_ext.files import atomic
-from openclip_ext.report.intervals import half_width
-from openclip_ext.report.palette import row_style
 from openclip_ext.report.tables import markdown_table
 
 from .train import ROWS, Run
@@ -44,7 +43,7 @@ def summarise(store: Store[Run]) -> list[dict]:
         if row == "base":
             bases[setting] = record
         elif setting in bases:
-            record["difference"] = _differences(record["scores"], bases[setting]["scores"])
+            record["difference"] = paired_differences(record["scores"], bases[setting]["scores"])
         records.append(record)
     return records
 
@@ -54,37 +53,19 @@ def _setting(run: Run) -> tuple[tuple[str, object], ...]:
     return tuple(item for item in dataclasses.asdict(run).items() if item[0] not in ("row", "seed"))
 
 
-def _differences(own: dict, base: dict) -> dict[str, tuple[float, float | None]]:
-    found = {}
-    for name, values in own.items():
-        both = [values[seed] - base[name][seed] for seed in values if seed in base[name]]
-        if both:
-            found[name] = float(np.mean(both)), half_width(both)
-    return found
-
-
 def markdown(records: list[dict]) -> str:
     """A line per row: scores in percent, and differences to the base loss in brackets; last, what words alone score."""
     lines = []
     for record in records:
-        cells = [_shown(list(record["scores"][name].values())) for name in SCORES]
-        for place, name in enumerate(SCORES):
-            if name in record.get("difference", {}):
-                mean, width = record["difference"][name]
-                cells[place] += f" ({_with_width(mean, width, '+')})"
+        cells = (
+            format_compared(list(record["scores"][name].values()), record.get("difference", {}).get(name))
+            for name in SCORES
+        )
         lines.append([record["row"], str(record["seeds"]), *cells])
     if records:
         blind = records[0]["words_alone"]
-        lines.append(["words alone", "", *(_shown(list(blind.get(name, {}).values())) for name in SCORES)])
+        lines.append(["words alone", "", *(format_values(list(blind.get(name, {}).values())) for name in SCORES)])
     return markdown_table(["", "seeds", *SCORES], lines)
-
-
-def _shown(values: list[float]) -> str:
-    return _with_width(float(np.mean(values)), half_width(values)) if values else ""
-
-
-def _with_width(mean: float, width: float | None, sign: str = "") -> str:
-    return f"{mean:{sign}.1f}" + ("" if width is None else f" ± {width:.1f}")
 
 
 def draw(records: list[dict], path: str) -> None:
@@ -93,17 +74,12 @@ def draw(records: list[dict], path: str) -> None:
     charts = list(figure.subplots(2, 3).flat)
     charts.pop().axis("off")
     for axes, (name, title) in zip(charts, SCORES.items(), strict=True):
-        values = [list(record["scores"][name].values()) for record in records]
-        means, widths = [float(np.mean(own)) for own in values], [half_width(own) or 0.0 for own in values]
-        colors = [row_style(index)["color"] for index in range(len(records))]
-        axes.bar(range(len(means)), means, yerr=widths, color=colors, capsize=3, width=0.65)
+        rows = [list(record["scores"][name].values()) for record in records]
+        draw_bars(axes, title, [record["row"] for record in records], rows)
+        axes.set_ylim(0, 100)
         if blind := records[0]["words_alone"].get(name):
             axes.axhline(float(np.mean(list(blind.values()))), color="0.4", linestyle="--", label="words alone")
             axes.legend(fontsize="x-small")
-        axes.set_title(title, fontsize="medium")
-        axes.set_xticks(range(len(means)), [record["row"] for record in records])
-        axes.set_ylim(0, 100)
-        axes.grid(axis="y", alpha=0.25)
     figure.suptitle(f"fusion model on generated scenes, %: mean and 95 % interval over {records[0]['seeds']} seeds")
     with atomic(path) as partial:
         figure.savefig(partial, dpi=110, format="png")

@@ -4,12 +4,11 @@ import dataclasses
 
 import numpy as np
 from matplotlib.figure import Figure
+from runs.intervals import draw_bars, format_compared, paired_differences
 from runs.store import Store
 
 from openclip_ext.evaluation.metrics.structure import TITLES
 from openclip_ext.files import atomic
-from openclip_ext.report.intervals import half_width
-from openclip_ext.report.palette import row_style
 
 from .rows import Row, finished_rows
 from .train import RECALLS, Run
@@ -35,7 +34,7 @@ def summarise(store: Store[Run]) -> list[dict]:
         if not record["terms"]:
             bases[place] = record
         base = bases.get(place)
-        record["difference"] = {} if base in (None, record) else _differences(record["scores"], base["scores"])
+        record["difference"] = {} if base in (None, record) else paired_differences(record["scores"], base["scores"])
         records.append(record)
     return records
 
@@ -57,15 +56,6 @@ def _record(row: Row, store: Store[Run]) -> dict:
     }  # fmt: skip
 
 
-def _differences(own: dict, base: dict) -> dict[str, list]:
-    result = {}
-    for name, values in own.items():
-        common = [values[seed] - base[name][seed] for seed in values if seed in base.get(name, {})]
-        if common:
-            result[name] = [float(np.mean(common)), half_width(common)]
-    return result
-
-
 def markdown(records: list[dict]) -> str:
     """A line per row: scores in percent and what they differ by from the base loss, then what structure is measured."""
     heads = [*SCORES.values(), *(TITLES[name] for name in MEASURES)]
@@ -84,15 +74,9 @@ def data_name(record: dict) -> str:
 
 def _cell(record: dict, name: str, digits: int) -> str:
     values = list(record["scores"][name].values())
-    text = f"{np.mean(values):.{digits}f}"
     if name not in SCORES:
-        return text
-    width = half_width(values)
-    text += "" if width is None else f" ± {width:.{digits}f}"
-    if name in record["difference"]:
-        mean, width = record["difference"][name]
-        text += f" ({mean:+.{digits}f}" + ("" if width is None else f" ± {width:.{digits}f}") + ")"
-    return text
+        return f"{np.mean(values):.{digits}f}"
+    return format_compared(values, record["difference"].get(name), digits)
 
 
 def draw(records: list[dict], path: str) -> None:
@@ -101,13 +85,8 @@ def draw(records: list[dict], path: str) -> None:
     figure = Figure(figsize=(12, 9), layout="constrained")
     charts = figure.subplots(3, 3).flat
     for axes, (name, title) in zip(charts, names.items(), strict=True):
-        values = [list(record["scores"][name].values()) for record in records]
-        means, widths = [float(np.mean(own)) for own in values], [half_width(own) or 0.0 for own in values]
-        colors = [row_style(index)["color"] for index in range(len(records))]
-        axes.bar(range(len(means)), means, yerr=widths, color=colors, capsize=3, width=0.65)
-        axes.set_title(title, fontsize="medium")
-        axes.set_xticks(range(len(means)), [record["title"] for record in records], fontsize="x-small", rotation=20)
-        axes.grid(axis="y", alpha=0.25)
+        rows = [list(record["scores"][name].values()) for record in records]
+        draw_bars(axes, title, [record["title"] for record in records], rows, fontsize="x-small", rotation=20)
     seeds = len(records[0]["scores"]["recall"])
     figure.suptitle(f"{data_name(records[0])}: mean and 95 % interval over {seeds} seeds; weights chosen on validation")
     with atomic(path) as partial:
