@@ -13,24 +13,21 @@ written. `--peers` adds losses of other packages, where they are installed.
 """
 
 import argparse
-import concurrent.futures
 import json
 import math
-import multiprocessing
 import sys
 
 from runs.loss_picture import draw
 from runs.loss_steps import STOCK, VIEWS, measure
 from runs.peers import PEERS
 
+from openclip_ext.processes import worker_pool
 from openclip_ext.registry import registered_names
 
 
 def measured(args: argparse.Namespace, name: str, batch: int, width: int) -> dict | None:
     """What `measure` finds in a process of its own; None, and a line: a loss of another package does not run here."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["open_clip", "openclip_ext.losses"])  # imported once
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    with worker_pool(1, ["open_clip", "openclip_ext.losses"]) as pool:
         try:
             found = pool.submit(measure, name, batch, width, args.device, args.repeats, args.alone).result()
         except Exception as error:

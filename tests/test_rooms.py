@@ -19,7 +19,8 @@ NAME = "openclip_ext"
 #: From top to bottom. `__init__` is the public face: it shows what is below to others than this package.
 ROOMS = [
     "__main__", "cli", "__init__", "commands", "stock_loop", "testing", "training", "evaluation", "report", "data",
-    "fusion", "terms", "losses", "state", "upstream", "ops", "registry", "options", "files", "redact", "errors",
+    "fusion", "terms", "losses", "state", "upstream", "ops", "registry", "options", "processes", "files", "redact",
+    "errors",
 ]  # fmt: skip
 
 #: `LossSpec.host`, which patched copies of OpenCLIP's loop call: a record knows its way into another loop.
@@ -34,6 +35,7 @@ AT_THE_ROOT = {
     "redact.py",
     "registry.py",
     "options.py",
+    "processes.py",
 }
 
 

@@ -1,9 +1,7 @@
 """Counting the samples of shards, here or elsewhere, into a `sizes.json`."""
 
-import concurrent.futures
 import functools
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,6 +12,7 @@ from openclip_ext.data.listing import is_local
 from openclip_ext.data.sizes import SIZES_FILE, Sizes, read_sizes, write_sizes
 from openclip_ext.errors import UserError
 from openclip_ext.files import Rows, keep_rows, make_out_folder
+from openclip_ext.processes import worker_pool
 
 #: Beside a `sizes.json` that is being made: a line for each shard that has been counted.
 COUNTED_FILE = SIZES_FILE + ".counted"
@@ -99,9 +98,7 @@ def _counts(urls: Sequence[str], jobs: int) -> Iterator[Counted]:
     if jobs == 1 or len(urls) <= _ENOUGH:
         yield from map(_count, urls)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imported once
-    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(urls) // _ENOUGH), context) as pool:
+    with worker_pool(min(jobs, len(urls) // _ENOUGH), [__name__]) as pool:
         try:
             yield from pool.map(_count, urls, chunksize=_ENOUGH)
         except BaseException:

@@ -1,6 +1,5 @@
 """Real gloo ranks for tests: processes that start once and run many functions."""
 
-import multiprocessing
 import multiprocessing.connection
 import os
 import tempfile
@@ -12,6 +11,8 @@ import torch
 
 # Bound before any group exists: its functions keep the group that was the default one when they were imported.
 import torch.distributed.nn
+
+from openclip_ext.processes import worker_context
 
 
 class RankPool:
@@ -26,7 +27,7 @@ class RankPool:
     """
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
+        self._context: Any = worker_context()
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:

@@ -1,15 +1,15 @@
 """Many runs, several at a time, each on one core."""
 
 import concurrent.futures
+import functools
 import itertools
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
+
+from openclip_ext.processes import worker_pool
 
 from .store import Store
 
@@ -46,10 +46,9 @@ def finish(
         title: of a run, for the progress bar.
     """
     left, done = sum(row.cost * row.left(store) for row in rows), 0
-    context = multiprocessing.get_context("forkserver")
     with (
         tqdm(total=left / 1e6, unit="M", smoothing=0.1, bar_format=_BAR) as bar,
-        concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=_begin) as pool,
+        worker_pool(jobs, begin=functools.partial(torch.set_num_threads, 1)) as pool,
     ):
         running: dict[Any, concurrent.futures.Future] = {}
         while True:
@@ -68,18 +67,6 @@ def finish(
             if (finished := sum(not row.wanted(store) for row in rows)) > done:
                 done = finished
                 report()
-
-
-def _begin() -> None:
-    """In a process of the pool: one core, and no waiting for work forever if what started it was killed."""
-    torch.set_num_threads(1)
-
-    def watch() -> None:
-        if (parent := multiprocessing.parent_process()) is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 _BAR = "{percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} to go{postfix}"

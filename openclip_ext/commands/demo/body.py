@@ -1,14 +1,14 @@
 """`openclip-ext demo`: small CLIP models from scratch on handwritten digits, one per loss and seed, compared."""
 
 import contextlib
+import functools
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from openclip_ext.evaluation.metrics.zero_shot import zero_shot_classifier, zero
 from openclip_ext.files import write_json
 from openclip_ext.losses import ObjectivePlan
 from openclip_ext.options import parse_terms
+from openclip_ext.processes import worker_pool
 from openclip_ext.report.compare import compare, group, write_report
 from openclip_ext.report.run_files import read_run
 from openclip_ext.report.tables import verdict
@@ -99,9 +100,8 @@ def run_demo(out: str, *, losses: Sequence[str], seeds: int, epochs: int, batch_
 
 def _train_all(jobs: dict[str, list[str]], test: str) -> Iterator[tuple[str, float]]:
     """Train with the flags of each folder and score it on `test`; yields folders and top-1 as they are done."""
-    context = multiprocessing.get_context("forkserver")
     workers = min(PROCESSES, os.cpu_count() or 1, len(jobs))
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with worker_pool(workers, begin=functools.partial(torch.set_num_threads, 1)) as pool:
         futures = {pool.submit(_train_one, folder, flags, test): folder for folder, flags in jobs.items()}
         try:
             for future in as_completed(futures):
