@@ -76,6 +76,13 @@ def bench_loss(run, shards, tmp_path):
     assert row.split()[0] == "dcl"
 
 
+def bench_recent(run, shards, tmp_path):
+    flags = ("--model", "ViT-S-32-alt", "--batch-size", 2, "--recent-batches", 2, "--recent-check", 4, "--repeats", 1)
+    *_, line = run("bench_recent.py", *flags, "--device", "cpu")
+    step, average = map(float, re.search(r": ([.\d]+) times one without, ([.\d]+) with 2 forward passes", line).groups())
+    assert average > step > 0
+
+
 def bench_state(run, shards, tmp_path):
     flags = ("--batch", 8, "--width", 4, "--samples", 100, "--steps", 2, "--json", tmp_path / "state.json")
     run("bench_state.py", *flags, "--processes", 1, 2)
@@ -200,8 +207,8 @@ def make_patch(run, shards, tmp_path):
 
 
 JOBS = {job.__name__: job for job in
-        (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_state, bench_train, installed,
-         make_patch, reproduce_emc2, reproduce_fusion, reproduce_gradient_bias, reproduce_structures,
+        (bench_data, bench_eval, bench_loss, bench_mh, bench_quality, bench_recent, bench_state, bench_train,
+         installed, make_patch, reproduce_emc2, reproduce_fusion, reproduce_gradient_bias, reproduce_structures,
          simulate_scale, soak)}  # fmt: skip
 
 
