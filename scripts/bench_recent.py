@@ -3,8 +3,8 @@
     python scripts/bench_recent.py
     python scripts/bench_recent.py --model RN50 --batch-size 64 --loss batch_corrected --recent-check 50
 
-Beside its loss such a step pays, now and then, for running the model again to see how fresh the pairs are: K = 8 takes
-four forward passes in `--recent-check` steps. Seconds are the CPU's (on a GPU: passed), medians of steps in turns.
+Beside its loss such a step pays, now and then, for running the model again to see how fresh the pairs are: K = 16 takes
+five forward passes in `--recent-check` steps. Seconds are the CPU's (on a GPU: passed), medians of steps in turns.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-32", help="of OpenCLIP")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--loss", default="dcl")
-    parser.add_argument("--recent-batches", type=int, default=8, metavar="K")
+    parser.add_argument("--recent-batches", type=int, default=16, metavar="K")
     parser.add_argument("--recent-check", type=int, default=100, metavar="STEPS")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)

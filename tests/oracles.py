@@ -158,7 +158,8 @@ def recent_weight(form, log_sum, count, positive, negatives):
 def with_recent_pairs(form, fresh, stored, scale, negatives):
     """A scalar with the gradient of a batch that stored pairs have joined, by loops over anchors and columns.
 
-    Stored columns push as if their mean were that of the batch's other columns.
+    Stored columns push as if their mean were that of the batch's other columns, and stored anchors in all with the
+    weight with which the batch's anchors meet stored columns.
 
     `fresh` and `stored`: (image, text, ids); in `stored` log sums (2, S) and counts (S,) of its anchors follow.
     """
@@ -167,9 +168,12 @@ def with_recent_pairs(form, fresh, stored, scale, negatives):
     constant = scale.detach()
     total = 0.0
     met = torch.zeros(2, len(ids), dtype=image.dtype)  # the weight with which an image or a text meets stored ones
+    taken, given, pushes = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]  # by whether columns are images or texts
+    given_to = torch.zeros_like(met)
     for direction, (anchors, columns, old_anchors, old_columns) in enumerate(
         ((image, text, old_image, old_text), (text, image, old_text, old_image))
     ):
+        kind = 1 - direction
         for i in range(len(ids)):
             others = [columns[j] for j in range(len(ids)) if ids[j] != ids[i]]
             others += [old_columns[j] for j in range(len(old_ids)) if old_ids[j] != ids[i]]
@@ -177,17 +181,23 @@ def with_recent_pairs(form, fresh, stored, scale, negatives):
             scores = torch.stack([scale * anchors[i] @ other for other in others])
             offset = recent_weight(form, scores.logsumexp(0), len(others), positive, negatives).detach()
             weights = (scores - offset).exp().detach()
-            met[direction, i] += weights[sum(bool(ids[j] != ids[i]) for j in range(len(ids))) :].sum()
+            of_stored = weights[sum(bool(ids[j] != ids[i]) for j in range(len(ids))) :].sum()
+            met[direction, i] += of_stored
+            taken[kind] += of_stored
             total = total + (weights * (scores - positive)).sum()
         for a in range(len(old_ids)):
-            others = [columns[j] for j in range(len(ids)) if ids[j] != old_ids[a]]
-            scores = torch.stack([constant * old_anchors[a] @ other for other in others])
+            own = [j for j in range(len(ids)) if ids[j] != old_ids[a]]
+            scores = torch.stack([constant * old_anchors[a] @ columns[j] for j in own])
             log_sum = torch.logaddexp(log_sums[direction][a], scores.logsumexp(0))
             positive = constant * old_anchors[a] @ old_columns[a]
-            offset = recent_weight(form, log_sum, int(counts[a]) + len(others), positive, negatives).detach()
+            offset = recent_weight(form, log_sum, int(counts[a]) + len(own), positive, negatives).detach()
             weights = (scores - offset).exp().detach()
-            met[1 - direction, [j for j in range(len(ids)) if ids[j] != old_ids[a]]] += weights
-            total = total + (weights * scores).sum()
+            given[kind] += weights.sum()
+            given_to[kind, own] += weights
+            pushes[kind] = pushes[kind] + (weights * scores).sum()
+    for kind in range(2):  # stored anchors push with as much weight as stored columns have taken
+        total = total + taken[kind] / given[kind] * pushes[kind]
+        met[kind] += taken[kind] / given[kind] * given_to[kind]
     for kind, (anchors, columns, old_columns) in enumerate(((image, text, old_text), (text, image, old_image))):
         for i in range(len(ids)):  # stored columns are moved to the mean of the batch's others
             others = torch.stack([columns[j] for j in range(len(ids)) if j != i]).detach()

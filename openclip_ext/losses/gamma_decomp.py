@@ -22,7 +22,7 @@ logger = logging.getLogger("openclip_ext")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(RateOptions):
-    recent_batches: int = recent_batches(8)
+    recent_batches: int = recent_batches(16)
     gamma: float | Literal["auto"] = option(
         "auto",
         "weight of the current batch in the rate memory, at the end of its schedule; auto: by how often a sample comes",

@@ -29,7 +29,7 @@ class RecentOptions:
         check=lambda every: every >= 1,
     )
     recent_limit: float = option(
-        0.25, "largest error of scores, in logits or of their spread, with which recent pairs may join", allowed="> 0",
+        0.1, "largest error of scores, over their spread, with which recent pairs may join", allowed="> 0",
         check=lambda limit: limit > 0,
     )  # fmt: skip
 

@@ -6,12 +6,13 @@ and not with its square. In one process a tile serves both directions: anchors o
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from openclip_ext.ops.gather import gather_rows
+from openclip_ext.ops.gather import gather_rows, sum_over_ranks
 from openclip_ext.ops.pairs import Columns, PairBatch, occurrences
 
 
@@ -42,11 +43,6 @@ def stored_standing(pairs: PairBatch) -> tuple[Tensor, Tensor]:
     Its negatives are those that it had when it was stored, as they were, and those it has among the batch's columns
     now. So no weight made of it is above what it would be in the batch alone, however far features have moved. A
     collective call over several ranks.
-
-    Divided by this number, its weights are (K + 1) / (K + 2) of those with which the mean gradient of K joined steps
-    has no bias, which the number of anchors that a column meets would give. But while features move fast, stored
-    anchors drive what they lag behind: with all of it `gamma_decomp` fell from 22.1 to 19.6 on `flickr`
-    (`scripts/README.md`), and on `stream`, where features move slowly, nothing changed by more than the interval.
     """
     stored, ranks = pairs.joined, (1,) * len(pairs.sizes)
     # An anchor of direction 0 is a stored image, whose columns are the batch's texts.
@@ -92,8 +88,8 @@ def pair_loss(
     No tensor of width D is communicated. A collective call when there is more than one rank.
 
     Stored pairs add to the gradient, and nothing to the number that sums are divided by: as columns of the batch's
-    anchors, moved to the mean that `centre` says, and as anchors `sum_j w_ij grad s_ij` over the batch's columns j, the
-    logit scale held constant.
+    anchors, and as anchors `sum_j w_ij grad s_ij` over the batch's columns j, the logit scale held constant, where they
+    give back what the first take (`PairSums.add_stored`).
 
     Args:
         pairs: the global batch.
@@ -136,9 +132,8 @@ def score_weighted_loss(
             for direction, columns in enumerate(pairs.in_batch):
                 sums.add(direction, columns, factor[direction], all_factor[1 - direction])
         sums.scale = torch.linalg.vecdot(pairs.image, sums.features[0]).sum()
-        for direction, columns in enumerate(in_stored):
-            both_ways = () if stored_factor is None else (stored_factor[1 - direction], centre(pairs, direction))
-            sums.scale += sums.add_stored(direction, columns, factor[direction], *both_ways) / pairs.logit_scale
+        if in_stored:
+            sums.add_stored(pairs, in_stored, factor, stored_factor)
         return sums.with_held(pairs, held)
 
     return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), sums, pairs)
@@ -186,6 +181,31 @@ class _PairLoss(torch.autograd.Function):
         return *(grad_value * gradient for gradient in ctx.saved_tensors), None, None, None
 
 
+class Met(NamedTuple):
+    """What own features of one kind meet in stored ones of the other: first as anchors, then as columns of anchors."""
+
+    weight: Tensor  # (2, B), sum_j w_ij
+    push: Tensor  # (2, B, D), sum_j w_ij y_j
+    score: Tensor  # (), sum_ij w_ij s_ij, as anchors
+
+
+def _meet(columns: Columns, factor: Tensor, column_factor: Tensor | None) -> Met:
+    """Own anchors with stored columns (C,), which are anchors of the other direction if they have a `column_factor`."""
+    anchors = columns.anchors
+    weight, push = anchors.new_zeros(2, len(anchors)), anchors.new_zeros(2, *anchors.shape)
+    score = anchors.new_zeros(())
+    for place, tile, scores, same in columns:
+        weights = _weights(scores, same, factor[:, None])
+        score += (weights * scores).sum()
+        weight[0] += weights.sum(1)
+        push[0].addmm_(weights, tile)
+        if column_factor is not None:
+            weights = _weights(scores, same, column_factor[place])
+            weight[1] += weights.sum(1)
+            push[1].addmm_(weights, tile)
+    return Met(weight, push, score)
+
+
 class PairSums:
     """What the gradient is made of, added up tile by tile.
 
@@ -219,30 +239,35 @@ class PairSums:
             self.features[direction].addmm_(weights, tile)
 
     def add_stored(
-        self,
-        direction: int,
-        columns: Columns,
-        factor: Tensor,
-        column_factor: Tensor | None = None,
-        centre: Tensor | None = None,
-    ) -> Tensor:
-        """Own anchors (B,) with stored columns (C,); returns `sum_ij w_ij s_ij` over own anchors i, ().
+        self, pairs: PairBatch, in_stored: Sequence[Columns], factor: Tensor, stored_factor: Tensor | None
+    ) -> None:
+        """Own anchors with stored columns and, if `stored_factor` is given, stored anchors with own columns.
 
-        Where `column_factor` (C,) is given, each column is an anchor of the other direction too, and where `centre`
-        (B, D) is, columns are moved to have that mean, in what they push with but not in their weights.
+        In a batch alone the columns of a direction are pushed, all together, with the weights with which they are
+        pulled as the positives of their anchors. Stored columns take a part of that push, and stored anchors give it
+        back: one number per direction multiplies their weights, so that they give what was taken. Where nothing moves
+        it is one in expectation. Without it features are pushed more, or less, than they are pulled, from where they
+        all are, and that feeds on itself: the faster they move, the more what is stored lags behind.
+
+        Then both push with stored features moved to the mean that `centre` says. A collective call over several ranks.
         """
-        total, weight = torch.zeros_like(self.scale), torch.zeros_like(self.positive)
-        for place, tile, scores, same in columns:
-            weights = _weights(scores, same, factor[:, None])
-            self.positive += weights.sum(1)
-            total += (weights * scores).sum()
-            if column_factor is not None:
-                weights += _weights(scores, same, column_factor[place])
-            weight += weights.sum(1)
-            self.features[direction].addmm_(weights, tile)
-        if centre is not None:
-            self.features[direction] += weight[:, None] * (centre - columns.columns.mean(0))
-        return total
+        met = [
+            _meet(columns, factor[direction], None if stored_factor is None else stored_factor[1 - direction])
+            for direction, columns in enumerate(in_stored)
+        ]
+        for found in met:
+            self.positive += found.weight[0]
+            self.scale += found.score / pairs.logit_scale
+        if stored_factor is None:
+            for sums, found in zip(self.features, met, strict=True):
+                sums += found.push[0]
+            return
+        totals = sum_over_ranks(torch.stack([found.weight.sum(1) for found in met]), len(pairs.sizes))
+        for direction, (sums, found, columns) in enumerate(zip(self.features, met, in_stored, strict=True)):
+            taken, given = totals[1 - direction, 0], totals[direction, 1]
+            share = torch.stack([torch.ones_like(given), torch.where(given > 0, taken / given, 0.0)])
+            moved = centre(pairs, direction) - columns.columns.mean(0)
+            sums += torch.tensordot(share, found.push, 1) + (share @ found.weight)[:, None] * moved
 
     def with_held(self, pairs: PairBatch, held: Sequence[tuple[Tensor, Tensor]]) -> "PairSums":
         """Add one column for each own anchor, as of `score_weighted_loss`; returns itself."""

@@ -108,9 +108,9 @@ class RecentPairs(nn.Module):
         """Measure the error of the age at hand; `commit` draws the conclusion. A collective call over several ranks.
 
         The error is the root mean square, over anchors of the batch and columns of the kept step, of their score with
-        the stored column minus that with the column encoded now; the larger one of both directions. Where an anchor's
-        scores spread by less than one logit, as in a new model, it is divided by this spread, the root mean square of
-        their deviation from their mean: stored columns are of use only if they tell the columns apart.
+        the stored column minus that with the column encoded now, divided by the scores' spread, the root mean square of
+        their deviation from their mean over columns: stored columns are of use if they tell the columns apart. The
+        larger one of both directions counts.
 
         Args:
             pairs: the global batch.
@@ -125,7 +125,7 @@ class RecentPairs(nn.Module):
                 totals.append((pairs.logit_scale * anchors @ difference.T).square().sum())
         mean = sum_over_ranks(torch.stack(totals), len(pairs.sizes)) / len(pairs.all_ids) ** 2
         error, spread = mean.sqrt().view(2, 2).unbind(1)
-        self._found = self.steps - self.began, (error / spread.clamp(max=1)).nan_to_num(math.inf).max()
+        self._found = self.steps - self.began, (error / spread).nan_to_num(math.inf).max()
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -165,7 +165,7 @@ class RecentPairs(nn.Module):
         self.clock.copy_(torch.tensor([self.steps, self.held, self.began, self.passed, self.usable]))
 
     def report(self) -> dict[str, Tensor]:
-        """How many steps join, and the error of each age when it was last measured, in logits."""
+        """How many steps join, and the error of each age when it was last measured."""
         used = {"recent_batches_used": torch.tensor(float(min(self.usable, self.held)))}
         return used | {f"recent_error_{age}": torch.tensor(error) for age, error in self.errors.items()}
 

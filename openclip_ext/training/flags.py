@@ -70,8 +70,8 @@ def _add_data_flags(ours) -> None:
         "--recent-check", type=int, metavar="STEPS", help="Steps between two measurements of that; as --loss-arg."
     )
     ours.add_argument(
-        "--recent-limit", type=float, metavar="LOGITS",
-        help="Largest error of scores with which recent pairs may join; as --loss-arg.",
+        "--recent-limit", type=float, metavar="SHARE",
+        help="Largest error of scores, over their spread, with which recent pairs may join; as --loss-arg.",
     )  # fmt: skip
     ours.add_argument(
         "--loss-tile", type=int, metavar="COLUMNS",

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import normalize
 
 import oracles
@@ -117,6 +118,45 @@ def test_fresh_pairs_cost_no_signal_where_features_lie_in_a_cone():
     assert signals[steps] > signals[0] - 0.02 > 0.5
 
 
+def recall_after_training(recent_batches, seed):
+    """Of two small towers that are trained in batches of 12 pairs, whose recent pairs join however old they are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    latent = normal(256, 8)
+    inputs = [(latent @ normal(8, 16)).tanh() + 0.2 * normal(256, 16) for _ in range(2)]
+    torch.manual_seed(seed)
+    towers = [nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)) for _ in range(2)]
+    optimizer = torch.optim.Adam([p for tower in towers for p in tower.parameters()], lr=3e-3)
+    loss, kept = create_loss("dcl", recent_batches=recent_batches, recent_check=1, recent_limit=1e9), None
+
+    def features(ids, suffix=""):
+        encoded = [normalize(tower(x[ids]), dim=1) for tower, x in zip(towers, inputs, strict=True)]
+        return {f"{name}_features{suffix}": part for name, part in zip(("image", "text"), encoded, strict=True)}
+
+    for _ in range(150):
+        ids = torch.randperm(256, generator=generator)[:12]
+        kept = ids if loss.probe == "keep" else kept
+        with torch.no_grad():
+            again = features(kept, "_again") if loss.probe == "encode" else {}
+        outputs = loss(**features(ids), **again, logit_scale=torch.tensor(20.0), sample_ids=ids)
+        optimizer.zero_grad()
+        outputs["contrastive_loss"].backward()
+        optimizer.step()
+        loss.commit()
+    with torch.no_grad():
+        image, text = features(torch.arange(256)).values()
+    return ((image @ text.T).argmax(1) == torch.arange(256)).double().mean()
+
+
+def test_pairs_that_a_fast_model_has_left_behind_do_not_drive_it():
+    """Stored anchors push with the weight that stored columns take, no more: else this loses a fifth of its recall."""
+    without, with_them = (torch.stack([recall_after_training(k, seed) for seed in range(3)]).mean() for k in (0, 8))
+    assert with_them > 0.9 * without > 0.4
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_without_features_encoded_again_no_stored_pair_joins(name):
     with_them, without = recent_loss(name), create_loss(name, **FORMS[name])
@@ -150,16 +190,17 @@ def test_an_age_whose_scores_have_moved_stays_out():
         age = step - loss.base.recent.began
         outputs = take_step(loss, batch(step), kept, moved=0.02 * age if step else 0.0)
         used.append(int(outputs["recent_batches_used"]))
-    # Moved by .02 in each of 4 components, a column's score moves by about .02 age * 6 for anchors of unit norm.
+    # Moved by .02 in each of 4 components, a column's score moves by about .02 age for anchors of unit norm, and scores
+    # of random directions spread by 1/2, both times the logit scale.
     assert used[0] == 0 and 0 < used[-1] < 8
     recent = loss.base.recent
-    passed = [age for age, error in recent.errors.items() if error <= 0.25]
-    failed = [age for age, error in recent.errors.items() if error > 0.25]
+    passed = [age for age, error in recent.errors.items() if error <= recent.limit]
+    failed = [age for age, error in recent.errors.items() if error > recent.limit]
     assert passed and failed and used[-1] == min(failed) - 1 >= max(passed)
 
 
 @pytest.mark.parametrize("scale", [SCALE, SCALE / 60])
-def test_the_error_is_the_root_mean_square_of_scores_or_that_over_their_spread(scale):
+def test_the_error_is_the_root_mean_square_of_scores_over_their_spread(scale):
     loss, kept = recent_loss("dcl", steps=1), []
     first, second = batch(0), batch(1)
     take_step(loss, first, kept)
@@ -172,8 +213,7 @@ def test_the_error_is_the_root_mean_square_of_scores_or_that_over_their_spread(s
         pairs = [(anchor, old, new) for anchor in anchors for old, new in zip(stored, again, strict=True)]
         error = math.sqrt(sum((scale * anchor @ (old - new)) ** 2 for anchor, old, new in pairs) / B**2)
         spread = math.sqrt(sum((scale * anchor @ (new - again.mean(0))) ** 2 for anchor, _, new in pairs) / B**2)
-        assert (spread < 1) == (scale < SCALE)
-        errors.append(error / min(1, spread))
+        errors.append(error / spread)
     expected = max(errors)
     assert loss.base.recent.report()["recent_error_1"] == pytest.approx(expected)
     assert outputs["recent_batches_used"] == 0

@@ -2,8 +2,8 @@
 
 age     steps since a batch was encoded
 error   root mean square, over a batch's anchors and the columns of an older one, of the score with the columns as
-        they were minus that with the columns encoded now, in logits, or over the scores' spread where that is less
-        than one; the larger of both directions (`openclip_ext.state.recent_pairs`)
+        they were minus that with the columns encoded now, over the scores' spread; the larger of both directions
+        (`openclip_ext.state.recent_pairs`)
 """
 
 import argparse
@@ -35,7 +35,7 @@ def probe_drift(model: LoadedModel, source: Source, args: argparse.Namespace) ->
     Recent pairs are kept and checked, as in training with `--recent-batches 16`, but never join a batch.
 
     Returns:
-        lr, batch_size (of all processes), steps; limit, in logits; errors by age, means of the checks that count; and
+        lr, batch_size (of all processes), steps; limit; errors by age, means of the checks that count; and
         usable, how many recent batches would join: the ages below the first that fails.
 
     Raises:
