@@ -6,7 +6,6 @@ and not with its square. In one process a tile serves both directions: anchors o
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -181,31 +180,6 @@ class _PairLoss(torch.autograd.Function):
         return *(grad_value * gradient for gradient in ctx.saved_tensors), None, None, None
 
 
-class Met(NamedTuple):
-    """What own features of one kind meet in stored ones of the other: first as anchors, then as columns of anchors."""
-
-    weight: Tensor  # (2, B), sum_j w_ij
-    push: Tensor  # (2, B, D), sum_j w_ij y_j
-    score: Tensor  # (), sum_ij w_ij s_ij, as anchors
-
-
-def _meet(columns: Columns, factor: Tensor, column_factor: Tensor | None) -> Met:
-    """Own anchors with stored columns (C,), which are anchors of the other direction if they have a `column_factor`."""
-    anchors = columns.anchors
-    weight, push = anchors.new_zeros(2, len(anchors)), anchors.new_zeros(2, *anchors.shape)
-    score = anchors.new_zeros(())
-    for place, tile, scores, same in columns:
-        weights = _weights(scores, same, factor[:, None])
-        score += (weights * scores).sum()
-        weight[0] += weights.sum(1)
-        push[0].addmm_(weights, tile)
-        if column_factor is not None:
-            weights = _weights(scores, same, column_factor[place])
-            weight[1] += weights.sum(1)
-            push[1].addmm_(weights, tile)
-    return Met(weight, push, score)
-
-
 class PairSums:
     """What the gradient is made of, added up tile by tile.
 
@@ -252,22 +226,38 @@ class PairSums:
         Then both push with stored features moved to the mean that `centre` says. A collective call over several ranks.
         """
         met = [
-            _meet(columns, factor[direction], None if stored_factor is None else stored_factor[1 - direction])
-            for direction, columns in enumerate(in_stored)
+            self._meet(pairs, direction, columns, factor, stored_factor) for direction, columns in enumerate(in_stored)
         ]
-        for found in met:
-            self.positive += found.weight[0]
-            self.scale += found.score / pairs.logit_scale
         if stored_factor is None:
-            for sums, found in zip(self.features, met, strict=True):
-                sums += found.push[0]
             return
-        totals = sum_over_ranks(torch.stack([found.weight.sum(1) for found in met]), len(pairs.sizes))
-        for direction, (sums, found, columns) in enumerate(zip(self.features, met, in_stored, strict=True)):
+        totals = sum_over_ranks(torch.stack([weight.sum(1) for weight, _ in met]), len(pairs.sizes))
+        for direction, (sums, (weight, push), columns) in enumerate(zip(self.features, met, in_stored, strict=True)):
             taken, given = totals[1 - direction, 0], totals[direction, 1]
-            share = torch.stack([torch.ones_like(given), torch.where(given > 0, taken / given, 0.0)])
+            share = torch.where(given > 0, taken / given, 0.0)
             moved = centre(pairs, direction) - columns.columns.mean(0)
-            sums += torch.tensordot(share, found.push, 1) + (share @ found.weight)[:, None] * moved
+            sums += push.mul_(share).addcmul_((weight[0] + share * weight[1])[:, None], moved)
+
+    def _meet(
+        self, pairs: PairBatch, direction: int, columns: Columns, factor: Tensor, stored_factor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add own anchors with stored columns. What these, as anchors, push own columns with is left to be added.
+
+        Returns:
+            The weight of each own feature, as an anchor and as a column of stored anchors, (2, B), and the sum of the
+            stored anchors with their weights, (B, D).
+        """
+        weight, push = columns.anchors.new_zeros(2, len(columns.anchors)), torch.zeros_like(columns.anchors)
+        for place, tile, scores, same in columns:
+            weights = _weights(scores, same, factor[direction][:, None])
+            self.scale += (weights * scores).sum() / pairs.logit_scale
+            self.features[direction].addmm_(weights, tile)
+            weight[0] += weights.sum(1)
+            if stored_factor is not None:
+                weights = _weights(scores, same, stored_factor[1 - direction][place])
+                weight[1] += weights.sum(1)
+                push.addmm_(weights, tile)
+        self.positive += weight[0]
+        return weight, push
 
     def with_held(self, pairs: PairBatch, held: Sequence[tuple[Tensor, Tensor]]) -> "PairSums":
         """Add one column for each own anchor, as of `score_weighted_loss`; returns itself."""
