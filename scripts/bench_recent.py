@@ -8,13 +8,14 @@ five forward passes in `--recent-check` steps. Seconds are the CPU's (on a GPU: 
 """
 
 import argparse
+import sys
 
 import open_clip
 import torch
 from runs.turns import medians
 from torch import Tensor
 
-from openclip_ext import create_loss
+from openclip_ext import UserError, create_loss
 from openclip_ext.losses import Loss
 from openclip_ext.state.recent_pairs import RecentPairs
 
@@ -81,7 +82,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    found = seconds(args)
+    if args.recent_batches < 1:
+        parser.error(f"--recent-batches {args.recent_batches}: must be at least 1, what is compared with none")
+    try:
+        found = seconds(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     for name, taken in found.items():
         print(f"{name:<14}{taken:>9.3f} s")
     checks = len(RecentPairs(args.recent_batches, args.recent_check, limit=1.0, device=torch.device("cpu")).ages)

@@ -219,9 +219,10 @@ class PairSums:
 
         In a batch alone the columns of a direction are pushed, all together, with the weights with which they are
         pulled as the positives of their anchors. Stored columns take a part of that push, and stored anchors give it
-        back: one number per direction multiplies their weights, so that they give what was taken. Where nothing moves
-        it is one in expectation. Without it features are pushed more, or less, than they are pulled, from where they
-        all are, and that feeds on itself: the faster they move, the more what is stored lags behind.
+        back: one number per direction multiplies their weights, so that they give what was taken. With K steps that do
+        not move it is (K + 2) / (K + 1) in expectation, since their negatives are those of one step more. Without it
+        features are pushed less, or more, than they are pulled, from where they all are, and that feeds on itself: the
+        faster they move, the more what is stored lags behind.
 
         Then both push with stored features moved to the mean that `centre` says. A collective call over several ranks.
         """
