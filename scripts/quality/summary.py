@@ -5,10 +5,9 @@ import statistics
 from itertools import groupby
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from runs.intervals import format_interval
+from runs.intervals import Difference, format_interval, paired_difference
 from runs.store import Store
 
 from openclip_ext.files import atomic
@@ -26,7 +25,7 @@ def summarise(store: Store) -> list[dict]:
     batch size, and to the same method without recent pairs; None where there is none such.
     """
     rows = sorted(finished_rows(store), key=_place)
-    scores = {_place(row): [store.require(run)["score"] for run in row.scored(store)] for row in rows}
+    scores = {_place(row): {run.seed: store.require(run)["score"] for run in row.scored(store)} for row in rows}
     return [_record(row, store, scores) for row in rows]
 
 
@@ -35,11 +34,12 @@ def _place(row: Row) -> tuple:
     return base.task, dataclasses.astuple(base.setting), base.scale, base.batch_size, base.method
 
 
-def _record(row: Row, store: Store, scores: dict[tuple, list[float]]) -> dict:
+def _record(row: Row, store: Store, scores: dict[tuple, dict[int, float]]) -> dict:
     *place, method = _place(row)
     own = scores[_place(row)]
-    baselines = {name: values for (*at, name), values in scores.items() if at == place and Method(name).stateless}
-    best = max(baselines, key=lambda name: np.mean(baselines[name]), default=None)
+    values = list(own.values())
+    baselines = {name: others for (*at, name), others in scores.items() if at == place and Method(name).stateless}
+    best = max(baselines, key=lambda name: statistics.mean(baselines[name].values()), default=None)
     without = Method(method).without_recent
     found = [store.require(run) for run in row.scored(store)]
     recents = [record["recent"] for record in found if "recent" in record]
@@ -47,26 +47,18 @@ def _record(row: Row, store: Store, scores: dict[tuple, list[float]]) -> dict:
         **dataclasses.asdict(row.base),
         "lr": row.scored(store)[0].lr,
         "validation": row.validation(store),
-        "scores": own,
-        "score": float(np.mean(own)),
-        "half_width": half_width(own),
+        "scores": values,
+        "score": statistics.mean(values),
+        "half_width": half_width(values),
         "best_baseline": best,
-        "against_best": _difference(own, baselines[best]) if best not in (None, method) else None,
-        "against_without": _difference(own, scores.get((*place, without), [])) if without else None,
+        "against_best": paired_difference(own, baselines[best]) if best not in (None, method) else None,
+        "against_without": paired_difference(own, scores.get((*place, without), {})) if without else None,
         "pairs": found[0]["pairs"],
         "steps": found[0]["steps"],
         "seconds": statistics.median(record["seconds"] for record in found),
         "recent": statistics.mean(recents) if recents else None,
         "logit_scale": statistics.mean(record["logit_scale"] for record in found),
     }
-
-
-def _difference(own: list[float], other: list[float]) -> list[float | None] | None:
-    common = min(len(own), len(other))
-    if common == 0:
-        return None
-    values = np.subtract(own[:common], other[:common])
-    return [float(values.mean()), half_width(values.tolist())]
 
 
 def markdown(records: list[dict]) -> str:
@@ -103,7 +95,7 @@ def _line(record: dict) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _signed(difference: list | None) -> str:
+def _signed(difference: Difference | None) -> str:
     return "" if difference is None else format_interval(difference[0], difference[1], sign="+")
 
 

@@ -15,12 +15,14 @@ Difference = tuple[float, float | None]
 
 def paired_differences(own: Mapping[str, Mapping], base: Mapping[str, Mapping]) -> dict[str, Difference]:
     """By name of a score: mean and half width of `own - base`, over the seeds that both have. Others are left out."""
-    found: dict[str, Difference] = {}
-    for name, values in own.items():
-        common = [values[seed] - base[name][seed] for seed in values if seed in base.get(name, {})]
-        if common:
-            found[name] = float(np.mean(common)), half_width(common)
-    return found
+    found = {name: paired_difference(values, base.get(name, {})) for name, values in own.items()}
+    return {name: difference for name, difference in found.items() if difference is not None}
+
+
+def paired_difference(own: Mapping, base: Mapping) -> Difference | None:
+    """Mean and half width of `own - base`, over the seeds that both have; None: there is none."""
+    common = [value - base[seed] for seed, value in own.items() if seed in base]
+    return (float(np.mean(common)), half_width(common)) if common else None
 
 
 def format_interval(mean: float, width: float | None, digits: int = 1, sign: str = "") -> str:
