@@ -7,8 +7,10 @@
     python scripts/bench_quality.py --out runs/quality --publish
 
 Small towers are trained on a simulated stream of pairs (`stream`, and `stream2` with other constants), or on features
-of photographs and their captions (`flickr`). Two more tasks go through `openclip-ext train`: a small CLIP from scratch
-on handwritten digits (`digits`), and a checkpoint that is fine-tuned on pictures (`photos`).
+of photographs and their captions (`flickr`). More tasks go through `openclip-ext train`: a small CLIP from scratch on
+handwritten digits (`digits`), the same fine-tuned to how they are written when it knows which they are, all of it
+(`digits_tuned`; take `--rates 1e-5`) or a low-rank change (`digits_lora`), and a checkpoint that is fine-tuned on
+pictures (`photos`).
 
 The learning rate is chosen per method, batch size and logit scale, on a validation split, by climbing one grid from its
 middle; at the best one, every seed is trained and scored on the test split. All methods of a seed see the same pairs in
@@ -26,6 +28,7 @@ import dataclasses
 import functools
 import itertools
 import os
+from collections.abc import Sequence
 
 from quality.loop import Run, score
 from quality.methods import Method
@@ -33,7 +36,7 @@ from quality.published import MARKS, publish
 from quality.store import Row, open_store
 from quality.summary import draw, markdown, summarise
 from quality.tasks import FLICKR_VALIDATION, Setting
-from quality.trained import digit_splits, photo_splits
+from quality.trained import PRETRAINED, TRAINED, pretrain_on_digits, splits_of
 from runs.pool import finish
 from runs.script import add_arguments, carry_out
 from runs.store import Store
@@ -46,9 +49,10 @@ TASKS = {
     "stream2": Setting(pairs=20_000, epochs=10, scale=20.0, decay=0.01, centres=1),
     "flickr": Setting(pairs=6_000 - FLICKR_VALIDATION, epochs=15, scale=50.0, decay=0.1),
     "digits": Setting(pairs=0, epochs=8, scale=0.0, decay=0.1),
+    "digits_tuned": Setting(pairs=0, epochs=16, scale=0.0, decay=0.1),
+    "digits_lora": Setting(pairs=0, epochs=16, scale=0.0, decay=0.1),
     "photos": Setting(pairs=0, epochs=3, scale=0.0, decay=0.1),
 }
-TRAINED = {"digits": lambda args: digit_splits(), "photos": lambda args: photo_splits(args.photos[0])}
 METHODS = (
     *("clip", "dcl", "batch_corrected", "sogclr", "gamma_decomp", "emc2", "siglip"),
     *(f"{name}+recent=16" for name in ("clip", "dcl", "batch_corrected", "sogclr")),
@@ -79,17 +83,29 @@ def main() -> None:
 
 def train(args: argparse.Namespace, store: Store) -> None:
     for task in args.task:
-        # Some tasks are read from files.
-        work = functools.partial(score, files=getattr(args, task, None))
+        work = functools.partial(score, files=files_of(task, args))
         finish(plan(task, args), store, work, args.jobs, lambda: report(store, args.out), title)
+
+
+def files_of(task: str, args: argparse.Namespace) -> Sequence[str]:
+    """What a task is read from; the checkpoint that some are fine-tuned from is made where it is not there yet."""
+    if task not in PRETRAINED:
+        return getattr(args, task, ())
+    checkpoint = os.path.join(args.out, "pretrained.pt")
+    if not os.path.exists(checkpoint):
+        os.makedirs(args.out, exist_ok=True)
+        pretrain_on_digits(checkpoint)
+    return [checkpoint]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["stream", "stream2"])
-    parser.add_argument("--flickr", nargs=2, metavar=("TRAIN", "TEST"), help=".npz files with `x` and `tokens`")
     parser.add_argument(
-        "--photos", nargs=3, metavar=("PAIRS", "CHECKPOINT", "CONFIG"),
+        "--flickr", nargs=2, default=(), metavar=("TRAIN", "TEST"), help=".npz files with `x` and `tokens`"
+    )
+    parser.add_argument(
+        "--photos", nargs=3, default=(), metavar=("PAIRS", "CHECKPOINT", "CONFIG"),
         help="a CSV with the columns filepath and title or a folder of pictures, and a model to start from",
     )  # fmt: skip
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME[+OPTION=VALUE…]")
@@ -114,11 +130,11 @@ def plan(task: str, args: argparse.Namespace) -> list[Row]:
     methods = [Method(text) for text in args.methods]
     for method in methods:
         if method.terms and task not in TRAINED:
-            raise UserError(f"--methods {method.text}: terms go with --task {' or '.join(TRAINED)}, not with {task}")
+            raise UserError(f"--methods {method.text}: terms go with --task {', '.join(TRAINED)}, not with {task}")
     setting, scales = QUICK_SETTING if task == "quick" else TASKS[task], args.scales
     if task in TRAINED:
         scales = ["learned"]  # as OpenCLIP does
-        setting = dataclasses.replace(setting, pairs=len(TRAINED[task](args)["train"]))
+        setting = dataclasses.replace(setting, pairs=len(splits_of(task, getattr(args, task, ()))["train"]))
     rows = []
     for scale, size, method in itertools.product(scales, args.batch_sizes, methods):
         if "accumulate" in method.options and size >= method.pairs_per_step(size):

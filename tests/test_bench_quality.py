@@ -7,12 +7,13 @@ import json
 import bench_quality
 import pytest
 import torch
-from quality.loop import Run, take_gradient, train, visits
+from quality.loop import Run, score, take_gradient, train, visits
 from quality.methods import Method
 from quality.published import short_table
 from quality.store import Row, open_store
 from quality.summary import markdown, summarise
 from quality.tasks import Pairs, Setting, Task, TwoTowers, perceptron
+from quality.trained import pretrain_on_digits
 
 from openclip_ext import UserError
 
@@ -36,8 +37,8 @@ def filled(path, scores, validation=((0.1, 20.0), (0.2, 30.0))):
         while (runs := row.wanted(store)) and runs[0].split == "val":
             for run in runs:
                 store.add(run, found(tried[run.lr], **more))
-        for run, score in zip(runs, values, strict=False):
-            store.add(run, found(score, **more))
+        for run, value in zip(runs, values, strict=False):
+            store.add(run, found(value, **more))
     return store
 
 
@@ -126,9 +127,21 @@ def test_terms_are_refused_where_there_is_no_training_with_captions_and_second_v
     args = argparse.Namespace(
         methods=["clip+caption_words=1"], scales=["fixed"], batch_sizes=[8], rates=[0.1], seeds=1, photos=None
     )
-    with pytest.raises(UserError, match="caption_words=1: terms go with --task digits or photos, not with stream"):
+    with pytest.raises(UserError, match="caption_words=1: terms go with --task digits, .*photos, not with stream"):
         bench_quality.plan("stream", args)
     assert [row.base.method for row in bench_quality.plan("digits", args)] == ["clip+caption_words=1"]
+
+
+def test_fine_tuning_begins_where_the_small_clip_was_left(tmp_path):
+    checkpoint = str(tmp_path / "pretrained.pt")
+    pretrain_on_digits(checkpoint, epochs=1)
+    run = dataclasses.replace(
+        BASE, task="digits_tuned", setting=Setting(pairs=1257, epochs=1, scale=0.0, decay=0.0), method="gamma_decomp",
+        batch_size=400, scale="learned", lr=1e-9, split="val",
+    )  # fmt: skip
+    whole, low_rank = score(run, [checkpoint]), score(dataclasses.replace(run, task="digits_lora"), [checkpoint])
+    assert whole["score"] == low_rank["score"] != score(dataclasses.replace(run, task="digits"))["score"]
+    assert whole["steps"] == 3 and whole["pairs"] == 1200 and "recent" in whole
 
 
 def test_every_epoch_visits_every_pair_once():

@@ -12,7 +12,7 @@ from openclip_ext.training.encode_again import KeptInputs
 
 from .methods import Method
 from .tasks import Files, Setting, Task, TwoTowers, features, stream
-from .trained import score_trained
+from .trained import TRAINED, score_trained
 
 LEARNED_FROM = 1 / 0.07  # where a learned logit scale starts, as OpenCLIP's does
 LARGEST_SCALE = 100.0  # to which OpenCLIP clamps it
@@ -43,7 +43,7 @@ class Run:
     split: str
 
 
-def score(run: Run, files: Files = None) -> dict[str, float]:
+def score(run: Run, files: Files = ()) -> dict[str, float]:
     """Train and score.
 
     Args:
@@ -55,9 +55,9 @@ def score(run: Run, files: Files = None) -> dict[str, float]:
         `logit_scale` at the end; `recent`, the mean number of recent steps that joined, for methods that have them.
     """
     torch.set_num_threads(1)
-    if run.task in ("digits", "photos"):
+    if run.task in TRAINED:
         return score_trained(run, files)
-    task = stream(run.setting) if files is None else features(*files)
+    task = features(*files) if files else stream(run.setting)
     torch.manual_seed(run.seed)
     learned = run.scale == "learned"
     model = TwoTowers(*task.towers(), LEARNED_FROM if learned else run.setting.scale, learned)

@@ -9,6 +9,7 @@ from runs.marks import put_between_marks
 
 from .store import open_store
 from .summary import draw, markdown, summarise
+from .trained import TRAINED
 
 SCRIPTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNS = os.path.join(SCRIPTS, "quality", "runs.jsonl")
@@ -53,7 +54,7 @@ def short_table(records: list[dict]) -> str:
     scores: dict[tuple, str] = {
         (record["task"], record["batch_size"], record["method"]): format_interval(record["score"], record["half_width"])
         for record in records
-        if record["scale"] == "fixed" or record["task"] in ("digits", "photos")
+        if record["scale"] == "fixed" or record["task"] in TRAINED
     }
     columns = [column for column in COLUMNS if any((*column[:2], method) in scores for method in ROWS)]
     lines = ["| | " + " | ".join(name for *_, name in columns) + " |", "|---|" + "---|" * len(columns)]

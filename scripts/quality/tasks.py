@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch.nn.functional import normalize
 
 from openclip_ext.evaluation.metrics.retrieval import retrieval_metrics
 
-Files = tuple[str, ...] | None  #: What a task is read from; None: from nothing.
+Files = Sequence[str]  #: What a task is read from; empty: from nothing.
 
 EMBED = 64  # width of embeddings of a simulated stream
 HIDDEN = 256  # of layers, and of embeddings of photographs and captions
