@@ -64,9 +64,9 @@ class TwoWays(Composite):
 
     @property
     def probe(self) -> str | None:
-        """Both ways begin their checks together, and either may end one before the other does."""
+        """Both ways begin their checks together, and what one needs no more is kept for the other."""
         asked = {way.probe for way in self._ways}
-        return next((name for name in ("keep", "encode", "forget") if name in asked), None)
+        return next((name for name in ("keep", "encode", None) if name in asked), "forget")
 
     @torch.no_grad()
     def warm_start(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **extra: Tensor) -> None:

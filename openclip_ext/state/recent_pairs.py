@@ -25,7 +25,7 @@ class RecentPairs(nn.Module):
     """The pairs of the last K steps, the same on all ranks, and how many of those steps may join the batch.
 
     `stage` remembers, `commit` writes, once per optimizer step. The first step is the first whose size is known: then
-    the memory is taken, 4 K R (2 D + 7) bytes. A step of another size starts it anew.
+    the memory is taken, 4 K R (2 D + 6) bytes. A step of another size starts it anew.
 
     Args:
         num_steps: K.
@@ -122,9 +122,9 @@ class RecentPairs(nn.Module):
         for anchors, column, again in ((pairs.image, self.text, text_again), (pairs.text, self.image, image_again)):
             now = gather_rows(again, pairs.sizes).to(column.dtype)
             for difference in (column[step] - now, now - now.mean(0)):
-                totals.append((pairs.logit_scale * anchors @ difference.T).square().sum())
-        mean = sum_over_ranks(torch.stack(totals), len(pairs.sizes)) / len(pairs.all_ids) ** 2
-        error, spread = mean.sqrt().view(2, 2).unbind(1)
+                # The sum of squares of all scores, without the scores: |A C^T|^2 = <A^T A, C^T C>.
+                totals.append(((anchors.T @ anchors) * (difference.T @ difference)).sum())
+        error, spread = sum_over_ranks(torch.stack(totals), len(pairs.sizes)).clamp_min(0).sqrt().view(2, 2).unbind(1)
         self._found = self.steps - self.began, (error / spread).nan_to_num(math.inf).max()
 
     @torch.no_grad()
@@ -136,7 +136,9 @@ class RecentPairs(nn.Module):
         asked, features = self.probe, rows["image"]
         if self.image.shape[1:] != features.shape:
             self._allocate(features.shape, features.dtype, features.device)
-            self.held, self.usable, asked = 0, 0, "keep"
+            self.held, self.usable, self._found = 0, 0, None
+            if asked != "keep":  # of what is under way nothing is held any more, and this step's inputs are not kept
+                self.began, asked = -1, None
         for name, value in rows.items():
             getattr(self, name)[self.steps % self.num_steps].copy_(value)
         self._conclude(asked)
@@ -159,7 +161,7 @@ class RecentPairs(nn.Module):
                 if age == self.num_steps:
                     self.usable = age
             else:
-                self.usable, self.passed = age - 1, -1  # of what lies between two ages measured, the younger half
+                self.usable, self.passed = age - 1, -1  # younger ones count as the last that passed
 
     def _write_clock(self) -> None:
         self.clock.copy_(torch.tensor([self.steps, self.held, self.began, self.passed, self.usable]))
@@ -173,7 +175,7 @@ class RecentPairs(nn.Module):
         steps, (size, width) = self.num_steps, shape_of_step
         if size:
             number = dtype.itemsize
-            needed = steps * size * (2 * width * number + 4 * number + 8 + number)
+            needed = steps * size * (2 * width * number + 4 * number + 8)
             require_room(needed, device, f"memory of {steps} recent steps of {size} pairs")
         for name, shape in {
             "image": (steps, size, width),

@@ -30,8 +30,10 @@ class Clock:
         epoch: completed ones.
 
     Attributes:
+        step: optimizer steps taken in the run, of whatever batch size each was. It never falls, so checkpoints and rows
+            of the log are known by it.
         epoch: completed ones, with all that is done between epochs.
-        index: steps taken since then, up to `steps_per_epoch`.
+        index: where in the epoch it is, in steps of this batch size, up to `steps_per_epoch`.
         position: in the data.
         skipped: (kind, shard, count) of what this rank could not use in this epoch.
     """
@@ -43,12 +45,13 @@ class Clock:
         self.epochs, self.steps_per_epoch = epochs, loader.num_batches // accum_freq
         self.epoch = epoch
         self.index = self.steps_per_epoch - loader.batches_left(epoch) // accum_freq
+        self.step = self.scheduled_step
         self.position: Position = loader.position(epoch)
         self.skipped: Skipped = []
 
     @property
-    def step(self) -> int:
-        """Steps taken."""
+    def scheduled_step(self) -> int:
+        """Where schedules are: the step it would be had all of the run had this batch size."""
         return self.epoch * self.steps_per_epoch + self.index
 
     @property
@@ -73,7 +76,7 @@ class Clock:
         self.position.advance(self._accelerator.process_index, batch)
 
     def end_step(self) -> None:
-        self.index += 1
+        self.step, self.index = self.step + 1, self.index + 1
 
     def end_epoch(self) -> None:
         """After all that is done between epochs, but for keeping a checkpoint."""
@@ -97,6 +100,7 @@ class Clock:
 
         Ranks of another number take over nothing of their own, and the first one all that was skipped.
         """
+        self.step = state["step"]
         ranks, rank = state["ranks"], self._accelerator.process_index
         if len(ranks) == self._accelerator.num_processes:
             self.skipped = [tuple(row) for row in ranks[rank]["skipped"]]

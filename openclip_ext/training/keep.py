@@ -92,10 +92,14 @@ class Keeper:
         reason = self._save(name, clock.epoch)
         if last:
             self._require_written({name: reason} if reason else {})
+        path = os.path.join(self.folder, name)
         if self.main and self.config.keep_last and not reason:
-            for path in step_files(self.folder)[self.config.keep_last :]:
-                _remove(path)
-        return os.path.join(self.folder, name)
+            files = step_files(self.folder)
+            # Newer ones are there where a run has gone on before from an older one; this one is not among the oldest.
+            first = files.index(path) if path in files else 0
+            for old in files[first + self.config.keep_last :]:
+                _remove(old)
+        return path
 
     def _is_best(self, epoch: int, metrics: dict[str, float]) -> bool:
         """On all ranks, as the first one finds."""

@@ -116,8 +116,8 @@ class Trainer:
         while not clock.epoch_is_over:
             clock.begin_step()
             if self.schedule is not None:
-                self.schedule(clock.step)
-            self.loss.begin_step(step=clock.step, total_steps=clock.total_steps)
+                self.schedule(clock.scheduled_step)
+            self.loss.begin_step(step=clock.scheduled_step, total_steps=clock.total_steps)
             with part("data"):
                 inputs = list(itertools.islice(batches, self.accum_freq))
             outputs = self._backward(inputs)
@@ -209,10 +209,10 @@ class Trainer:
             average = last or self.accelerator.is_fsdp2
             together = contextlib.nullcontext() if average else self.accelerator.no_sync(self.model)
             with part("encoders"), together, replayed(state):
-                again = self.model(**model_inputs(batch))
-                pairs = [(again[key], gradient[number]) for key, gradient in gradients.items()]
+                replay = self.model(**model_inputs(batch))
+                pairs = [(replay[key], gradient[number]) for key, gradient in gradients.items()]
                 if last:  # scalars belong to no part
-                    pairs += [(again[key], x.grad) for key, x in leaves.items() if x.grad is not None and not x.ndim]
+                    pairs += [(replay[key], x.grad) for key, x in leaves.items() if x.grad is not None and not x.ndim]
                 values, their_gradients = zip(*pairs, strict=True)
                 torch.autograd.backward(values, their_gradients)
         return outputs
@@ -244,6 +244,8 @@ class Trainer:
         self.stop_reason = elected(votes)
         if finite:
             self.optimizer.step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # else it refuses to unscale the gradients of the next step
         if finite and not self.optimizer.step_was_skipped:
             self.skipped_steps = 0
             self.loss.commit()

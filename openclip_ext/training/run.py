@@ -253,7 +253,7 @@ class _Run:
         else:
             go_on = "nothing is kept, with --logs none"
         logger.warning("stopped by %s after step %d of %d; %s", describe_stop(self.trainer.stop_reason),
-                       self.clock.step, self.clock.total_steps, go_on)  # fmt: skip
+                       self.clock.scheduled_step, self.clock.total_steps, go_on)  # fmt: skip
 
     def _evaluate(self, evaluator: Evaluator, epoch: int, last: bool) -> dict[str, float]:
         """Metrics after `epoch` completed epochs; they go to the logs too."""

@@ -10,6 +10,8 @@ from torch.nn.functional import normalize
 import oracles
 import rank_jobs
 from openclip_ext import UserError, create_loss
+from openclip_ext.losses import LossContext, ObjectivePlan, Widths
+from openclip_ext.losses.two_ways import TwoWays
 from openclip_ext.testing import check_loss
 
 B, D, N = 5, 4, 40
@@ -252,11 +254,40 @@ def test_a_state_goes_on_bit_for_bit_and_with_another_number_of_steps():
         assert len(other.state_dict()["base.recent.image"]) == steps
 
 
-def test_a_step_of_another_size_starts_anew():
-    loss, seen = filled("dcl")
-    take_step(loss, batch(len(seen), size=3), [])
-    assert loss.base.recent.joining() is None
-    take_step(loss, batch(len(seen) + 1, size=3), [])
+@pytest.mark.parametrize("odd", range(12, 18))
+def test_a_step_of_another_size_starts_anew_whatever_is_under_way(odd):
+    """Nothing moves, so no check may find an error: none goes on with inputs of a step that is not held any more."""
+    loss, kept, used = recent_loss("dcl"), [], []
+    for step in range(40):
+        outputs = take_step(loss, batch(step, size=3 if step == odd else B), kept)
+        used.append(int(outputs["recent_batches_used"]))
+        assert set(loss.base.recent.errors.values()) <= {0.0}
+        if step == odd:
+            assert loss.base.recent.joining() is None
+    assert used[odd - 1] == 3 and used[odd + 1] == 0 and used[-1] == 3
+
+
+def test_of_two_ways_one_stays_fresh_where_the_other_does_not():
+    class Both(TwoWays):
+        def pairs(self, features):
+            return [[features[f"{side}_features{way}"] for side in ("image", "text")] for way in ("", "_swapped")]
+
+    plan = ObjectivePlan("dcl", {"recent_batches": "4", "recent_check": "1"})
+    loss, kept = Both(plan, LossContext(num_samples=N, widths=Widths(embed=D))), None
+    image, text = oracles.unit(2, N, D, seed=0)
+
+    def features(ids, ending=""):  # those of the first way are new in each step
+        moving = normalize(torch.randn(len(ids), D, dtype=image.dtype), dim=1)
+        names = ("image_features", "text_features", "image_features_swapped", "text_features_swapped")
+        return dict(zip((name + ending for name in names), (moving, text[ids], image[ids], text[ids]), strict=True))
+
+    for step in range(20):
+        ids = torch.arange(B) + B * step % (N - B)
+        kept = {"keep": ids, "forget": None}.get(loss.probe, kept)
+        again = features(kept, "_again") if loss.probe == "encode" and kept is not None else {}
+        loss(**features(ids), logit_scale=SCALE, sample_ids=ids, **again)
+        loss.commit()
+    assert [way.base.recent.usable for way in loss.objectives] == [0, 4]
 
 
 def test_a_loss_without_use_for_them_refuses_them():

@@ -7,10 +7,12 @@ import tarfile
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import rank_jobs
 from openclip_ext.cli import main
 from openclip_ext.data.table import Table
+from openclip_ext.training import run
 from openclip_ext.training.faults import Faults
 from openclip_ext.training.loop import Trainer
 
@@ -90,6 +92,25 @@ def test_too_many_steps_in_a_row_end_the_run(train_flags, tmp_path, capsys, pois
     )
     assert "(step 4 is not taken: " in line and ".tar" in line
     assert [row["step"] for row in rows(tmp_path)] == [1, 3, 4]
+
+
+def test_a_step_is_passed_over_where_gradients_are_scaled(train_flags, tmp_path, capsys, poisoned, monkeypatch):
+    """As with `--precision amp` on a GPU; here the scaler is the CPU's, and what it scales is float32."""
+    poisoned(3)
+    original = run.make_accelerator
+
+    def make_accelerator(config):
+        accelerator = original(config)
+        monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp16"))
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        accelerator.native_amp = True
+        return accelerator
+
+    monkeypatch.setattr(run, "make_accelerator", make_accelerator)
+    assert main(train_flags()) == 0
+    assert len(told(capsys)) == 1 and [row["step"] for row in rows(tmp_path)] == [3]
+    content = torch.load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt", weights_only=True)
+    assert content["scaler"]["scale"] == 2.0
 
 
 def test_the_rank_is_named_on_all_ranks(ranks, shards):

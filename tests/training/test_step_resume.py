@@ -147,9 +147,25 @@ def test_a_run_goes_on_with_another_batch_size_and_number_of_workers(train_flags
     ) in log
     assert "epoch_0_step_6.pt after epoch 0 and 3 steps" in log
     found = rows(tmp_path, "run")
-    assert [row["step"] for row in found] == list(range(16))
+    assert [row["step"] for row in found] == list(range(6 + 5 + 8))  # of 16, 32, and 32 pairs
     # Each sample was visited once in the first epoch, before or after the stop.
-    assert all(row["first_visits"] == 1 for row in found[:8]) and all(row["first_visits"] == 0 for row in found[8:])
+    assert all(row["first_visits"] == 1 for row in found[:11]) and all(row["first_visits"] == 0 for row in found[11:])
+
+
+def test_larger_steps_never_replace_what_smaller_ones_have_kept(train_flags, tmp_path):
+    """Neither rows of an epoch that is over, nor checkpoints: what is written last is what is gone on from."""
+    saving = ("--save-every-steps", 11, "--keep-last", 1)
+    assert main(train_flags("--batch-size", 16, *saving)) == 0
+    (tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt").unlink()
+    for minutes, step in ((1e-9, 12), (1e-9, 13), (9, None)):
+        flags = ("--epochs", 2, "--batch-size", 32, *saving, "--max-minutes", minutes)
+        assert main(train_flags(*flags, "--resume", "latest")) == 0
+        names = [path.name for path in (tmp_path / "logs" / "run" / "checkpoints").glob("*.pt")]
+        if step:
+            assert names == [f"epoch_0_step_{step}.pt"]
+    assert [row["step"] for row in rows(tmp_path, "run")] == list(range(22))
+    content = torch.load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_2.pt", weights_only=True)
+    assert content["clock"]["step"] == 22
 
 
 @pytest.fixture
