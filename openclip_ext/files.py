@@ -140,11 +140,6 @@ def step_files(folder: str) -> list[str]:
     return [path for path in checkpoints(folder) if "_step_" in os.path.basename(path)]
 
 
-def latest_checkpoint(folder: str, most_recent: bool) -> str | None:
-    """The first of `checkpoints`, None if there is none."""
-    return next(iter(checkpoints(folder, most_recent)), None)
-
-
 def last_checkpoint(run: str) -> str | None:
     """The checkpoint of a run's last epoch, or where it keeps none of an epoch, its newest; None: there is none."""
     folder = os.path.join(run, "checkpoints")

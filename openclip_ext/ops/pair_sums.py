@@ -123,7 +123,7 @@ def score_weighted_loss(
     scalars = torch.cat([_counted(pairs, value), factor]).detach()
     all_value, all_factor = pairs.gathered(scalars).chunk(2)
 
-    def sums() -> PairSums:
+    def add_up() -> PairSums:
         sums = PairSums(pairs)
         if len(pairs.sizes) == 1:
             sums.add_both_directions(pairs.in_batch[0], factor)
@@ -135,7 +135,7 @@ def score_weighted_loss(
             sums.add_stored(pairs, in_stored, factor, stored_factor)
         return sums.with_held(pairs, held)
 
-    return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), sums, pairs)
+    return _PairLoss.apply(pairs.image, pairs.text, pairs.logit_scale, all_value.mean(), add_up, pairs)
 
 
 def centre(pairs: PairBatch, direction: int) -> Tensor:
@@ -169,9 +169,9 @@ class _PairLoss(torch.autograd.Function):
     """Computes the gradient with the value, so that no score of a pair is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, image, text, logit_scale, value, sums, pairs):
+    def forward(ctx, image, text, logit_scale, value, add_up, pairs):
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*sums().gradients(pairs))
+            ctx.save_for_backward(*add_up().gradients(pairs))
         return value.clone()
 
     @staticmethod

@@ -161,7 +161,8 @@ class RecentPairs(nn.Module):
                 if age == self.num_steps:
                     self.usable = age
             else:
-                self.usable, self.passed = age - 1, -1  # younger ones count as the last that passed
+                # Ages before it that are not measured count as the last one that passed.
+                self.usable, self.passed = age - 1, -1
 
     def _write_clock(self) -> None:
         self.clock.copy_(torch.tensor([self.steps, self.held, self.began, self.passed, self.usable]))

@@ -43,10 +43,15 @@ def choose_precision(config: RunConfig) -> str:
 
 
 def _on_cpu(config: RunConfig) -> bool:
-    """Raises UserError: a GPU is asked for, and there is none. OpenCLIP's default, `cuda`, asks for nothing."""
+    """Raises UserError: what is asked for is not there, or no use. OpenCLIP's default, `cuda`, asks for nothing.
+
+    Apple's GPUs are none: sums over pairs are added up in float64, which they do not have.
+    """
+    if not config.device.startswith(("cpu", "cuda")):
+        raise UserError(f"--device {config.device}: use cpu, or cuda for a GPU of NVIDIA or AMD")
     if config.device.startswith("cuda") and "device" in config.given and not torch.cuda.is_available():
         raise UserError(f"--device {config.device}: PyTorch finds no GPU here; use --device cpu, or drop the flag")
-    return config.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    return config.device.startswith("cpu") or not torch.cuda.is_available()
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:

@@ -62,19 +62,15 @@ def save_checkpoint(
         loss_state[PARTS] = write_parts(spread, path)
     if path is None:
         return
-    content |= notes or {}
-    if clock is not None:
-        content["clock"] = clock
-    if scaler is not None:
-        content["scaler"] = scaler.state_dict()
-    if loss_state:
-        content["loss"] = loss_state
-    if hash_ids is not None:
-        content["sample_hashes"] = hash_ids.hashes
-    if momentum_encoder is not None:
-        content["momentum_encoder"] = momentum_encoder.state_dict()
-    if loss_optimizer is not None:
-        content["loss_optimizer"] = loss_optimizer
+    found = {
+        "clock": clock,
+        "scaler": scaler and scaler.state_dict(),
+        "loss": loss_state or None,
+        "sample_hashes": hash_ids and hash_ids.hashes,
+        "momentum_encoder": momentum_encoder and momentum_encoder.state_dict(),
+        "loss_optimizer": loss_optimizer,
+    }
+    content |= {**(notes or {}), **{key: value for key, value in found.items() if value is not None}}
     folder = loss_state[PARTS]["folder"] if spread else None
     try:
         save_tensors(content, path)

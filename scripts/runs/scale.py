@@ -13,7 +13,6 @@ from openclip_ext.state.rate_table import rate_bytes
 from .methods import parse_method
 
 FLOAT, LONG = 4, 8  # bytes
-RECENT = 8  # steps whose pairs gamma_decomp keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +84,6 @@ class Step:
     def state_bytes(self) -> float:
         """Of tables, on each rank."""
         return self.bytes_per_sample * self.samples / (self.world_size if self.in_parts else 1)
-
-    @property
-    def batch_bytes(self) -> int:
-        """That the gathered batch and pairs of recent steps take on each rank."""
-        kept = RECENT * self.rows * (2 * self.width + 7) * FLOAT if self.name == "gamma_decomp" else 0
-        return self.rows * 2 * self.width * FLOAT + kept
 
 
 @dataclasses.dataclass(frozen=True)

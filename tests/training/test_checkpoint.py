@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from openclip_ext import UserError
-from openclip_ext.files import latest_checkpoint
+from openclip_ext.files import checkpoints
 from openclip_ext.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -90,12 +90,12 @@ def test_several_ranks_write_the_prefix_that_openclip_writes(tmp_path):
     assert set(torch.load(tmp_path / "a.pt")["state_dict"]) == {"module.weight", "module.bias"}
 
 
-def test_the_latest_checkpoint_is_the_one_of_the_last_epoch(tmp_path):
-    assert latest_checkpoint(str(tmp_path / "none"), False) is None
+def test_the_first_of_checkpoints_is_that_of_the_last_epoch(tmp_path):
+    assert checkpoints(str(tmp_path / "none")) == []
     for name in ("epoch_2.pt", "epoch_10.pt", "epoch_11.pt.partial", "epoch_latest.pt"):
         (tmp_path / name).touch()
-    assert latest_checkpoint(str(tmp_path), False) == str(tmp_path / "epoch_10.pt")
-    assert latest_checkpoint(str(tmp_path), True) == str(tmp_path / "epoch_latest.pt")
+    assert checkpoints(str(tmp_path)) == [str(tmp_path / f"epoch_{number}.pt") for number in (10, 2)]
+    assert checkpoints(str(tmp_path), most_recent=True) == [str(tmp_path / "epoch_latest.pt")]
 
 
 def test_a_file_that_holds_code_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from torch import Tensor
 
 from openclip_ext.losses import Vocabulary
+from openclip_ext.losses.words import Words
 
 NEAR_CAPTION, NEAR_IMAGE = 0.9, 0.98
 ROWS = 1024
@@ -59,10 +60,7 @@ def find_duplicates(encoded: dict[str, Tensor], vocabulary: Vocabulary) -> dict[
 
 def word_vectors(tokens: Tensor, vocabulary: Vocabulary) -> sparse.csr_matrix:
     """(M, V) counts of each caption's words, weighted by their rarity and of unit norm; a caption without words: 0."""
-    is_word = ~torch.isin(tokens, torch.tensor(sorted(vocabulary.special_ids)))
-    if vocabulary.end_id is not None:
-        is_word &= (tokens == vocabulary.end_id).cumsum(1) == 0
-    row, column = is_word.nonzero(as_tuple=True)
+    row, column = Words(vocabulary).words(tokens).nonzero(as_tuple=True)
     entries = np.ones(len(row), np.float32), (row.numpy(), tokens[row, column].numpy())
     counts = sparse.csr_matrix(entries, shape=(len(tokens), vocabulary.size), dtype=np.float32)
     return TfidfTransformer().fit_transform(counts)
