@@ -98,6 +98,10 @@ def test_a_first_copy_that_fails_leaves_nothing(refused, tmp_path, monkeypatch):
     assert not (tmp_path / "logs" / "run").exists()
 
 
+def test_a_device_that_has_no_float64(refused):
+    assert "--device mps: use cpu, or cuda for a GPU of NVIDIA or AMD" in refused("--device", "mps")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_a_gpu_that_is_not_there(refused, train_flags, device):
