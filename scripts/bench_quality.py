@@ -4,6 +4,7 @@
     python scripts/bench_quality.py --task stream --out runs/quality --jobs 2
     python scripts/bench_quality.py --task flickr --flickr train.npz test.npz --methods clip dcl dcl+recent=16
     python scripts/bench_quality.py --task photos --photos pairs.csv start.pt model.json --batch-sizes 64
+    python scripts/bench_quality.py --task stream --out runs/quality --time
     python scripts/bench_quality.py --out runs/quality --publish
 
 Small towers are trained on a simulated stream of pairs (`stream`, and `stream2` with other constants), or on features
@@ -37,6 +38,7 @@ from quality.store import Row, open_store
 from quality.summary import draw, markdown, summarise
 from quality.tasks import FLICKR_VALIDATION, Setting
 from quality.trained import PRETRAINED, TRAINED, pretrain_on_digits, splits_of
+from quality.turns import time_rows
 from runs.pool import finish
 from runs.script import add_arguments, carry_out
 from runs.store import Store
@@ -78,13 +80,21 @@ def main() -> None:
     if args.publish:
         return publish(runs)
     store = open_store(runs)
-    carry_out(args, lambda: train(args, store), lambda: markdown(report(store, args.out)), MARKS)
+    work = time_tasks if args.time else train
+    carry_out(args, lambda: work(args, store), lambda: markdown(report(store, args.out)), MARKS)
 
 
 def train(args: argparse.Namespace, store: Store) -> None:
     for task in args.task:
         work = functools.partial(score, files=files_of(task, args))
         finish(plan(task, args), store, work, args.jobs, lambda: report(store, args.out), title)
+
+
+def time_tasks(args: argparse.Namespace, store: Store) -> None:
+    for task in args.task:
+        if task in TRAINED:
+            raise UserError(f"--time --task {task}: steps of openclip-ext train cannot be taken in turns")
+        time_rows(task, store, files_of(task, args))
 
 
 def files_of(task: str, args: argparse.Namespace) -> Sequence[str]:
@@ -113,6 +123,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scales", nargs="+", choices=["fixed", "learned"], default=["fixed", "learned"])
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates to choose from")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--time", action="store_true",
+        help="score nothing: train each row that is scored once more, all in turns, so that their seconds compare",
+    )  # fmt: skip
     parser.add_argument(
         "--publish", action="store_true",
         help="train nothing: keep the runs of --out in quality/runs.jsonl, and make the READMEs and pictures of those",

@@ -7,6 +7,7 @@ import json
 import bench_quality
 import pytest
 import torch
+from quality import turns
 from quality.loop import Run, score, take_gradient, train, visits
 from quality.methods import Method
 from quality.published import short_table
@@ -142,6 +143,24 @@ def test_fine_tuning_begins_where_the_small_clip_was_left(tmp_path):
     whole, low_rank = score(run, [checkpoint]), score(dataclasses.replace(run, task="digits_lora"), [checkpoint])
     assert whole["score"] == low_rank["score"] != score(dataclasses.replace(run, task="digits"))["score"]
     assert whole["steps"] == 3 and whole["pairs"] == 1200 and "recent" in whole
+
+
+def test_seconds_are_those_taken_in_turns_where_they_were(tmp_path, monkeypatch):
+    setting = Setting(pairs=96, epochs=1, scale=9.0, decay=0.0)
+    store = open_store(str(tmp_path / "runs.jsonl"))
+    for method in ("clip", "dcl+recent=2"):
+        for split, seed in (("val", 1000), ("test", 0), ("test", 1)):
+            run = dataclasses.replace(BASE, setting=setting, method=method, lr=0.1, seed=seed, split=split)
+            store.add(run, score(run))
+    before = [record["seconds"] for record in summarise(store)]
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(turns.time, "process_time", lambda: next(ticks))  # each part of a training takes a second
+    turns.time_rows("stream", store)
+    after = summarise(store)
+    assert [record["seconds"] for record in after] == [turns.PARTS] * 2 != before
+    assert [record["scores"] for record in after] == [record["scores"] for record in summarise(open_store(store.path))]
+    with pytest.raises(UserError, match="--time --task digits"):
+        bench_quality.time_tasks(argparse.Namespace(task=["digits"]), store)
 
 
 def test_every_epoch_visits_every_pair_once():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -57,10 +58,7 @@ def score(run: Run, files: Files = ()) -> dict[str, float]:
     torch.set_num_threads(1)
     if run.task in TRAINED:
         return score_trained(run, files)
-    task = features(*files) if files else stream(run.setting)
-    torch.manual_seed(run.seed)
-    learned = run.scale == "learned"
-    model = TwoTowers(*task.towers(), LEARNED_FROM if learned else run.setting.scale, learned)
+    task, model = begin(run, files)
     started = time.process_time()
     found = train(run, task, model)
     seconds = time.process_time() - started
@@ -68,8 +66,23 @@ def score(run: Run, files: Files = ()) -> dict[str, float]:
     return {"score": task.score(model, run.split), "seconds": seconds, "logit_scale": scale, **found}
 
 
+def begin(run: Run, files: Files = ()) -> tuple[Task, TwoTowers]:
+    """What a run learns, and its model before the first step."""
+    task = features(*files) if files else stream(run.setting)
+    torch.manual_seed(run.seed)
+    learned = run.scale == "learned"
+    return task, TwoTowers(*task.towers(), LEARNED_FROM if learned else run.setting.scale, learned)
+
+
 def train(run: Run, task: Task, model: TwoTowers) -> dict[str, float]:
     """Train on the run's pairs in the order of its seed; what `score` returns of it."""
+    joined, method = list(steps(run, task, model)), Method(run.method)
+    found = {"steps": len(joined), "pairs": len(joined) * method.pairs_per_step(run.batch_size)}
+    return found | ({"recent": sum(joined) / len(joined)} if method.without_recent else {})
+
+
+def steps(run: Run, task: Task, model: TwoTowers) -> Iterator[float]:
+    """Take the steps of `train`; yields after each how many recent steps joined in it."""
     pairs, method = task.splits["train"], Method(run.method)
     loss = method.build(len(pairs.image), task.embed_dim)
     size = method.pairs_per_step(run.batch_size)
@@ -78,7 +91,7 @@ def train(run: Run, task: Task, model: TwoTowers) -> dict[str, float]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=run.lr, weight_decay=run.setting.decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, run.lr, total_steps=len(order), pct_start=0.1)
-    kept, joined = KeptInputs(loss, model), 0.0
+    kept = KeptInputs(loss, model)
     for step, (ids, caption) in enumerate(zip(order, captions, strict=True)):
         loss.begin_step(step=step, total_steps=len(order))
         images, texts = pairs.image[ids].split(run.batch_size), pairs.text[ids, caption].split(run.batch_size)
@@ -90,9 +103,7 @@ def train(run: Run, task: Task, model: TwoTowers) -> dict[str, float]:
         loss.commit()
         with torch.no_grad():
             model.logit_scale.clamp_(max=torch.tensor(LARGEST_SCALE).log())
-        joined += float(outputs.get("recent_batches_used", 0))
-    found = {"steps": len(order), "pairs": order.numel()}
-    return found | ({"recent": joined / len(order)} if method.without_recent else {})
+        yield float(outputs.get("recent_batches_used", 0))
 
 
 def visits(count: int, epochs: int, size: int, seed: int) -> Tensor:

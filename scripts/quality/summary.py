@@ -15,6 +15,7 @@ from openclip_ext.report.intervals import half_width
 
 from .methods import Method
 from .store import Row, finished_rows
+from .turns import timed
 
 
 def summarise(store: Store) -> list[dict]:
@@ -22,7 +23,8 @@ def summarise(store: Store) -> list[dict]:
 
     `score` and `half_width`: mean and 95 % interval over seeds. `against_best` and `against_without`: mean and interval
     of the differences, seed by seed, to the stateless baseline with the highest score at the same task, logit scale and
-    batch size, and to the same method without recent pairs; None where there is none such.
+    batch size, and to the same method without recent pairs; None where there is none such. `seconds`: of CPU time, taken
+    in turns with other rows where that was done, else the median over seeds.
     """
     rows = sorted(finished_rows(store), key=_place)
     scores = {_place(row): {run.seed: store.require(run)["score"] for run in row.scored(store)} for row in rows}
@@ -42,6 +44,7 @@ def _record(row: Row, store: Store, scores: dict[tuple, dict[int, float]]) -> di
     best = max(baselines, key=lambda name: statistics.mean(baselines[name].values()), default=None)
     without = Method(method).without_recent
     found = [store.require(run) for run in row.scored(store)]
+    in_turns = [record for record in [store.get(timed(row.scored(store)[0]))] if record]
     recents = [record["recent"] for record in found if "recent" in record]
     return {
         **dataclasses.asdict(row.base),
@@ -55,7 +58,7 @@ def _record(row: Row, store: Store, scores: dict[tuple, dict[int, float]]) -> di
         "against_without": paired_difference(own, scores.get((*place, without), {})) if without else None,
         "pairs": found[0]["pairs"],
         "steps": found[0]["steps"],
-        "seconds": statistics.median(record["seconds"] for record in found),
+        "seconds": statistics.median(record["seconds"] for record in in_turns or found),
         "recent": statistics.mean(recents) if recents else None,
         "logit_scale": statistics.mean(record["logit_scale"] for record in found),
     }
