@@ -23,8 +23,8 @@ def summarise(store: Store) -> list[dict]:
 
     `score` and `half_width`: mean and 95 % interval over seeds. `against_best` and `against_without`: mean and interval
     of the differences, seed by seed, to the stateless baseline with the highest score at the same task, logit scale and
-    batch size, and to the same method without recent pairs; None where there is none such. `seconds`: of CPU time, taken
-    in turns with other rows where that was done, else the median over seeds.
+    batch size, and to the same method without recent pairs; None where there is none such. `seconds`: CPU time,
+    taken in turns with other rows where that was done, else the median over seeds.
     """
     rows = sorted(finished_rows(store), key=_place)
     scores = {_place(row): {run.seed: store.require(run)["score"] for run in row.scored(store)} for row in rows}
