@@ -10,12 +10,24 @@ from openclip_ext.registry import LossSpec
 if TYPE_CHECKING:
     from openclip_ext.losses import Loss, LossContext, PairLoss, create_loss
     from openclip_ext.ops.precision import promoted
+    from openclip_ext.training.encode_again import KeptInputs
 
 __version__ = "0.1.0"
-__all__ = ["Loss", "LossContext", "LossSpec", "PairLoss", "UserError", "create_loss", "option", "promoted"]
+__all__ = [
+    "KeptInputs",
+    "Loss",
+    "LossContext",
+    "LossSpec",
+    "PairLoss",
+    "UserError",
+    "create_loss",
+    "option",
+    "promoted",
+]
 
 # Imported on first use: torch takes seconds, `openclip-ext --help` must not wait for it.
 _LATE = {
+    "KeptInputs": "openclip_ext.training.encode_again",
     "Loss": "openclip_ext.losses",
     "LossContext": "openclip_ext.losses",
     "PairLoss": "openclip_ext.losses",

@@ -92,11 +92,7 @@ class Loss(nn.Module):
 
         `keep`: to keep what it gives the model. `encode`: to run the model, without gradient, on what it kept last, and
         to give the loss those features as `image_features_again` and `text_features_again`. `forget`: what was kept is
-        not asked for any more. None: nothing. In a loop:
-
-            if loss.probe == "keep": kept = images, texts
-            again = model(*kept) if loss.probe == "encode" else {}      # torch.no_grad(), dropout off
-            loss(…, **{f"{name}_again": again[name] for name in again if name.endswith("_features")})
+        not asked for any more. None: nothing. `openclip_ext.KeptInputs` does what is asked for.
 
         A loop that keeps nothing, or has lost it, gives nothing: the loss then asks anew.
         """

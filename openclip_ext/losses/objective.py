@@ -17,6 +17,8 @@ from openclip_ext.registry import NEEDS, OPTIONAL, arguments
 
 #: Calls without `commit` after which a loop is taken to have forgotten it: a gradient scaler may skip some first steps.
 _UNCOMMITTED = 20
+#: Times that features encoded again were asked for in vain: a resumed loop may have lost what it kept, once.
+_UNANSWERED = 2
 
 
 class Objective(Composite):
@@ -39,7 +41,7 @@ class Objective(Composite):
         self._titles = {"base": f"loss {name}"}
         self._weights = {"base": Weight(weight, weight)}
         self._weights_now = {"base": weight}
-        self._told_time, self._uncommitted = False, 0
+        self._told_time, self._uncommitted, self._unanswered = False, 0, 0
 
     def add_term(self, name: str, term: nn.Module, needs: frozenset[str], weight: Weight) -> None:
         """Add `weight` times the term, which returns `{"<name>_loss": tensor}`."""
@@ -63,7 +65,7 @@ class Objective(Composite):
         """
         _require_usable(image_features, text_features, logit_scale, extra)
         if self.training and torch.is_grad_enabled():
-            self._warn_of_missing_calls()
+            self._warn_of_missing_calls(extra)
         outputs: dict[str, Tensor] = {}
         with _float32(image_features.device):
             for name, part in self._parts().items():
@@ -85,7 +87,7 @@ class Objective(Composite):
             )
         return given
 
-    def _warn_of_missing_calls(self) -> None:
+    def _warn_of_missing_calls(self, extra: dict[str, Any]) -> None:
         if self.scheduled and not self._told_time:
             self._told_time = True
             warnings.warn(
@@ -98,6 +100,14 @@ class Objective(Composite):
             warnings.warn(
                 f"{self._titles['base']} or a term of it keeps a state, which only loss.commit() writes: call it after "
                 f"each optimizer step; {_UNCOMMITTED} calls passed without",
+                stacklevel=6,
+            )
+        unanswered = self.probe == "encode" and extra.get("image_features_again") is None
+        self._unanswered += unanswered
+        if unanswered and self._unanswered == _UNANSWERED:
+            warnings.warn(
+                f"{self._titles['base']} has no use of recent pairs unless it is given features encoded again: see "
+                "help(openclip_ext.KeptInputs), or take recent_batches=0",
                 stacklevel=6,
             )
 

@@ -86,6 +86,7 @@ def build_trainer(
         f"the {modality} tower has no output before its projection: its projected features stand in for trunk features"
         for modality in getattr(paired, "projected", [])
     ]
+    remarks += _warmup_remarks(config, clock.total_steps)
     resumed = [*loader.remarks, *(_restore(trainer, checkpoint, optimizer, data) if checkpoint else [])]
     return trainer, remarks + [f"--resume {config.resume}: {remark}" for remark in resumed]
 
@@ -145,6 +146,18 @@ def _schedule(config: RunConfig, optimizer, steps_per_epoch: int) -> Callable[[i
         return None
     schedule = upstream.create_schedule(config.flags, optimizer, steps_per_epoch)
     return scaled(schedule, optimizer) if describe(optimizer) else schedule
+
+
+def _warmup_remarks(config: RunConfig, total_steps: int) -> list[str]:
+    """OpenCLIP's default warm-up is longer than many a fine-tuning, which then learns next to nothing."""
+    warmup = config.flags.warmup
+    if config.skip_scheduler or warmup < total_steps:
+        return []
+    return [
+        f"--warmup {warmup}: the run has {counted(total_steps, 'step')}, so its learning rate rises to "
+        f"{config.lr * total_steps / warmup:.2g} and no further; for --lr {config.lr:g} give fewer, such as --warmup "
+        f"{max(1, total_steps // 10)}"
+    ]
 
 
 def _require_room(config: RunConfig, accelerator: Accelerator, width: int) -> None:

@@ -13,7 +13,12 @@ Inputs = dict[str, Tensor]
 
 
 class KeptInputs:
-    """What the model was given in the step that the loss asked to keep.
+    """What the model was given in the step that the loss asked to keep. In a loop of one's own:
+
+        kept = KeptInputs(loss, model)
+        …
+            inputs = {"image": images, "text": texts}
+            outputs = loss(**model(**inputs), sample_ids=ids, **kept.features([inputs], model))
 
     Args:
         loss: whose `probe` says when to keep and when to encode.
@@ -37,8 +42,11 @@ class KeptInputs:
         """What the loss is to be given in this step, beside the features of the step itself; mostly nothing.
 
         Args:
-            inputs: of the model in this step, per accumulated batch.
-            run: the model, or what runs it.
+            inputs: keyword arguments of the model in this step, a dict per accumulated batch.
+            run: the model, or what runs it; returns a dict, as OpenCLIP's models do with `output_dict=True`.
+
+        Returns:
+            `image_features_again`, `text_features_again` in a step in which the loss asks to `encode`; else nothing.
         """
         probe = self._loss.probe
         if probe == "keep":

@@ -17,6 +17,22 @@ from openclip_ext.training.config import RunConfig, run_config
 from openclip_ext.training.fault_flags import add_fault_flags, require_fault_limits
 from openclip_ext.training.keep_flags import add_keep_flags, require_keep_limits
 
+#: The least that numbers may be.
+_AT_LEAST = {
+    1: ("batch_size", "accum_freq", "epochs", "log_every_n_steps", "recent_check"),
+    0: (
+        "recent_batches",
+        "lr",
+        "wd",
+        "warmup",
+        "eps",
+        "workers",
+        "grad_clip_norm",
+        "epochs_cooldown",
+        "lr_cooldown_end",
+    ),
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
@@ -221,9 +237,7 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
         raise UserError("--lr: give a learning rate with a timm optimizer")
     config = run_config(flags, given)
     _require_data(config)
-    for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    _require_numbers(flags)
     require_fault_limits(config.rank_timeout, config.max_skipped, config.max_bad)
     if config.ddp_static_graph and config.accum_freq > 1:
         raise UserError("--ddp-static-graph: cannot be combined with --accum-freq; drop one")
@@ -242,6 +256,19 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
         raise UserError("--resume latest: name the run with --name, and its folder with --logs")
     _require_tuning_makes_sense(config)
     return config
+
+
+def _require_numbers(flags: upstream.Flags) -> None:
+    """Raises UserError: a number is too small or too large."""
+    for least, names in _AT_LEAST.items():
+        for name in names:
+            value = getattr(flags, name)
+            if value is not None and not value >= least:  # nor is "nan"
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    for name in ("beta1", "beta2"):
+        value = getattr(flags, name)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"--{name} {value}: must be in [0, 1), such as 0.9")
 
 
 def _given(parser: argparse.ArgumentParser, argv: Sequence[str]) -> set[str]:

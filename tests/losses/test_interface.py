@@ -84,7 +84,7 @@ def said(loss, **calls):
 
 def test_a_forgotten_begin_step_or_commit_is_said_once():
     def gamma(**options):
-        return create_loss("gamma_decomp", num_samples=9, **options)
+        return create_loss("gamma_decomp", num_samples=9, recent_batches=0, **options)
 
     assert said(gamma(), told_time=True, committed=True) == []
     (time,) = said(gamma(), told_time=False, committed=True)
@@ -96,6 +96,11 @@ def test_a_forgotten_begin_step_or_commit_is_said_once():
     (time,) = said(create_loss("dcl", terms={"geometric_consistency": {"views": False, "weight": "0:1"}}),
                    told_time=False, committed=False)  # fmt: skip
     assert "has a schedule" in time
+
+
+def test_recent_pairs_that_nobody_encodes_again_are_said_once():
+    (unused,) = said(create_loss("dcl", recent_batches=2), told_time=False, committed=True)
+    assert "loss dcl has no use of recent pairs" in unused and "help(openclip_ext.KeptInputs)" in unused
 
 
 def test_a_misspelt_hook_is_an_error_when_the_class_is_defined():

@@ -76,7 +76,7 @@ def test_a_run_goes_on_with_another_number_of_steps_and_says_so(train_flags, tmp
     ("flags", "message"),
     [
         (("--loss", "siglip", "--recent-batches", 4), "--recent-batches 4: loss siglip has no use for recent pairs"),
-        (("--loss", "dcl", "--recent-batches", -1), "recent_batches=-1: recent_batches of loss dcl must be int >= 0"),
+        (("--loss", "dcl", "--recent-batches", -1), "--recent-batches -1: must be at least 0"),
         (("--loss", "dcl", "--recent-batches", 4, "--loss-arg", "recent_batches=2"), "is given too; keep one"),
     ],
 )

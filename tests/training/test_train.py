@@ -56,6 +56,13 @@ def test_a_run_writes_what_it_promises(train_flags, tmp_path, val_shards, capsys
     assert "after epoch 2" in (run / "out.log").read_text() and "after epoch 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("warmup", "said"), [(7, False), (100, True)])
+def test_a_warmup_that_outlasts_the_run_is_said(train_flags, capsys, warmup, said):
+    assert main(train_flags("--warmup", warmup, "--lr", 1e-3)) == 0
+    remark = "--warmup 100: the run has 8 steps, so its learning rate rises to 8e-05 and no further; for --lr 0.001 "
+    assert (remark + "give fewer, such as --warmup 1" in capsys.readouterr().err) is said
+
+
 @pytest.mark.parametrize("loss", ["clip", "gamma_decomp", "emc2"])
 @pytest.mark.parametrize("how", ["latest", "path"])
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(train_flags, tmp_path, loss, how):
@@ -282,6 +289,11 @@ BAD = [
     (["--workers", "9"], "--workers 9: takes at least 9 shards for 1 process, and there are 4; use --workers 4"),
     (["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
     (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["--lr", "-1"], "--lr -1.0: must be at least 0"),
+    (["--wd", "nan"], "--wd nan: must be at least 0"),
+    (["--warmup", "-5"], "--warmup -5: must be at least 0"),
+    (["--workers", "-1"], "--workers -1: must be at least 0"),
+    (["--beta1", "2"], "--beta1 2.0: must be in [0, 1), such as 0.9"),
     (["--batch-size", "99999999999"], "--batch-size 99999999999: the loss of 99,999,999,999 pairs a step takes "),
     (["--batch-size", "64", "--loss-tile", "0"], "--loss-tile 0: must be a whole number of at least 1"),
     (["--batch-size", "500"], "--batch-size 500: a data worker of rank 0 finds only 256 usable samples"),
