@@ -65,13 +65,15 @@ def _delimiter(file: TextIO, path: str, columns: Mapping[str, str], given: str |
     """Where the file's header is split: `given`, or what makes it hold the columns, by flag, that are asked for.
 
     Raises:
-        UserError: it then lacks a column.
+        UserError: it is empty, or then lacks a column.
     """
     headers: dict[str, list[str]] = {}
     for candidate in SEPARATORS if given is None else (given, *SEPARATORS):
         file.seek(0)
         headers[candidate] = next(csv.reader(file, delimiter=candidate), [])
     file.seek(0)
+    if not any(headers.values()):
+        raise UserError(f"{path}: is empty; its first line must name its columns, such as {','.join(columns.values())}")
     fitting = [candidate for candidate, header in headers.items() if set(columns.values()) <= set(header)]
     if fitting and given in (None, fitting[0]):
         return fitting[0]

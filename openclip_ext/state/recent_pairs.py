@@ -172,6 +172,15 @@ class RecentPairs(nn.Module):
         used = {"recent_batches_used": torch.tensor(float(min(self.usable, self.held)))}
         return used | {f"recent_error_{age}": torch.tensor(error) for age, error in self.errors.items()}
 
+    def describe(self) -> str:
+        """How many steps join now, and why no more."""
+        joining = f"recent pairs: those of {min(self.usable, self.held)} of {self.num_steps} steps join now"
+        if not self.errors:
+            return f"{joining}; freshness is not measured yet"
+        errors = ", ".join(f"{self.errors[age]:.2g}" for age in sorted(self.errors))
+        ages = ", ".join(str(age) for age in sorted(self.errors))
+        return f"{joining}; scores err by {errors} of their spread after {ages} steps (--recent-limit {self.limit:g})"
+
     def _allocate(self, shape_of_step: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         steps, (size, width) = self.num_steps, shape_of_step
         if size:
@@ -207,3 +216,8 @@ class RecentPairs(nn.Module):
             state_dict |= {prefix + name: getattr(self, name) for name in (*_ROWS, "clock")}
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.errors = {age: e for age, e in zip(self.ages, self.error.tolist(), strict=True) if not math.isnan(e)}
+
+
+def describe_recent(loss: nn.Module) -> list[str]:
+    """What is to be said of each memory of recent pairs in a loss."""
+    return [module.describe() for module in loss.modules() if isinstance(module, RecentPairs)]

@@ -15,6 +15,7 @@ from openclip_ext.errors import counted
 from openclip_ext.evaluation.during_training import Evaluator
 from openclip_ext.files import keep_rows
 from openclip_ext.losses import ObjectivePlan
+from openclip_ext.state.recent_pairs import describe_recent
 from openclip_ext.state.table import describe_parts
 from openclip_ext.training.accelerator import choose_precision, make_accelerator
 from openclip_ext.training.build import build_trainer, seed_all
@@ -285,6 +286,8 @@ class _Run:
                 if keeper and every and clock.step % every == 0:
                     keeper.keep_step()
         self._report_skips(clock.skipped, f"epoch {clock.epoch + 1}")
+        for remark in describe_recent(self.trainer.loss):
+            logger.info(remark)
         if self.trainer.hash_ids and self.trainer.hash_ids.collisions:
             visits = counted(self.trainer.hash_ids.collisions, "visit")
             logger.warning(

@@ -169,7 +169,7 @@ def test_a_separator_is_recognised_by_the_columns_that_are_asked_for(tmp_path, s
         (None, b"filepath;text;x\na;b;c\n", r"--csv-caption-key title: .* split at ';' .*'filepath', 'text', 'x'"),
         (None, b"filepath,title\na,\xff\n", "cannot be read as a CSV in UTF-8"),
         (None, b"filepath,title\na," + b"x" * 200_000 + b"\n", "cannot be read as a CSV .*field larger"),
-        (None, b"", "--csv-img-key filepath: .* has no such column"),
+        (None, b"", ".* is empty; its first line must name its columns, such as filepath,title"),
     ],
 )
 def test_a_csv_that_cannot_be_split_is_one_line(tmp_path, separator, content, message):

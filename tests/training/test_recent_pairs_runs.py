@@ -1,6 +1,7 @@
 """`--recent-batches` from the command line: resuming, accumulation, image-only training, and what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -59,6 +60,9 @@ def test_recent_pairs_join_only_once_a_model_moves_slowly(train_flags, tmp_path)
         error = row.get("recent_error_1", error)
         assert error < 0.1 or row["recent_batches_used"] == 0
     assert max(row.get("recent_error_1", 0) for row in rows(tmp_path)) > 1
+    log = (tmp_path / "logs" / "run" / "out.log").read_text()
+    said = re.findall(r"recent pairs: those of 0 of 3 steps join now; scores err by (.*) of their spread after 1 ", log)
+    assert [float(error) for error in said] == pytest.approx([8, 0.7], rel=0.9)  # once after each epoch
 
 
 def test_a_run_goes_on_with_another_number_of_steps_and_says_so(train_flags, tmp_path):
