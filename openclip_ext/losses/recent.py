@@ -32,6 +32,10 @@ class RecentOptions:
         0.1, "largest error of scores, over their spread, with which recent pairs may join", allowed="> 0",
         check=lambda limit: limit > 0,
     )  # fmt: skip
+    recent_enough: float = option(
+        1.0, "negatives that count in a batch, per anchor, of which on recent pairs stay out; inf: never",
+        allowed="> 0", check=lambda enough: enough > 0,
+    )  # fmt: skip
 
 
 def recent_needs(options: RecentOptions) -> frozenset[str]:
@@ -43,4 +47,5 @@ def recent_pairs(options: Any, device: torch.device) -> RecentPairs | None:
     """The memory that a loss's options ask for; None: none."""
     if not isinstance(options, RecentOptions) or not options.recent_batches:
         return None
-    return RecentPairs(options.recent_batches, options.recent_check, options.recent_limit, device)
+    limits = options.recent_limit, device, options.recent_enough
+    return RecentPairs(options.recent_batches, options.recent_check, *limits)

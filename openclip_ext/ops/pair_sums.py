@@ -5,6 +5,7 @@ once for the sums and, unless there is only one tile, once more for the gradient
 and not with its square. In one process a tile serves both directions: anchors of one are columns of the other.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -54,6 +55,28 @@ def stored_standing(pairs: PairBatch) -> tuple[Tensor, Tensor]:
     count = stored.count + gather_rows(own_count[None], ranks).sum(0)
     log_count = count.clamp_min(1).to(own.dtype).log().expand_as(log_sum)
     return log_sum - stored.positive - log_count, log_count
+
+
+@torch.no_grad()
+def counting_negatives(pairs: PairBatch) -> Tensor:
+    """How many negatives that count a batch holds of each own anchor, both directions, (2, B).
+
+        G (sum_j r_ij)^2 / (C_i sum_j r_ij^2)     j: the C_i negatives of anchor i in the batch and among stored pairs
+
+    The fraction is the share of negatives that carry the softmax over them, by its effective sample size (Kish): 1
+    where all have the same score, 1 / C_i where one outweighs all others. A collective call over several ranks.
+    """
+    found = []
+    for directions in zip(pairs.in_batch, pairs.in_stored, strict=True):
+        first = pairs.image.new_full(pairs.positive.shape, -torch.inf)
+        second = first.clone()
+        for _, _, scores, same in itertools.chain(*directions):
+            scores = scores.masked_fill(same, -torch.inf)
+            first, second = (
+                torch.logaddexp(total, (power * scores).logsumexp(1)) for power, total in ((1, first), (2, second))
+            )
+        found.append((2 * first - second).exp().nan_to_num(0.0) / pairs.count.clamp_min(1))
+    return len(pairs.all_ids) * torch.stack(found)
 
 
 def _log_sums(columns: Columns, of_columns: Tensor | None = None) -> Tensor:

@@ -5,8 +5,13 @@
 A stored pair is where the model was. Used after the model has moved too far, it pushes the batch away from where
 features were, which makes the model move faster. So freshness is measured: the pairs of one step are encoded again 1,
 2, 4, … steps later, and only ages at which scores with them are still right may join the batch.
+
+Nor do they join where the batch needs none, since it holds enough of the negatives that count. Such a batch pushes what
+it pulls: if a kind of pair is there too often by chance, it is pulled together and pushed apart too often, and most of
+that noise cancels. Stored pairs would take over the push, and leave the noise.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -14,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from openclip_ext.ops.gather import gather_rows, sum_over_ranks
+from openclip_ext.ops.pair_sums import counting_negatives
 from openclip_ext.ops.pairs import PairBatch, StoredPairs
 from openclip_ext.state.table import require_room
 
@@ -31,6 +37,7 @@ class RecentPairs(nn.Module):
         num_steps: K.
         check_every: optimizer steps between two checks of freshness, once there were as many.
         limit: largest error of scores, as `check` measures it, with which an age may join.
+        enough: how many negatives that count a batch holds (`ops.pair_sums.counting_negatives`) when it needs no more.
         device: where the module is.
     """
 
@@ -42,10 +49,13 @@ class RecentPairs(nn.Module):
     positive: Tensor
     clock: Tensor
     error: Tensor
+    negatives: Tensor
 
-    def __init__(self, num_steps: int, check_every: int, limit: float, device: torch.device) -> None:
+    def __init__(
+        self, num_steps: int, check_every: int, limit: float, device: torch.device, enough: float = math.inf
+    ) -> None:
         super().__init__()
-        self.num_steps, self.check_every, self.limit = num_steps, check_every, limit
+        self.num_steps, self.check_every, self.limit, self.enough = num_steps, check_every, limit, enough
         self.ages = [2**power for power in range(num_steps.bit_length()) if 2**power < num_steps] + [num_steps]
         self._allocate((0, 0), torch.float32, device)
         # Of the host, which decides by it, and in `clock` of the state: steps committed, steps held, step at which the
@@ -53,9 +63,11 @@ class RecentPairs(nn.Module):
         self.steps, self.held, self.began, self.passed, self.usable = 0, 0, -1, 0, 0
         self.errors: dict[int, float] = {}  # by age
         self.register_buffer("clock", torch.zeros(5, dtype=torch.int64, device=device))
+        self.counting = math.nan  # negatives that count, in a batch
         self.register_buffer("error", torch.full((len(self.ages),), math.nan, device=device))
+        self.register_buffer("negatives", torch.tensor(math.nan, device=device))
         self._staged: dict[str, Tensor] | None = None
-        self._found: tuple[int, Tensor] | None = None
+        self._found: tuple[int, Tensor, Tensor] | None = None
 
     @property
     def probe(self) -> str | None:
@@ -70,9 +82,14 @@ class RecentPairs(nn.Module):
 
     def joining(self) -> StoredPairs | None:
         """The pairs that may join the batch now; None: there are none."""
-        count = min(self.usable, self.held)
-        if count == 0:
-            return None
+        return self._youngest(self.joined) if self.joined else None
+
+    @property
+    def joined(self) -> int:
+        """How many steps may join the batch now."""
+        return 0 if self.counting >= self.enough else min(self.usable, self.held)
+
+    def _youngest(self, count: int) -> StoredPairs:
         steps = [(self.steps - age) % self.num_steps for age in range(1, count + 1)]
         rows = {name: torch.cat([getattr(self, name)[step] for step in steps], dim=-1 if name == "log_sum" else 0)
                 for name in _ROWS}  # fmt: skip
@@ -105,7 +122,9 @@ class RecentPairs(nn.Module):
 
     @torch.no_grad()
     def check(self, pairs: PairBatch, image_again: Tensor, text_again: Tensor) -> None:
-        """Measure the error of the age at hand; `commit` draws the conclusion. A collective call over several ranks.
+        """Measure the error of the age at hand, and what the batch needs; `commit` draws the conclusion.
+
+        A collective call over several ranks.
 
         The error is the root mean square, over anchors of the batch and columns of the kept step, of their score with
         the stored column minus that with the column encoded now, divided by the scores' spread, the root mean square of
@@ -124,8 +143,11 @@ class RecentPairs(nn.Module):
             for difference in (column[step] - now, now - now.mean(0)):
                 # The sum of squares of all scores, without the scores: |A C^T|^2 = <A^T A, C^T C>.
                 totals.append(((anchors.T @ anchors) * (difference.T @ difference)).sum())
-        error, spread = sum_over_ranks(torch.stack(totals), len(pairs.sizes)).clamp_min(0).sqrt().view(2, 2).unbind(1)
-        self._found = self.steps - self.began, (error / spread).nan_to_num(math.inf).max()
+        totals.append(counting_negatives(dataclasses.replace(pairs, stored=self._youngest(self.held))).sum())
+        *squares, counting = sum_over_ranks(torch.stack(totals), len(pairs.sizes))
+        error, spread = torch.stack(squares).clamp_min(0).sqrt().view(2, 2).unbind(1)
+        error = (error / spread).nan_to_num(math.inf).max()
+        self._found = self.steps - self.began, error, counting / (2 * len(pairs.all_ids))
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -153,7 +175,8 @@ class RecentPairs(nn.Module):
             if self._found is None:  # the loop has not kept what it was asked to, or no longer: begin again
                 self.began = -1
                 return
-            (age, error), self._found = self._found, None
+            (age, error, self.negatives), self._found = self._found, None
+            self.counting = float(self.negatives)
             self.errors[age] = float(error)
             self.error[self.ages.index(age)] = error
             if self.errors[age] <= self.limit:
@@ -169,17 +192,23 @@ class RecentPairs(nn.Module):
 
     def report(self) -> dict[str, Tensor]:
         """How many steps join, and the error of each age when it was last measured."""
-        used = {"recent_batches_used": torch.tensor(float(min(self.usable, self.held)))}
+        used = {"recent_batches_used": torch.tensor(float(self.joined))}
+        if not math.isnan(self.counting):
+            used["counting_negatives"] = torch.tensor(self.counting)
         return used | {f"recent_error_{age}": torch.tensor(error) for age, error in self.errors.items()}
 
     def describe(self) -> str:
         """How many steps join now, and why no more."""
-        joining = f"recent pairs: those of {min(self.usable, self.held)} of {self.num_steps} steps join now"
+        joining = f"recent pairs: those of {self.joined} of {self.num_steps} steps join now"
         if not self.errors:
             return f"{joining}; freshness is not measured yet"
         errors = ", ".join(f"{self.errors[age]:.2g}" for age in sorted(self.errors))
         ages = ", ".join(str(age) for age in sorted(self.errors))
-        return f"{joining}; scores err by {errors} of their spread after {ages} steps (--recent-limit {self.limit:g})"
+        return (
+            f"{joining}; scores err by {errors} of their spread after {ages} steps (--recent-limit "
+            f"{self.limit:g}); a batch holds "
+            f"{self.counting:.2g} of the negatives that count ({self.enough:g} are enough)"
+        )
 
     def _allocate(self, shape_of_step: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         steps, (size, width) = self.num_steps, shape_of_step
@@ -215,6 +244,7 @@ class RecentPairs(nn.Module):
             self._write_clock()
             state_dict |= {prefix + name: getattr(self, name) for name in (*_ROWS, "clock")}
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.counting = float(self.negatives)
         self.errors = {age: e for age, e in zip(self.ages, self.error.tolist(), strict=True) if not math.isnan(e)}
 
 
