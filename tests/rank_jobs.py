@@ -145,7 +145,8 @@ def recent_steps(rank, num_ranks, name, size):
     from openclip_ext import create_loss
     from openclip_ext.ops.gather import gather_rows, gather_sizes
 
-    loss = create_loss(name, num_samples=40, rank=rank, world_size=num_ranks, recent_batches=2, recent_check=1)
+    recent = {"recent_batches": 2, "recent_check": 1, "recent_enough": 1e9}
+    loss = create_loss(name, num_samples=40, rank=rank, world_size=num_ranks, **recent)
     own = slice(rank * size // num_ranks, (rank + 1) * size // num_ranks)
     kept = None
     for step in range(5):
@@ -234,7 +235,14 @@ def chain_steps(rank, num_ranks, sizes, tile, kernel):
     from openclip_ext import create_loss
     from openclip_ext.ops.gather import gather_rows, gather_sizes
 
-    options = {"num_samples": 90, "embed_dim": 4, "decoupled": False, "recent_batches": 1, "recent_check": 1}
+    options = {
+        "num_samples": 90,
+        "embed_dim": 4,
+        "decoupled": False,
+        "recent_batches": 1,
+        "recent_check": 1,
+        "recent_enough": 1e9,
+    }
     loss = create_loss("emc2", kernel=kernel, loss_tile=tile, rank=rank, world_size=num_ranks, **options)
     own, found, again = slice(sum(sizes[:rank]), sum(sizes[: rank + 1])), [], {}
     for step in range(4):

@@ -17,8 +17,8 @@ from openclip_ext.registry import NEEDS, OPTIONAL, arguments
 
 #: Calls without `commit` after which a loop is taken to have forgotten it: a gradient scaler may skip some first steps.
 _UNCOMMITTED = 20
-#: Times that features encoded again were asked for in vain: a resumed loop may have lost what it kept, once.
-_UNANSWERED = 2
+#: Times that features encoded again are asked for in vain until it is said: who calls a loss a few times may not care.
+_UNANSWERED = 20
 
 
 class Objective(Composite):

@@ -115,6 +115,7 @@ def test_two_processes_equal_one_with_twice_the_batch(fusion_flags, tmp_path, pa
 
 def test_recent_pairs_are_a_queue_of_momentum_keys(fusion_flags, tmp_path):
     flags = ("--loss", "dcl", "--recent-batches", 2, "--recent-check", 3, "--recent-limit", 100, "--lr", "1e-4")
+    flags += ("--loss-arg", "recent_enough=inf")
     assert main(fusion_flags(*flags, "--epochs", 1)) == 0
     assert rows(tmp_path)[-1]["recent_batches_used"] > 0
 
@@ -123,7 +124,7 @@ def test_recent_pairs_are_a_queue_of_momentum_keys(fusion_flags, tmp_path):
     ("ways", "expected"),
     [
         (("keep", "keep"), "keep"), (("encode", "forget"), "encode"), (("forget", "encode"), "encode"),
-        (("forget", "forget"), "forget"), ((None, "encode"), "encode"), ((None, "forget"), "forget"),
+        (("forget", "forget"), "forget"), ((None, "encode"), "encode"), ((None, "forget"), None),
         ((None, None), None),
     ],
 )  # fmt: skip

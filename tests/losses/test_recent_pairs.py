@@ -16,6 +16,8 @@ from openclip_ext.testing import check_loss
 
 B, D, N = 5, 4, 40
 SCALE = torch.tensor(6.0, dtype=torch.float64)
+#: Checked as often as can be, and never left out for being of no need.
+RECENT = {"recent_check": 1, "recent_enough": math.inf}
 FORMS = {
     "clip": {},
     "dcl": {},
@@ -26,7 +28,7 @@ FORMS = {
 
 
 def recent_loss(name, steps=3, **options):
-    return create_loss(name, **FORMS[name], **({"recent_batches": steps, "recent_check": 1} | options))
+    return create_loss(name, **FORMS[name], **(RECENT | {"recent_batches": steps} | options))
 
 
 def batch(step, size=B):
@@ -104,7 +106,7 @@ def test_fresh_pairs_cost_no_signal_where_features_lie_in_a_cone():
     signals = {}
     for recent_batches in (0, steps):
         loss, generator, kept, found = (
-            create_loss("dcl", recent_batches=recent_batches, recent_check=1),
+            create_loss("dcl", recent_batches=recent_batches, **RECENT),
             torch.Generator().manual_seed(0),
             [],
             [],
@@ -132,7 +134,7 @@ def recall_after_training(recent_batches, seed):
     torch.manual_seed(seed)
     towers = [nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)) for _ in range(2)]
     optimizer = torch.optim.Adam([p for tower in towers for p in tower.parameters()], lr=3e-3)
-    loss, kept = create_loss("dcl", recent_batches=recent_batches, recent_check=1, recent_limit=1e9), None
+    loss, kept = create_loss("dcl", recent_batches=recent_batches, recent_limit=1e9, **RECENT), None
 
     def features(ids, suffix=""):
         encoded = [normalize(tower(x[ids]), dim=1) for tower, x in zip(towers, inputs, strict=True)]
@@ -231,7 +233,7 @@ def test_ranks_equal_one(ranks, num_ranks):
 
 @pytest.mark.parametrize("name", ["clip", "dcl", "gamma_decomp"])
 def test_every_check_holds(ranks, name):
-    check_loss(name, ranks=ranks, num_ranks=(2,), recent_batches=2, recent_check=1)
+    check_loss(name, ranks=ranks, num_ranks=(2,), recent_batches=2, **RECENT)
 
 
 def test_a_state_goes_on_bit_for_bit_and_with_another_number_of_steps():
@@ -272,7 +274,7 @@ def test_of_two_ways_one_stays_fresh_where_the_other_does_not():
         def pairs(self, features):
             return [[features[f"{side}_features{way}"] for side in ("image", "text")] for way in ("", "_swapped")]
 
-    plan = ObjectivePlan("dcl", {"recent_batches": "4", "recent_check": "1"})
+    plan = ObjectivePlan("dcl", {"recent_batches": "4", "recent_check": "1", "recent_enough": "inf"})
     loss, kept = Both(plan, LossContext(num_samples=N, widths=Widths(embed=D))), None
     image, text = oracles.unit(2, N, D, seed=0)
 
@@ -290,6 +292,28 @@ def test_of_two_ways_one_stays_fresh_where_the_other_does_not():
     assert [way.base.recent.usable for way in loss.objectives] == [0, 4]
 
 
+@pytest.mark.parametrize(("scale", "joined"), [(1.0, 0), (60.0, 3)])
+def test_they_stay_out_where_a_batch_holds_enough_of_the_negatives_that_count(scale, joined):
+    """All count where scores are about the same, and hardly any where few outweigh the others."""
+    scale, kept, seen = torch.tensor(scale, dtype=torch.float64), [], []
+    loss = recent_loss("dcl", recent_enough=1.0)
+    for step in range(20):
+        seen.append(batch(3 * step))
+        outputs = take_step(loss, seen[-1], kept, scale=scale)
+    assert outputs["recent_batches_used"] == joined and loss.base.recent.usable == 3
+    while loss.probe != "encode":
+        take_step(loss, seen[-1], kept, scale=scale)
+    (image, text, ids), memory, sums = batch(1), loss.base.recent, []
+    everything = [torch.cat([own, *stored]) for own, stored in ((image, memory.image), (text, memory.text))]
+    all_ids = torch.cat([ids, *memory.ids])
+    for anchors, columns in ((image, everything[1]), (text, everything[0])):
+        for i in range(B):
+            r = [math.exp(scale * anchors[i] @ c) for c, other in zip(columns, all_ids, strict=True) if other != ids[i]]
+            sums.append(B * sum(r) ** 2 / (len(r) * sum(x * x for x in r)))
+    take_step(loss, (image, text, ids), kept, scale=scale)
+    assert memory.counting == pytest.approx(sum(sums) / len(sums), rel=1e-6) and (memory.counting < 1) is (joined > 0)
+
+
 def test_a_loss_without_use_for_them_refuses_them():
     with pytest.raises(UserError, match="loss siglip has no option 'recent_batches'"):
         create_loss("siglip", recent_batches=2)
@@ -303,7 +327,7 @@ def test_chains_move_to_columns_of_recent_steps():
     image, text = oracles.unit(2, size * (steps + 1), D, seed=5)
     ids = torch.arange(len(image))
     loss, kept = create_loss("emc2", num_samples=len(image), embed_dim=D, bank_dtype="float32", recent_batches=steps,
-                             recent_check=1), []  # fmt: skip
+                             **RECENT), []  # fmt: skip
     own = [slice(size * (step % (steps + 1)), size * (step % (steps + 1) + 1)) for step in range(4 * (steps + 1) + 1)]
     for part in own[:-1]:
         take_step(loss, (image[part], text[part], ids[part]), kept)

@@ -27,7 +27,13 @@ FORMS = {
 def steps(name, tile, recent_batches):
     """Values, gradients and states of four steps, in which recent pairs join as soon as they can."""
     loss = create_loss(
-        name.split()[0], **FORMS[name], loss_tile=tile, recent_batches=recent_batches, recent_check=1, recent_limit=1e9
+        name.split()[0],
+        **FORMS[name],
+        loss_tile=tile,
+        recent_batches=recent_batches,
+        recent_check=1,
+        recent_limit=1e9,
+        recent_enough=1e9,
     )
     found, kept = [], None
     for step in range(4):

@@ -158,7 +158,7 @@ def test_a_loss_that_cannot_be_built_is_one_line(run_patched, tmp_path, capsys):
         "--loss siglip --loss-term brownian_bridge=0.2,sample=true",
         "--loss dcl",
         "--loss batch_corrected",
-        "--loss dcl --loss-arg recent_batches=2 --loss-arg recent_limit=9",
+        "--loss dcl --loss-arg recent_batches=2 --loss-arg recent_limit=9 --loss-arg recent_enough=1e9",
         "--loss sogclr --precision amp_bf16",
         "--loss clip --dataset-type synthetic --train-num-samples 64",
     ],
@@ -195,7 +195,7 @@ def test_a_step_that_the_scaler_skips_is_not_committed(monkeypatch, patched, run
 
 
 #: Pairs of two recent steps, which join however far the model has moved.
-RECENT = ("--loss-arg", "recent_batches=2", "--loss-arg", "recent_limit=99")
+RECENT = [word for value in ("batches=2", "limit=99", "enough=1e9") for word in ("--loss-arg", f"recent_{value}")]
 
 
 @pytest.fixture
