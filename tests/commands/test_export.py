@@ -13,7 +13,7 @@ from skimage import data
 
 from openclip_ext.cli import main
 from openclip_ext.commands.export.model_card import training_command
-from openclip_ext.report.params import read_params
+from openclip_ext.report.params import Params, read_params
 from openclip_ext.training.flags import parse_args
 
 FORCED = ("--force-quick-gelu", "--force-custom-text", "--force-image-size", 48, "--force-context-length", 9,
@@ -168,6 +168,13 @@ def test_the_training_command_gives_the_same_parameters(train_flags, val_shards,
     program, command, *flags = shlex.split(training_command(read_params(tmp_path)))
     assert (program, command) == ("openclip-ext", "train")
     assert json.dumps(vars(parse_args(flags).flags)) == json.dumps(args)
+
+
+def test_the_training_command_starts_as_many_processes():
+    stock = {"world_size": 4, "epochs": 3}
+    ours = Params(stock, {"openclip-ext": "0"})
+    assert training_command(ours) == "accelerate launch --num_processes 4 -m openclip_ext train --epochs 3"
+    assert training_command(Params(stock)) == "torchrun --nproc_per_node 4 -m open_clip_train.main --epochs 3"
 
 
 def test_the_card_tells_what_a_resumed_run_changed(by_hand):

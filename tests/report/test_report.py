@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from launching import fork
 from openclip_ext.cli import main
 from openclip_ext.report.compare import compare, group
 from openclip_ext.report.intervals import half_width, half_width_of_difference
@@ -148,6 +149,33 @@ def test_trained_runs_are_compared_drawn_and_told_apart(train_flags, val_shards,
     assert printed.partition("What the runs differ in")[0] in text and "![curves and scores](report.png)" in text
     with Image.open(tmp_path / "report" / "report.png") as picture:
         assert picture.width > 1000 and picture.height > 900
+
+
+def test_runs_in_another_number_of_processes_are_no_seeds(train_flags, show, tmp_path):
+    assert main(train_flags("--name", "one", "--seed", 0)) == 0
+    finished = fork("torchrun", train_flags("--name", "two", "--seed", 1))
+    assert finished.returncode == 0, finished.stderr
+    one, two = show(tmp_path / "logs")[1]["groups"]
+    assert (one["settings"], two["settings"]) == ({"world_size": "1"}, {"world_size": "2"})
+    assert [row["targets"]["contrastive_loss"] for row in (one, two)] == ["clip, batch 32", "clip, batch 64"]
+    assert main(train_flags("--name", "two", "--seed", 1, "--epochs", 2, "--resume", "latest")) == 0
+    assert "latest: world_size was 2, is 1" in (tmp_path / "logs" / "two" / "out.log").read_text()
+    (remark,) = show(tmp_path / "logs")[1]["remarks"]
+    assert "world_size 2 until epoch 1 (step 4), then 1" in remark
+
+
+def test_runs_that_did_not_record_their_processes_go_on_and_are_compared(train_flags, show, tmp_path):
+    for name in ("old-0", "old-1"):
+        assert main(train_flags("--name", name, "--seed", name[-1])) == 0
+        path = tmp_path / "logs" / name / "params.json"
+        record = json.loads(path.read_text())
+        del record["flags"]["world_size"]
+        path.write_text(json.dumps(record))
+    (group,) = show(tmp_path / "logs")[1]["groups"]
+    assert len(group["runs"]) == 2 and group["targets"]["contrastive_loss"] == "clip, batch 32"
+    assert main(train_flags("--name", "old-0", "--seed", 0, "--save-frequency", 2, "--resume", "latest")) == 0
+    record = json.loads((tmp_path / "logs" / "old-0" / "params.json").read_text())
+    assert record["history"] == [] and record["flags"]["world_size"] == 1
 
 
 def test_what_eval_wrote_into_the_folder_is_shown_and_goes_on_the_model_card(digit_run, digit_folders, show, tmp_path):
