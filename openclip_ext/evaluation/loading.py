@@ -15,7 +15,7 @@ from torch import Tensor
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.encoder import Encoder
-from openclip_ext.files import last_checkpoint, load_tensors
+from openclip_ext.files import file_sha256, last_checkpoint, load_tensors
 from openclip_ext.report.params import read_params
 
 #: What a name that ends so must be.
@@ -219,15 +219,6 @@ def _precision(given: str | None, device: torch.device) -> str:
     if device.type == "cpu" and given in ("fp16", "pure_fp16"):
         raise UserError(f"--precision {given}: needs a GPU; use fp32 or amp_bf16 on CPU")
     return "fp32" if device.type == "cpu" and given in (None, "amp") else given or "amp"
-
-
-def file_sha256(path: str) -> str:
-    """As `sha256sum` prints it."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

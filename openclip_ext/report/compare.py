@@ -69,7 +69,9 @@ def run_report(args: argparse.Namespace) -> dict:
     runs = [read_run(path) for path in _folders(args.runs)]
     for run in runs:
         for name in run.earlier:
-            print(f"{run.name}: what openclip-ext eval found of {name} is left out: {run.last_checkpoint} came later")
+            same = name == run.last_checkpoint
+            why = "that file was written anew since" if same else f"{run.last_checkpoint} came later"
+            print(f"{run.name}: what openclip-ext eval found of {name} is left out: {why}")
     report = compare(group(runs), args.metric)
     out = Path(args.out)
     make_out_folder(out)

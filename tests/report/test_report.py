@@ -1,7 +1,9 @@
 """`openclip-ext report`: numbers against hand-made files, then the command on runs that were trained here."""
 
+import hashlib
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -97,6 +99,32 @@ def test_what_eval_found_of_an_earlier_epoch_is_no_score_of_the_end(make_run, sh
     assert read_run(str(folder)).scores == {"text_to_image_R@1": 0.2, "pets-2/top1": 0.2}
     assert show(folder)[0] == 0
     assert "eval found of epoch_1.pt is left out: epoch_2.pt came later" in capsys.readouterr().out
+
+
+def test_what_eval_found_of_a_file_that_was_written_anew_is_no_score_of_it(make_run, show, capsys):
+    folder = make_run("run", recall=(0.1, 0.2))
+    path = folder / "checkpoints" / "epoch_2.pt"
+    for number, weights in enumerate((b"before", b"resumed")):
+        checkpoint = {"path": "elsewhere/epoch_2.pt", "sha256": hashlib.sha256(weights).hexdigest()}
+        tasks = {f"pets-{number}": {"scores": {"top1": 0.5}}}
+        report = {"created": f"2026-01-0{number + 1}T12:00:00", "checkpoint": checkpoint, "tasks": tasks}
+        (folder / f"eval-{number}.json").write_text(json.dumps(report))
+        path.write_bytes(weights)
+    assert read_run(str(folder)).scores.keys() == {"text_to_image_R@1", "pets-1/top1"}
+    assert show(folder)[0] == 0
+    assert "eval found of epoch_2.pt is left out: that file was written anew since" in capsys.readouterr().out
+
+
+def test_a_file_that_is_older_than_what_eval_found_of_it_is_not_read(make_run, monkeypatch):
+    folder = make_run("run", recall=(0.1, 0.2))
+    path = folder / "checkpoints" / "epoch_2.pt"
+    path.touch()
+    os.utime(path, (0, 0))
+    checkpoint = {"path": str(path), "sha256": "0" * 64}
+    report = {"created": "2026-01-01T12:00:00", "checkpoint": checkpoint, "tasks": {"pets": {"scores": {"top1": 0.5}}}}
+    (folder / "eval.json").write_text(json.dumps(report))
+    monkeypatch.setattr("openclip_ext.report.run_files.file_sha256", None)  # what takes long for a large file
+    assert "pets/top1" in read_run(str(folder)).scores
 
 
 def test_a_value_of_params_may_break_lines(make_run):
