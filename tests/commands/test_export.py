@@ -131,6 +131,17 @@ def test_a_mixture_has_no_scores_of_the_runs_epochs(by_hand, tmp_path):
     assert shown == [True, False]
 
 
+def test_a_checkpoint_from_within_an_epoch_has_no_scores_of_the_epoch_before(trained, tmp_path, val_shards):
+    folder = trained("--epochs", 2, "--save-every-steps", 11, "--val-data", val_shards) / "checkpoints"
+    (folder / "epoch_1_step_11.pt").rename(folder / "epoch_latest.pt")  # as --save-most-recent names it
+    shown = []
+    for name in ("epoch_1", "epoch_latest"):
+        flags = ["--checkpoint", str(folder / f"{name}.pt"), "--out", str(tmp_path / name)]
+        assert main(["export", str(folder.parent), "--to", "hf", *flags]) == 0
+        shown.append("clip_val_loss" in (tmp_path / name / "README.md").read_text())
+    assert shown == [True, False]
+
+
 def test_a_checkpoint_from_elsewhere_takes_the_runs_architecture(by_hand, tmp_path):
     elsewhere = tmp_path / "mixed.pt"
     (by_hand / "checkpoints" / "epoch_1.pt").rename(elsewhere)
