@@ -133,6 +133,32 @@ def test_a_value_of_params_may_break_lines(make_run):
     assert read_run(str(folder)).params.flags["lr"] == 3
 
 
+def test_what_a_curve_is_of_is_told_with_all_that_it_depends_on(make_run):
+    terms, arg = {"loss_term": ["caption=1"], "batch_size": 32, "accum_freq": 2}, ["tau=0.1"]
+    alone, plain, recent, same, checked = groups_of(
+        make_run("alone", losses=(1,), loss="dcl", batch_size=64),
+        make_run("plain", losses=(1,), loss="dcl", loss_arg=arg, recent_batches=None, **terms),
+        make_run("recent", losses=(1,), loss="dcl", loss_arg=arg, recent_batches=4, **terms),
+        make_run("same", losses=(1,), loss="dcl", loss_arg=[*arg, "recent_batches=4"], **terms),
+        make_run("checked", losses=(1,), loss="dcl", recent_batches=4, recent_check=8, recent_limit=0.5, **terms),
+    )
+    assert alone["targets"] == {"contrastive_loss": "dcl, batch 64", "loss": "dcl, batch 64"}
+    assert plain["targets"]["loss"] == "dcl tau=0.1 + caption=1, batch 64"
+    assert recent["targets"]["contrastive_loss"] == "dcl tau=0.1, recent_batches=4, batch 64"
+    assert recent["targets"] == same["targets"]
+    said = "dcl recent_batches=4, recent_check=8, recent_limit=0.5"
+    assert checked["targets"]["loss"] == f"{said} + caption=1, batch 64"
+
+
+def test_what_was_changed_on_the_way_is_part_of_what_a_curve_is_of(make_run):
+    run = make_run("run", losses=(1, 2, 3))
+    history = [{"epoch": 1, "step": 2, "changed": {"recent_batches": [4, None]}}]
+    flags = {"loss": "dcl", "batch_size": 8, "recent_batches": None}
+    (run / "params.json").write_text(json.dumps({"versions": {}, "flags": flags, "history": history}))
+    (row,) = groups_of(run)
+    assert row["targets"]["loss"] == "dcl recent_batches=4 until epoch 1 (step 2), then None, batch 8"
+
+
 def test_a_long_training_curve_is_averaged_within_windows(make_run):
     losses = np.arange(2000.0)
     (row,) = groups_of(make_run("run", losses=losses, seed=0))
