@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -165,6 +166,15 @@ def keep_rows(path: str | os.PathLike, wanted: Callable[[dict], bool]) -> None:
     if len(kept) < len(lines):
         with atomic(path) as partial, open(partial, "w") as file:
             file.writelines(kept)
+
+
+def file_sha256(path: str) -> str:
+    """As `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save_tensors(content: Mapping[str, Any], path: str | os.PathLike) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from openclip_ext import upstream
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.encoder import Encoder
-from openclip_ext.files import last_checkpoint, load_tensors
+from openclip_ext.files import file_sha256, last_checkpoint, load_tensors
 from openclip_ext.report.params import read_params
 
 #: What a name that ends so must be.
@@ -35,7 +35,7 @@ class LoadedModel(Encoder):
         sha256: of that file as `sha256sum` prints it; of the weights (`weights_sha256`) where there is no `path`.
         precision: OpenCLIP's name of what is computed in.
         flags: those of `RUN_FLAGS` that the model was made with.
-        epoch: completed ones of training; None: the file does not tell.
+        epoch: completed ones of training; None: it is from within one, or the file does not tell.
     """
 
     transform: Callable[[Any], Tensor]
@@ -96,8 +96,14 @@ def load_model(
         sha256=file_sha256(origin.path) if origin.path else weights_sha256(model),
         precision=precision,
         flags=origin.run_flags,
-        epoch=content.get("epoch"),
+        epoch=_epoch(content),
     )
+
+
+def _epoch(content: dict) -> int | None:
+    """Completed ones; None where some of the next one has been trained, or the file does not tell."""
+    position = content.get("clock", {}).get("position", {})
+    return None if position.get("batches") or position.get("before") else content.get("epoch")
 
 
 def _create(origin: "_Origin", weights: dict, device: torch.device, precision: str, cache_dir: str | None, flag: str):
@@ -219,15 +225,6 @@ def _precision(given: str | None, device: torch.device) -> str:
     if device.type == "cpu" and given in ("fp16", "pure_fp16"):
         raise UserError(f"--precision {given}: needs a GPU; use fp32 or amp_bf16 on CPU")
     return "fp32" if device.type == "cpu" and given in (None, "amp") else given or "amp"
-
-
-def file_sha256(path: str) -> str:
-    """As `sha256sum` prints it."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

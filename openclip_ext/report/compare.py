@@ -69,7 +69,9 @@ def run_report(args: argparse.Namespace) -> dict:
     runs = [read_run(path) for path in _folders(args.runs)]
     for run in runs:
         for name in run.earlier:
-            print(f"{run.name}: what openclip-ext eval found of {name} is left out: {run.last_checkpoint} came later")
+            same = name == run.last_checkpoint
+            why = "that file was written anew since" if same else f"{run.last_checkpoint} came later"
+            print(f"{run.name}: what openclip-ext eval found of {name} is left out: {why}")
     report = compare(group(runs), args.metric)
     out = Path(args.out)
     make_out_folder(out)
@@ -236,15 +238,27 @@ def shown_metrics(names: list[str], patterns: Sequence[str] | None) -> list[str]
 
 def _targets(run: RunFiles) -> dict[str, str]:
     """By loss in `training`, what is minimised; empty where that is not known."""
-    flags, changes = run.params.flags, run.params.changes()
+    flags = run.params.flags
     if not flags:
         return {}
     size = math.prod(int(flags.get(name) or 1) for name in ("batch_size", "accum_freq", "world_size"))
-    loss = changes.get("loss") or flags.get("loss") or ("siglip" if flags.get("siglip") else "clip")
-    words = [loss, *(changes.get(name) or shown(flags[name]) for name in ("loss_arg",) if flags.get(name))]
+    base = _base_loss(run)
     targets = {f"{term.partition('=')[0]}_loss": f"{term}, batch {size}" for term in flags.get("loss_term") or ()}
-    targets["contrastive_loss"] = f"{' '.join(words)}, batch {size}"
-    return targets | {"loss": " + ".join([*words, *(flags.get("loss_term") or ()), f"batch {size}"])}
+    targets["contrastive_loss"] = f"{base}, batch {size}"
+    return targets | {"loss": f"{' + '.join([base, *(flags.get('loss_term') or ())])}, batch {size}"}
+
+
+def _base_loss(run: RunFiles) -> str:
+    """The loss without terms, and its options; of what was changed on the way all values, and when."""
+    flags, changes = run.params.flags, run.params.changes()
+    loss = changes.get("loss") or flags.get("loss") or ("siglip" if flags.get("siglip") else "clip")
+    # Each of the flags of recent pairs can be given as `--loss-arg` too, and means the same.
+    said = {
+        name: changes.get(name) or ("" if flags.get(name) is None else shown(flags[name]))
+        for name in ("loss_arg", "recent_batches", "recent_check", "recent_limit")
+    }
+    options = [value if name == "loss_arg" else f"{name}={value}" for name, value in said.items() if value]
+    return " ".join(filter(None, (loss, ", ".join(options))))
 
 
 def _run(run: RunFiles) -> dict:

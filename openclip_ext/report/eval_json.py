@@ -4,7 +4,7 @@ from typing import Any
 
 _LARGEST = 1 << 53
 _TEXTS = ("path", "source", "sha256")
-_COUNTS = ("num_samples", "num_texts", "num_classes")
+_COUNTS = ("num_samples", "num_texts", "num_classes", "num_templates", "candidates")
 
 
 def is_report(value: Any) -> bool:

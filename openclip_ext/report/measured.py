@@ -1,26 +1,31 @@
-"""What a score was measured on: only scores of the same data stand in one column, and so in one difference."""
+"""What a score was measured on, and how: only what is the same stands in one column, and so in one difference."""
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from openclip_ext.errors import counted
 from openclip_ext.report.run_files import Row, RunFiles, metrics
 
-#: What validation during training is called where data have to be told apart, and the flags that name those data, by
-#: how the names of its metrics start.
-VALIDATION = {
-    "image_to_text_": ("val-data", ("val_data",)),
-    "text_to_image_": ("val-data", ("val_data",)),
-    "clip_val_loss": ("val-data", ("val_data",)),
-    "val_generative_loss": ("val-data", ("val_data",)),
-    "imagenet-zeroshot": ("imagenet-val", ("imagenet_val",)),
-    "imagenetv2-zeroshot": ("imagenet-v2", ("imagenet_v2",)),
-    "knn-": ("probe-val", ("probe_val", "probe_train")),
-    "linear-probe-": ("probe-val", ("probe_val", "probe_train")),
+Flags = tuple[str, ...]
+
+#: What validation during training is called where data have to be told apart, the flags that name those data, and those
+#: that say how it is measured on them, by how the names of its metrics start.
+VALIDATION: dict[str, tuple[str, Flags, Flags]] = {
+    "image_to_text_": ("val-data", ("val_data",), ()),
+    "text_to_image_": ("val-data", ("val_data",), ()),
+    "clip_val_loss": ("val-loss", ("val_data",), ("batch_size",)),  # among the pairs of a batch
+    "val_generative_loss": ("val-data", ("val_data",), ()),
+    "imagenet-zeroshot": ("imagenet-val", ("imagenet_val",), ("classes",)),
+    "imagenetv2-zeroshot": ("imagenet-v2", ("imagenet_v2",), ("classes",)),
+    "knn-": ("probe-val", ("probe_val", "probe_train"), ()),
+    "linear-probe-": ("probe-val", ("probe_val", "probe_train"), ()),
 }
-_OTHERS = ("zero-shot", ("zero_shot",))
-_TASKS = frozenset(task for task, _ in (*VALIDATION.values(), _OTHERS))
+_OTHERS = ("zero-shot", ("zero_shot",), ("templates", "class_names"))
+_TASKS = frozenset(task for task, *_ in (*VALIDATION.values(), _OTHERS))
+_OF_PAIRS = ("val-data", "val-loss")
+_DEFAULTS = {"batch_size": "unknown", "classes": "all"}  # of flags that say how; of others "by default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Data:
         path: as it was given.
         images, texts: how many.
         classes: among how many an image's is chosen.
+        how: what else was chosen, such as templates, in words.
         checksum: of their content.
     """
 
@@ -38,15 +44,19 @@ class Data:
     images: int | None = None
     texts: int | None = None
     classes: int | None = None
+    how: tuple[str, ...] = ()
     checksum: str | None = None
 
     def same(self, other: "Data") -> bool:
-        """By content where both have a checksum, else by path and numbers."""
-        if self.classes != other.classes:
+        """By how it was measured, and by content where both have a checksum, else by path and numbers."""
+        if (self.classes, self.how) != (other.classes, other.how):
             return False
         if self.checksum and other.checksum:
             return (self.checksum, self.images, self.texts) == (other.checksum, other.images, other.texts)
         return (self.path, self.images) == (other.path, other.images)
+
+
+_COUNTED = {"num_templates": "template", "candidates": "candidate"}  # the latter are ranked again
 
 
 def of_result(result: dict[str, Any]) -> Data:
@@ -58,20 +68,27 @@ def of_result(result: dict[str, Any]) -> Data:
         images=content.get("images", result.get("num_samples")),
         texts=content.get("texts", result.get("num_texts")),
         classes=result.get("num_classes"),
+        how=tuple(counted(result[name], word) for name, word in _COUNTED.items() if result.get(name) is not None),
         checksum=content.get("checksum"),
     )
 
 
 def of_validation(run: RunFiles, row: Row, metric: str) -> Data:
-    """Of a metric in a row of validation: the values of its flags, and the number of pairs where it is of pairs."""
-    task, flags = _validation(metric)
+    """Of a metric in a row of validation: by the values of its flags, and the number of pairs where it is of pairs."""
+    task, flags, chosen = _validation(metric)
     given = run.params.flags_at(row.get("epoch", 0))
     values = [str(given[flag]) for flag in flags if given.get(flag) is not None]
-    number = int(row["num_samples"]) if task == "val-data" and "num_samples" in row else None
-    return Data(path=", ".join(map(os.path.normpath, values)) or None, images=number, texts=number)
+    how = [(flag, given.get(flag) or _DEFAULTS.get(flag, "by default")) for flag in chosen]
+    number = int(row["num_samples"]) if task in _OF_PAIRS and "num_samples" in row else None
+    return Data(
+        path=", ".join(map(os.path.normpath, values)) or None,
+        images=number,
+        texts=number,
+        how=tuple(f"{flag.replace('_', '-')} {value}" for flag, value in how),
+    )
 
 
-def _validation(metric: str) -> tuple[str, tuple[str, ...]]:
+def _validation(metric: str) -> tuple[str, Flags, Flags]:
     name = metric.rpartition("/")[2].removeprefix("ema-")
     return next((value for start, value in VALIDATION.items() if name.startswith(start)), _OTHERS)
 
@@ -117,9 +134,10 @@ def _classes(found: Sequence[Data]) -> list[list[Data]]:
 
 
 def _names(different: Sequence[Data]) -> list[str]:
-    """What tells them apart, as short as it can be: of their paths, else their numbers, else their checksums."""
+    """What tells them apart, as short as it can be: of paths, else how it was measured, else numbers or checksums."""
     parts: list[Callable[[Data], str]] = [
         dict(zip(different, _path_parts([data.path or "unknown" for data in different]), strict=True)).__getitem__,
+        lambda data: ", ".join(word for word in data.how if not all(word in other.how for other in different)),
         *(lambda data, kind=kind: _number(data, kind) for kind in ("images", "texts", "classes")),
         lambda data: (data.checksum or "no checksum")[:11],
     ]
@@ -171,7 +189,7 @@ def _name(task: str, data: Data, apart: Columns) -> str:
 
 
 def _name_of_metric(run: RunFiles, row: Row, metric: str, apart: Columns) -> str:
-    task, _ = _validation(metric)
+    task, *_ = _validation(metric)
     return f"{_name(task, of_validation(run, row, metric), apart)}/{metric}" if task in apart else metric
 
 
@@ -185,7 +203,7 @@ def unqualified(metric: str) -> str:
 def remarks(apart: Columns) -> list[str]:
     """For each task with several data a line that says so."""
     return [
-        f"{task}: not the same data, so columns of their own and no difference between them: "
+        f"{task}: not measured alike, so columns of their own and no difference between them: "
         + "; ".join(f"({name}) {_described(same[0])}" for name, same in classes)
         for task, classes in apart.items()
     ]
@@ -193,7 +211,7 @@ def remarks(apart: Columns) -> list[str]:
 
 def _described(data: Data) -> str:
     numbers = (_number(data, kind) for kind in ("images", "texts", "classes"))
-    return ", ".join(filter(None, (data.path or "path unknown", *numbers)))
+    return ", ".join(filter(None, (data.path or "path unknown", *numbers, *data.how)))
 
 
 def chances(runs: Sequence[RunFiles]) -> dict[str, float]:

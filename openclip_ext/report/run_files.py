@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import datetime
 import math
+import os
 import re
 from pathlib import Path
 
 from openclip_ext.errors import UserError
-from openclip_ext.files import last_checkpoint, parse_json, read_json
+from openclip_ext.files import file_sha256, last_checkpoint, parse_json, read_json
 from openclip_ext.report.eval_json import is_report
 from openclip_ext.report.params import PARAMS, TYPED, Params, read_params, text_of
 
@@ -39,6 +41,7 @@ class RunFiles:
         validation: rows with `epoch` (completed ones) and metrics, by epoch.
         evaluations: reports of `openclip-ext eval` that were written into the folder, by the time of their creation.
         last_checkpoint: name of the file of the last epoch, None where none is kept.
+        last_sha256: of that file, where an evaluation may be of another that was there before; None: of none.
     """
 
     folder: Path
@@ -47,6 +50,7 @@ class RunFiles:
     validation: list[Row]
     evaluations: list[dict]
     last_checkpoint: str | None = None
+    last_sha256: str | None = None
 
     @property
     def name(self) -> str:
@@ -67,16 +71,23 @@ class RunFiles:
 
     @property
     def earlier(self) -> list[str]:
-        """Checkpoints whose `evaluations` are not part of `scores`: the run has a later one."""
+        """Checkpoints whose `evaluations` are not part of `scores`: the run has a later one, if of the same name."""
         return sorted({Path(_scored(report)).name for report in self.evaluations if not self._is_of_the_end(report)})
 
     def _is_of_the_end(self, report: dict) -> bool:
-        return self.last_checkpoint is None or Path(_scored(report)).name == self.last_checkpoint
+        if self.last_checkpoint is None:
+            return True
+        known = report["checkpoint"].get("sha256")
+        return _is_of(report, self.last_checkpoint) and (None in (known, self.last_sha256) or known == self.last_sha256)
 
 
 def _scored(report: dict) -> str:
     """The file that a report of `openclip-ext eval` is about."""
     return report["checkpoint"].get("path") or report["checkpoint"].get("source") or ""
+
+
+def _is_of(report: dict, name: str) -> bool:
+    return Path(_scored(report)).name == name
 
 
 def metrics(row: Row) -> Row:
@@ -121,11 +132,31 @@ def read_run(path: str) -> RunFiles:
     params = read_params(folder)
     # The file may hold rows of validation too, at the steps of others: what has no loss is no step of training.
     training = _read_rows(folder / TRAINING, "step", "loss") or _stock_training(folder / STOCK_LOG, params)
-    last = last_checkpoint(str(folder))
+    last, evaluations = last_checkpoint(str(folder)), _evaluations(folder)
     return RunFiles(
-        folder, params, training, _read_rows(folder / VALIDATION, "epoch"), _evaluations(folder),
-        last and Path(last).name,
+        folder, params, training, _read_rows(folder / VALIDATION, "epoch"), evaluations,
+        last and Path(last).name, last and _sha256_if_newer(last, evaluations),
     )  # fmt: skip
+
+
+def _sha256_if_newer(path: str, evaluations: list[dict]) -> str | None:
+    """The file's, if it was written after one of its evaluations was: by a resumed run, or as a copy of the same file.
+
+    Else None: a large file takes long to read. None too where it cannot be read.
+    """
+    times = [_time(report["created"]) for report in evaluations if _is_of(report, os.path.basename(path))]
+    with contextlib.suppress(OSError):
+        if times and min(times) < os.path.getmtime(path):
+            return file_sha256(path)
+    return None
+
+
+def _time(created: str) -> float:
+    """In seconds as files have it; 0 where it is no time."""
+    try:
+        return datetime.datetime.fromisoformat(created).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return 0.0
 
 
 def _read_rows(path: Path, key: str, required: str = "") -> list[Row]:

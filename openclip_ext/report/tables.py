@@ -64,14 +64,20 @@ def _differences(groups: list[dict], metrics: list[str]) -> str:
     rows = []
     for group in others:
         cells = [_cell(metric, group["differences"].get(metric), "interval", sign="+") for metric in metrics]
-        kinds = {difference["paired"] for difference in group["differences"].values()}
-        of = {True: "seeds", False: "means"}[kinds == {True}] if kinds else "–"
-        rows.append([wrapped(group["label"], LABEL_WIDTH), of, *cells])
+        rows.append([wrapped(group["label"], LABEL_WIDTH), _of(group, first), *cells])
     text = (
-        f"Difference to {first['label']}: mean ± half the 95 % interval; of seeds in pairs, or else of means. * marks "
-        "intervals without zero."
+        f"Difference to {first['label']}: mean ± half the 95 % interval; of seeds in pairs, or else of means; of "
+        "one run and one run without an interval. * marks intervals without zero."
     )
     return textwrap.fill(text, WIDTH) + "\n\n" + markdown_table(["", "of", *(title(name) for name in metrics)], rows)
+
+
+def _of(group: dict, first: dict) -> str:
+    """What the differences between two groups are of."""
+    kinds = {difference["paired"] for difference in group["differences"].values()}
+    if kinds and len(group["runs"]) == len(first["runs"]) == 1:
+        return "runs"
+    return {True: "seeds", False: "means"}[kinds == {True}] if kinds else "–"
 
 
 def _settings(groups: list[dict]) -> str:

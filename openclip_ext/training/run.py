@@ -1,7 +1,6 @@
 """A training run from its flags to its last checkpoint."""
 
 import contextlib
-import dataclasses
 import functools
 import os
 import signal
@@ -89,8 +88,8 @@ def _train(
     model, train_transform, eval_transform, tokenizer = upstream.create_model(
         config.flags, accelerator.device, logit_bias="logit_bias" in plan.needs
     )
-    # Into the record: a checkpoint does not know its tag's.
-    config = dataclasses.replace(config, flags=config.flags.replace(**upstream.preprocessing(model)))
+    # Into the record: a checkpoint does not know its tag's, and no flag tells how many processes there are.
+    config = config.decided(**upstream.preprocessing(model), world_size=accelerator.num_processes)
     evaluator = make_evaluator(config, accelerator, tokenizer, eval_transform)
     checkpoint = resumed.checkpoint if resumed else None
     if data is None:

@@ -33,9 +33,9 @@ class Role(enum.Enum):
 #: A name that ends in * stands for all that begin so. What is not here has no role but its own.
 ROLES: dict[str, Role] = {
     **dict.fromkeys(
-        ("loss", "loss_arg", "loss_term", "epochs", "batch_size", "accum_freq", "lr", "wd", "warmup", "opt",
-         "lr_scheduler", "layer_decay", "image_lr", "text_lr", "lora", "ema", "warm_start_pass", "recent_batches",
-         "recent_check", "recent_limit", "precision", "seed", "fusion", "task"),
+        ("loss", "loss_arg", "loss_term", "epochs", "batch_size", "accum_freq", "world_size", "lr", "wd", "warmup",
+         "opt", "lr_scheduler", "layer_decay", "image_lr", "text_lr", "lora", "ema", "warm_start_pass",
+         "recent_batches", "recent_check", "recent_limit", "precision", "seed", "fusion", "task"),
         Role.TRAINING,
     ),
     **dict.fromkeys(

@@ -13,7 +13,7 @@ from skimage import data
 
 from openclip_ext.cli import main
 from openclip_ext.commands.export.model_card import training_command
-from openclip_ext.report.params import read_params
+from openclip_ext.report.params import Params, read_params
 from openclip_ext.training.flags import parse_args
 
 FORCED = ("--force-quick-gelu", "--force-custom-text", "--force-image-size", 48, "--force-context-length", 9,
@@ -131,6 +131,17 @@ def test_a_mixture_has_no_scores_of_the_runs_epochs(by_hand, tmp_path):
     assert shown == [True, False]
 
 
+def test_a_checkpoint_from_within_an_epoch_has_no_scores_of_the_epoch_before(trained, tmp_path, val_shards):
+    folder = trained("--epochs", 2, "--save-every-steps", 11, "--val-data", val_shards) / "checkpoints"
+    (folder / "epoch_1_step_11.pt").rename(folder / "epoch_latest.pt")  # as --save-most-recent names it
+    shown = []
+    for name in ("epoch_1", "epoch_latest"):
+        flags = ["--checkpoint", str(folder / f"{name}.pt"), "--out", str(tmp_path / name)]
+        assert main(["export", str(folder.parent), "--to", "hf", *flags]) == 0
+        shown.append("clip_val_loss" in (tmp_path / name / "README.md").read_text())
+    assert shown == [True, False]
+
+
 def test_a_checkpoint_from_elsewhere_takes_the_runs_architecture(by_hand, tmp_path):
     elsewhere = tmp_path / "mixed.pt"
     (by_hand / "checkpoints" / "epoch_1.pt").rename(elsewhere)
@@ -168,6 +179,13 @@ def test_the_training_command_gives_the_same_parameters(train_flags, val_shards,
     program, command, *flags = shlex.split(training_command(read_params(tmp_path)))
     assert (program, command) == ("openclip-ext", "train")
     assert json.dumps(vars(parse_args(flags).flags)) == json.dumps(args)
+
+
+def test_the_training_command_starts_as_many_processes():
+    stock = {"world_size": 4, "epochs": 3}
+    ours = Params(stock, {"openclip-ext": "0"})
+    assert training_command(ours) == "accelerate launch --num_processes 4 -m openclip_ext train --epochs 3"
+    assert training_command(Params(stock)) == "torchrun --nproc_per_node 4 -m open_clip_train.main --epochs 3"
 
 
 def test_the_card_tells_what_a_resumed_run_changed(by_hand):

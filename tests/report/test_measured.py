@@ -12,8 +12,8 @@ from openclip_ext.report.run_files import read_run
 def make_eval(tmp_path):
     """A function that writes what `openclip-ext eval --retrieval` leaves, and returns the file's path."""
 
-    def make(name, dataset, recall, *, images=180, texts=180, checksum=None, task="retrieval-val"):
-        result = {"dataset": dataset, "num_samples": images, "scores": {"text_to_image_R@1": recall}}
+    def make(name, dataset, recall, *, images=180, texts=180, checksum=None, task="retrieval-val", **more):
+        result = {"dataset": dataset, "num_samples": images, "scores": {"text_to_image_R@1": recall}, **more}
         if checksum:
             result["data"] = {"images": images, "texts": texts, "checksum": checksum}
         report = {"created": name, "checkpoint": {"source": name, "path": f"{name}.pt"}, "tasks": {task: result}}
@@ -59,6 +59,17 @@ def test_the_same_content_elsewhere_is_compared(make_eval, show):
         ({"dataset": "a/val"}, {"dataset": "b/val"}, ["a", "b"]),
         ({"dataset": "old/shards/val"}, {"dataset": "shards/val"}, ["old/shards/val", "shards/val"]),
         ({"dataset": "val", "images": 1800}, {"dataset": "val", "images": 20}, ["1,800 images", "20 images"]),
+        (
+            {"dataset": "val", "num_templates": 80},
+            {"dataset": "val", "num_templates": 1},
+            ["80 templates", "1 template"],
+        ),
+        (
+            {"dataset": "val", "candidates": 16},
+            {"dataset": "val", "candidates": 128},
+            ["16 candidates", "128 candidates"],
+        ),
+        ({"dataset": "val", "num_templates": 80}, {"dataset": "val", "num_templates": 80}, None),
         ({"dataset": "val", "checksum": "1" * 64}, {"dataset": "val"}, None),  # of an older version
         ({"dataset": "val", "checksum": "1" * 64}, {"dataset": "val", "checksum": "2" * 64}, ["1" * 11, "2" * 11]),
     ],
@@ -106,6 +117,33 @@ def test_validation_on_as_many_pairs_of_the_same_path_is_compared(make_run, show
     _, report = show(a, b)
     assert report["metrics"] == [f"val-data ({n} images)/text_to_image_R@1" for n in (9, 8)]
     assert report["groups"][1]["differences"] == {}
+
+
+@pytest.mark.parametrize(
+    ("metric", "first", "second", "names"),
+    [
+        ("clip_val_loss", {"val_data": "val", "batch_size": 32}, {"val_data": "val", "batch_size": 64},
+         ["val-loss (batch-size 32)", "val-loss (batch-size 64)"]),
+        ("text_to_image_R@1", {"val_data": "val", "batch_size": 32}, {"val_data": "val", "batch_size": 64}, None),
+        ("imagenet-zeroshot-val-top1", {"imagenet_val": "val", "classes": "present"}, {"imagenet_val": "val"},
+         ["imagenet-val (classes present)", "imagenet-val (classes all)"]),
+        ("imagenet-zeroshot-val-top1", {"imagenet_val": "val", "classes": "all"}, {"imagenet_val": "val"}, None),
+        ("ema-imagenetv2-zeroshot-val-top5", {"imagenet_v2": "v2", "classes": "all"},
+         {"imagenet_v2": "v2", "classes": "present"}, ["imagenet-v2 (classes all)", "imagenet-v2 (classes present)"]),
+        ("pets-zeroshot-val-top1", {"zero_shot": ["pets"], "templates": "simple", "class_names": "names.txt"},
+         {"zero_shot": ["pets"], "class_names": "names.txt"},
+         ["zero-shot (templates simple)", "zero-shot (templates by default)"]),
+        ("pets-zeroshot-val-top1", {"zero_shot": ["pets"]}, {"zero_shot": ["pets"], "class_names": "names.txt"},
+         ["zero-shot (class-names by default)", "zero-shot (class-names names.txt)"]),
+    ],
+)  # fmt: skip
+def test_validation_in_another_way_is_not_compared(make_run, show, metric, first, second, names):
+    for name, params in (("a", first), ("b", second)):
+        results = make_run(name, **params) / "checkpoints" / "results.jsonl"
+        results.write_text(json.dumps({"epoch": 1, metric: 0.2}) + "\n")
+    _, report = show(results.parent.parent.parent, "--metric", metric)
+    assert report["metrics"] == ([f"{name}/{metric}" for name in names] if names else [metric])
+    assert bool(report["groups"][1]["differences"]) == (names is None)
 
 
 def test_other_data_of_one_kind_leave_the_other_kinds_compared(make_run, show):

@@ -136,6 +136,16 @@ def test_tables_fit_and_lose_nothing(report_of):
     assert "+another_term_with_a_name=8.25" in text
 
 
+@pytest.mark.parametrize(
+    ("tops", "expected"),
+    [(((0.1,), (0.2,)), "runs"), (((0.1, 0.2), (0.2, 0.3)), "seeds"), (((0.1, 0.2), (0.2,)), "means")],
+)
+def test_a_difference_says_what_it_is_of(report_of, tops, expected):
+    text = tables(report_of(dict(zip(("clip", "dcl"), tops, strict=True))))
+    row = next(line for line in text.partition("Difference to")[2].splitlines() if line.startswith("| dcl"))
+    assert row.split("|")[2].strip() == expected
+
+
 def test_a_wide_table_is_several_with_the_first_column_in_each():
     text = markdown_table(["", *(f"{'c' * 40}{n}" for n in range(3))], [["row", "1", "2", "3|"]])
     first, second = text.split("\n\n")

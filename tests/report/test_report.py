@@ -1,7 +1,9 @@
 """`openclip-ext report`: numbers against hand-made files, then the command on runs that were trained here."""
 
+import hashlib
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from launching import fork
 from openclip_ext.cli import main
 from openclip_ext.report.compare import compare, group
 from openclip_ext.report.intervals import half_width, half_width_of_difference
@@ -98,10 +101,62 @@ def test_what_eval_found_of_an_earlier_epoch_is_no_score_of_the_end(make_run, sh
     assert "eval found of epoch_1.pt is left out: epoch_2.pt came later" in capsys.readouterr().out
 
 
+def test_what_eval_found_of_a_file_that_was_written_anew_is_no_score_of_it(make_run, show, capsys):
+    folder = make_run("run", recall=(0.1, 0.2))
+    path = folder / "checkpoints" / "epoch_2.pt"
+    for number, weights in enumerate((b"before", b"resumed")):
+        checkpoint = {"path": "elsewhere/epoch_2.pt", "sha256": hashlib.sha256(weights).hexdigest()}
+        tasks = {f"pets-{number}": {"scores": {"top1": 0.5}}}
+        report = {"created": f"2026-01-0{number + 1}T12:00:00", "checkpoint": checkpoint, "tasks": tasks}
+        (folder / f"eval-{number}.json").write_text(json.dumps(report))
+        path.write_bytes(weights)
+    assert read_run(str(folder)).scores.keys() == {"text_to_image_R@1", "pets-1/top1"}
+    assert show(folder)[0] == 0
+    assert "eval found of epoch_2.pt is left out: that file was written anew since" in capsys.readouterr().out
+
+
+def test_a_file_that_is_older_than_what_eval_found_of_it_is_not_read(make_run, monkeypatch):
+    folder = make_run("run", recall=(0.1, 0.2))
+    path = folder / "checkpoints" / "epoch_2.pt"
+    path.touch()
+    os.utime(path, (0, 0))
+    checkpoint = {"path": str(path), "sha256": "0" * 64}
+    report = {"created": "2026-01-01T12:00:00", "checkpoint": checkpoint, "tasks": {"pets": {"scores": {"top1": 0.5}}}}
+    (folder / "eval.json").write_text(json.dumps(report))
+    monkeypatch.setattr("openclip_ext.report.run_files.file_sha256", None)  # what takes long for a large file
+    assert "pets/top1" in read_run(str(folder)).scores
+
+
 def test_a_value_of_params_may_break_lines(make_run):
     folder = make_run("run", recall=(0.1,), caption_separator="\n", lr=3)
     assert read_run(str(folder)).params.flags["caption_separator"] == "\n"
     assert read_run(str(folder)).params.flags["lr"] == 3
+
+
+def test_what_a_curve_is_of_is_told_with_all_that_it_depends_on(make_run):
+    terms, arg = {"loss_term": ["caption=1"], "batch_size": 32, "accum_freq": 2}, ["tau=0.1"]
+    alone, plain, recent, same, checked = groups_of(
+        make_run("alone", losses=(1,), loss="dcl", batch_size=64),
+        make_run("plain", losses=(1,), loss="dcl", loss_arg=arg, recent_batches=None, **terms),
+        make_run("recent", losses=(1,), loss="dcl", loss_arg=arg, recent_batches=4, **terms),
+        make_run("same", losses=(1,), loss="dcl", loss_arg=[*arg, "recent_batches=4"], **terms),
+        make_run("checked", losses=(1,), loss="dcl", recent_batches=4, recent_check=8, recent_limit=0.5, **terms),
+    )
+    assert alone["targets"] == {"contrastive_loss": "dcl, batch 64", "loss": "dcl, batch 64"}
+    assert plain["targets"]["loss"] == "dcl tau=0.1 + caption=1, batch 64"
+    assert recent["targets"]["contrastive_loss"] == "dcl tau=0.1, recent_batches=4, batch 64"
+    assert recent["targets"] == same["targets"]
+    said = "dcl recent_batches=4, recent_check=8, recent_limit=0.5"
+    assert checked["targets"]["loss"] == f"{said} + caption=1, batch 64"
+
+
+def test_what_was_changed_on_the_way_is_part_of_what_a_curve_is_of(make_run):
+    run = make_run("run", losses=(1, 2, 3))
+    history = [{"epoch": 1, "step": 2, "changed": {"recent_batches": [4, None]}}]
+    flags = {"loss": "dcl", "batch_size": 8, "recent_batches": None}
+    (run / "params.json").write_text(json.dumps({"versions": {}, "flags": flags, "history": history}))
+    (row,) = groups_of(run)
+    assert row["targets"]["loss"] == "dcl recent_batches=4 until epoch 1 (step 2), then None, batch 8"
 
 
 def test_a_long_training_curve_is_averaged_within_windows(make_run):
@@ -148,6 +203,33 @@ def test_trained_runs_are_compared_drawn_and_told_apart(train_flags, val_shards,
     assert printed.partition("What the runs differ in")[0] in text and "![curves and scores](report.png)" in text
     with Image.open(tmp_path / "report" / "report.png") as picture:
         assert picture.width > 1000 and picture.height > 900
+
+
+def test_runs_in_another_number_of_processes_are_no_seeds(train_flags, show, tmp_path):
+    assert main(train_flags("--name", "one", "--seed", 0)) == 0
+    finished = fork("torchrun", train_flags("--name", "two", "--seed", 1))
+    assert finished.returncode == 0, finished.stderr
+    one, two = show(tmp_path / "logs")[1]["groups"]
+    assert (one["settings"], two["settings"]) == ({"world_size": "1"}, {"world_size": "2"})
+    assert [row["targets"]["contrastive_loss"] for row in (one, two)] == ["clip, batch 32", "clip, batch 64"]
+    assert main(train_flags("--name", "two", "--seed", 1, "--epochs", 2, "--resume", "latest")) == 0
+    assert "latest: world_size was 2, is 1" in (tmp_path / "logs" / "two" / "out.log").read_text()
+    (remark,) = show(tmp_path / "logs")[1]["remarks"]
+    assert "world_size 2 until epoch 1 (step 4), then 1" in remark
+
+
+def test_runs_that_did_not_record_their_processes_go_on_and_are_compared(train_flags, show, tmp_path):
+    for name in ("old-0", "old-1"):
+        assert main(train_flags("--name", name, "--seed", name[-1])) == 0
+        path = tmp_path / "logs" / name / "params.json"
+        record = json.loads(path.read_text())
+        del record["flags"]["world_size"]
+        path.write_text(json.dumps(record))
+    (group,) = show(tmp_path / "logs")[1]["groups"]
+    assert len(group["runs"]) == 2 and group["targets"]["contrastive_loss"] == "clip, batch 32"
+    assert main(train_flags("--name", "old-0", "--seed", 0, "--save-frequency", 2, "--resume", "latest")) == 0
+    record = json.loads((tmp_path / "logs" / "old-0" / "params.json").read_text())
+    assert record["history"] == [] and record["flags"]["world_size"] == 1
 
 
 def test_what_eval_wrote_into_the_folder_is_shown_and_goes_on_the_model_card(digit_run, digit_folders, show, tmp_path):

@@ -47,10 +47,10 @@ def test_flags_of_openclips_own_loop_make_a_configuration_with_our_defaults():
 
 def test_the_table_of_flags_names_flags_that_there_are():
     ours = vars(build_parser().parse_args([]))
-    of_stock_runs = {"log_level", "log_path", "tensorboard_path", "checkpoint_path", "wandb", "tensorboard",
-                     "save_logs", "rank", "local_rank"}  # fmt: skip
+    recorded = {"log_level", "log_path", "tensorboard_path", "checkpoint_path", "wandb", "tensorboard",
+                "save_logs", "rank", "local_rank", "world_size"}  # fmt: skip
     for role in set(upstream.Role) - {upstream.Role.FOREIGN}:
-        assert set(upstream.flags_with(role)) - of_stock_runs <= ours.keys()
+        assert set(upstream.flags_with(role)) - recorded <= ours.keys()
     assert upstream.role_of("fsdp_wrap") is upstream.Role.FOREIGN and upstream.role_of("workers") is None
 
 
@@ -61,7 +61,7 @@ def test_a_run_records_its_flags_as_they_are(train_flags, tmp_path):
     assert record.keys() == {"versions", "flags", "history"} and record["history"] == []
     assert {"openclip-ext", "open_clip_torch", "torch"} <= record["versions"].keys()
     flags = record["flags"]
-    assert flags.keys() == vars(build_parser().parse_args([])).keys()
+    assert flags.keys() == vars(build_parser().parse_args([])).keys() | {"world_size"}
     assert (flags["loss"], flags["loss_arg"], flags["grad_clip_norm"]) == ("gamma_decomp", ["gamma=0.3"], 1.0)
     assert flags["aug_cfg"] == {"scale": [0.5, 1.0]} and flags["lock_image"] is False and flags["resume"] is None
     assert flags["image_mean"] == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-3)  # what the model has of itself

@@ -54,8 +54,6 @@ def test_the_log_alone_tells_report_the_curve(train_flags, tmp_path):
     before = read_run(str(run)).training
     for name in ("metrics.jsonl", "params.json"):
         (run / name).unlink()
-    with open(run / "params.txt", "a") as file:
-        file.write("world_size: 1\n")
     after = read_run(str(run)).training
     assert [row["step"] for row in after] == [row["step"] for row in before] == list(range(16))
     assert [row["contrastive_loss"] for row in after] == pytest.approx(

@@ -69,9 +69,8 @@ def _usage(repo: str) -> str:
 
 
 def training_command(params: Params) -> str:
-    """The command line that gives the last of these flags: all that differ from their defaults."""
-    ours = "openclip-ext" in params.versions
-    words = ["openclip-ext", "train"] if ours else ["python", "-m", "open_clip_train.main"]
+    """The command line that gives the last of these flags, all that differ from their defaults, and processes."""
+    words = _program(params)
     for action in build_parser()._actions:
         value = params.flags.get(action.dest)
         if not action.option_strings or _listed(value) in (None, _listed(action.default), action.default or []):
@@ -88,6 +87,17 @@ def training_command(params: Params) -> str:
         else:
             words += [flag, shlex.quote(str(value))]
     return " ".join(words)
+
+
+def _program(params: Params) -> list[str]:
+    """What starts as many processes as there were."""
+    ours = "openclip-ext" in params.versions
+    processes = params.flags.get("world_size")
+    if isinstance(processes, int) and processes > 1:
+        number = str(processes)
+        launcher = ["accelerate", "launch", "--num_processes"] if ours else ["torchrun", "--nproc_per_node"]
+        return [*launcher, number, "-m", *(["openclip_ext", "train"] if ours else ["open_clip_train.main"])]
+    return ["openclip-ext", "train"] if ours else ["python", "-m", "open_clip_train.main"]
 
 
 def _listed(value: Any) -> Any:
