@@ -152,7 +152,7 @@ class TrainStream(IterableDataset):
         return islice((sample for sample in samples if sample["__ordinal__"] in wanted), len(wanted))
 
     def _numbered(self, url: str, record: tar.Record) -> Iterator[dict]:
-        """Samples of a shard with their `sample_id`."""
+        """Samples of a shard with their `sample_id`; none of one that has no ids."""
         if self.config.sample_id == "hash":
             for sample in tar.read_shard(url, record):
                 digest = hashlib.blake2b(sample["__key__"].encode(), digest_size=8).digest()
@@ -166,7 +166,8 @@ class TrainStream(IterableDataset):
             ordinal = sample["__ordinal__"]
             if size is not None and ordinal >= size:
                 record(tar.MORE_SAMPLES, url, ordinal)
-            yield sample | {"sample_id": ids[ordinal % len(ids)]}
+            if ids:
+                yield sample | {"sample_id": ids[ordinal % len(ids)]}
         for missing in range(ordinal + 1, size or 0):
             record(tar.FEWER_SAMPLES, url, missing)
 

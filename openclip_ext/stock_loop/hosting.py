@@ -21,6 +21,7 @@ keys that `openclip_ext.training.checkpoint` names.
 import argparse
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,7 @@ from openclip_ext import upstream
 from openclip_ext.data.listing import ShardListing
 from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
 from openclip_ext.data.table import Table
+from openclip_ext.data.tar import Skips, read_shard
 from openclip_ext.errors import UserError
 from openclip_ext.losses import LossContext, Objective, Vocabulary
 from openclip_ext.registry import batch_keys
@@ -222,7 +224,14 @@ def _ids_by_shard(source: ShardListing | Table, args: argparse.Namespace) -> dic
             f"--loss {args.loss}: it or a term of it needs sample ids or second views, which OpenCLIP's loop has for "
             "WebDataset shards only; pack some with openclip-ext shards pack, or use openclip-ext train"
         )
-    return {url: source.ids_of(url) for url in source.urls}
+    ids = {url: source.ids_of(url) for url in source.urls}
+    for url in (url for url, own in ids.items() if not own):
+        if next(read_shard(url, Skips().record), None):  # the loop would look for an id to repeat
+            raise UserError(
+                f"--train-data {args.train_data}: {url} holds samples, and sizes.json says 0; write it anew with: "
+                f"openclip-ext shards index {os.path.dirname(url) or '.'}"
+            )
+    return ids
 
 
 def _require_braces(sources: str, urls: Sequence[str]) -> None:

@@ -183,6 +183,16 @@ def test_ids_of_a_shard_with_more_samples_than_recorded_stay_in_its_range(tmp_pa
     assert kinds == {("more samples than sizes.json says", "00001.tar")}
 
 
+def test_samples_of_a_shard_of_size_0_are_left_out_and_counted(tmp_path, shards):
+    shutil.copytree(shards, tmp_path / "s")
+    (tmp_path / "s" / "sizes.json").write_text('{"00000.tar": 64, "00001.tar": 0, "00002.tar": 64, "00003.tar": 0}')
+    batches = epoch(str(tmp_path / "s"), num_samples=128)
+    assert sorted(ids_of(batches)) == list(range(128))
+    skipped = {(kind, os.path.basename(url)): count for batch in batches for kind, url, count in batch["skipped"]}
+    more = "more samples than sizes.json says"
+    assert skipped == {(more, "00001.tar"): 64, (more, "00003.tar"): 64}
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("resampled", [False, True])
 def test_shards_without_a_full_batch_are_an_error_not_an_endless_wait(tmp_path, workers, resampled):
