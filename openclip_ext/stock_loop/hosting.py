@@ -23,6 +23,7 @@ import contextlib
 import functools
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 
 import braceexpand
@@ -81,6 +82,7 @@ class Hosting:
         self._data = data
         if isinstance(self._data.source, ShardListing):
             _require_braces(args.train_data, self._data.source.urls)
+            _warn_of_captions(args.train_data, self._data.source.caption_keys)
         self.sample_ids = _ids_by_shard(self._data.source, args) if batch_keys(self.needs) else None
 
     def __repr__(self) -> str:
@@ -90,7 +92,8 @@ class Hosting:
         """A function `make(picture, caption, sample_id, epoch)` of the data pipeline, which can be pickled.
 
         It returns the sample's `image` (3, H, W) and `text` (L,), and what is needed of `sample_ids` (a number),
-        `image_aug` and `text_aug`. Views are those of `openclip-ext train`, a function of seed, epoch and sample id.
+        `image_aug` and `text_aug`. Views are a function of seed, epoch and sample id; of samples with one caption they
+        are those of `openclip-ext train`, which draws from several where this knows one.
         """
         rows = RowFormat(
             image_transform=image_transform,
@@ -241,6 +244,16 @@ def _require_braces(sources: str, urls: Sequence[str]) -> None:
         raise UserError(
             f"--train-data {sources}: OpenCLIP's loop expands neither folders nor globs; name shards with braces, such "
             f"as --train-data '{_range_of(urls)}'"
+        )
+
+
+def _warn_of_captions(sources: str, keys: Sequence[str]) -> None:
+    if keys:
+        warnings.warn(
+            f"--train-data {sources}: samples have several captions in their JSON, as sizes.json notes, under "
+            f"{', '.join(keys)}; OpenCLIP's loop uses one of each sample in all epochs, for second views too; to draw "
+            "from all, use openclip-ext train",
+            stacklevel=2,
         )
 
 

@@ -381,6 +381,16 @@ def test_folders_and_globs_are_refused_with_the_braces_to_use(patched, train_fla
     assert error.endswith(f"such as --train-data '{braces}'")
 
 
+def test_that_one_of_several_captions_is_used_is_said(patched, train_flags, pairs, tmp_path):
+    from open_clip_train.params import parse_args
+
+    several = [(image, [caption, f"another {caption}"]) for image, caption in pairs[:16]]
+    pack(several, str(tmp_path / "several"), progress=False)
+    flags = train_flags("--loss", "clip", "--train-data", tmp_path / "several/00000.tar")
+    with pytest.warns(UserWarning, match="several captions in their JSON, .*, under captions; .* one of each sample"):
+        parse_args(stock.without_ours(flags))
+
+
 def test_a_shard_of_size_0_that_holds_samples_is_refused_and_an_empty_one_is_not(
     patched, train_flags, two_shards, capsys
 ):
