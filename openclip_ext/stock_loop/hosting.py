@@ -26,14 +26,13 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 
-import braceexpand
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from openclip_ext import upstream
-from openclip_ext.data.listing import ShardListing
+from openclip_ext.data.listing import ShardListing, expand_urls
 from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
 from openclip_ext.data.table import Table
 from openclip_ext.data.tar import Skips, read_shard
@@ -239,7 +238,7 @@ def _ids_by_shard(source: ShardListing | Table, args: argparse.Namespace) -> dic
 
 def _require_braces(sources: str, urls: Sequence[str]) -> None:
     """Raises UserError: `--train-data` has folders or globs, which OpenCLIP's pipeline takes for names of shards."""
-    expanded = {url for pattern in sources.split("::") for url in braceexpand.braceexpand(pattern)}
+    expanded = {url for pattern in sources.split("::") for url in expand_urls(pattern, "--train-data")}
     if not expanded.issuperset(urls):
         raise UserError(
             f"--train-data {sources}: OpenCLIP's loop expands neither folders nor globs; name shards with braces, such "

@@ -464,6 +464,7 @@ NAMED = [*DIGITS, "--model", "tiny-test", "--pretrained"]
         (["--imagenet-a", "not_wnid"], "--imagenet-a not_wnid: its folder cat is neither a wnid"),
         (["--imagenet-a", "rot", "--classes", "some"], "argument --classes: invalid choice: 'some'"),
         (["--zero-shot", "nowhere"], "--zero-shot nowhere: no such folder"),
+        (["--zero-shot", "x{1"], "--zero-shot x{1: braces that do not pair"),
         (["--zero-shot", "empty"], "--zero-shot empty: no picture in class folder 7.b"),
         (["--zero-shot", "rot"], "rot/3/0.png: cannot be opened as a picture"),
         (["--zero-shot", "rot", "--workers", "1"], "rot/3/0.png: cannot be opened as a picture"),
