@@ -76,6 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_data_flags(ours) -> None:
     ours.add_argument(
+        "--train-data",
+        metavar="DATA",
+        help="What to train on: shards or folders of them, with braces or stars, a sizes.json for all shards it names, "
+        "or several of these joined by ::; or a CSV. Names that begin with pipe: are commands that are run, those in a "
+        "sizes.json too: use only one that you trust.",
+    )
+    ours.add_argument(
         "--recent-batches",
         type=int,
         metavar="K",
