@@ -44,7 +44,7 @@ def training_data(config: RunConfig, plan: ObjectivePlan, table: Table | None = 
         UserError: nothing matches, or the number of samples, or of ids where the loss needs them, cannot be known.
     """
     wanted = config.sample_id if "sample_ids" in plan.needs else None
-    kind = _dataset_type(config.train_data, config.dataset_type, "--train-data")
+    kind = dataset_type(config.train_data, config.dataset_type)
     if config.caption_key and kind != "webdataset":
         raise UserError(f"--caption-key {config.caption_key}: shards have JSON, {kind} data has not; drop the flag")
     if table is not None:
@@ -62,7 +62,8 @@ def training_data(config: RunConfig, plan: ObjectivePlan, table: Table | None = 
     return TrainingData(table, len(table), len(table), len(table), wanted and "index")
 
 
-def _dataset_type(path: str | None, given: str, flag: str) -> str:
+def dataset_type(path: str | None, given: str) -> str:
+    """What `--dataset-type` means for the data at `path`: itself, or what `auto` finds by the name."""
     if given != "auto":
         return given
     return "csv" if path and path.endswith((".csv", ".tsv")) else "webdataset"
