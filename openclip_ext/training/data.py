@@ -41,8 +41,14 @@ def training_data(config: RunConfig, plan: ObjectivePlan, table: Table | None = 
     """What `--train-data` and its kin name, `table` if that has been read already; None where they name nothing.
 
     Raises:
-        UserError: nothing matches, or the number of samples, or of ids where the loss needs them, cannot be known.
+        UserError: nothing matches, or the number of samples, or of ids where the loss needs them, cannot be known; or
+            `--view-aug` is for views that nothing wants.
     """
+    if config.view_aug != "standard" and not _wants_image_views(config, plan):
+        raise UserError(
+            f"--view-aug {config.view_aug}: is for second views of images; add --pairs views or a --loss-term that "
+            "needs them, such as brownian_bridge=0.25, or drop the flag"
+        )
     wanted = config.sample_id if "sample_ids" in plan.needs else None
     kind = dataset_type(config.train_data, config.dataset_type)
     if config.caption_key and kind != "webdataset":
@@ -108,9 +114,12 @@ def caption_format(config: RunConfig) -> CaptionFormat:
     return CaptionFormat(separator=config.caption_separator, key=config.caption_key)
 
 
+def _wants_image_views(config: RunConfig, plan: ObjectivePlan) -> bool:
+    return config.pairs == "views" or "image_aug" in (data_needs(plan) if config.fusion else plan.needs)
+
+
 def row_format(config: RunConfig, plan: ObjectivePlan, transform, tokenizer) -> dict[str, Any]:
     """What training rows hold: the fields of `RowFormat`, second views only where they are needed."""
-    views = config.pairs == "views"
     needs = data_needs(plan) if config.fusion else plan.needs
     if config.task in TWO_IMAGES and config.task in QUESTIONS:
         transform = Pictures(transform)
@@ -118,8 +127,8 @@ def row_format(config: RunConfig, plan: ObjectivePlan, transform, tokenizer) -> 
     return {
         "image_transform": transform,
         "tokenizer": tokenizer,
-        "image_aug_transform": image_aug if views or "image_aug" in needs else None,
+        "image_aug_transform": image_aug if _wants_image_views(config, plan) else None,
         "text_aug": "text_aug" in needs,
         "row_seeds": "row_seeds" in needs,
-        "captions": None if views else caption_format(config),
+        "captions": None if config.pairs == "views" else caption_format(config),
     }
