@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from openclip_ext.errors import UserError
@@ -32,6 +32,35 @@ class Parser(argparse.ArgumentParser):
         given = [word.partition("=")[0] for word in unknown if word.startswith("--")]
         meant = [near[0] for word in given if (near := difflib.get_close_matches(word, flags, n=1, cutoff=0.7))]
         return f"; did you mean {' '.join(meant)}?" if meant else ""
+
+
+def require_use(flags: argparse.Namespace, given: Collection[str], needs: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError: a flag is given, and no other that it has a use with.
+
+    Args:
+        flags: all of them.
+        given: names of those that are looked at.
+        needs: by name others, of which one must be on; of `name=value` its value must be, or include, that one.
+    """
+    for name, others in needs.items():
+        if name in given and not any(_is_on(flags, *other.split("=")) for other in others):
+            value = getattr(flags, name)
+            words = " ".join(map(str, value)) if isinstance(value, list) else value
+            one = "it" if len(others) == 1 else "one"
+            known = " or ".join(_as_flag(*other.split("=")) for other in others)
+            raise UserError(f"{_as_flag(name, words)}: is for {known}; add {one}, or drop the flag")
+
+
+def _is_on(flags: argparse.Namespace, name: str, wanted: str | None = None) -> bool:
+    value = getattr(flags, name, None)
+    if wanted is None:
+        return bool(value)
+    return wanted in value if isinstance(value, list) else value == wanted
+
+
+def _as_flag(name: str, value: Any = None) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is None else f"{flag} {value}"
 
 
 def option(default: Any, meaning: str, *, allowed: str = "", check: Callable[[Any], bool] | None = None) -> Any:

@@ -9,6 +9,11 @@ from openclip_ext.training.flags import build_parser
 from openclip_ext.upstream.v3 import REFUSED
 
 
+def test_the_help_of_training_data_warns_of_commands_in_a_listing():
+    text = " ".join(build_parser().format_help().split())
+    assert "Names that begin with pipe: are commands that are run, those in a sizes.json too" in text
+
+
 def test_help_does_not_wait_for_torch():
     code = "import sys; from openclip_ext.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n" \
            "assert 'torch' not in sys.modules, 'torch was imported'"  # fmt: skip

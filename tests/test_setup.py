@@ -1,9 +1,12 @@
 """`scripts/setup.sh` and `scripts/installed.py`: what is installed already is not installed again."""
 
+import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -62,6 +65,27 @@ def test_what_is_missing_is_named(installed, package, tmp_path):
     assert installed.missing(PROJECT, []) == ["made-up of this folder"]
     package(ENTRIES, editable=False)
     assert installed.missing(PROJECT, []) == ["made-up of this folder"]
+
+
+#: What is asked for where it is missing: by extras, or by who has shards on object storage.
+OPTIONAL = {"clip-benchmark", "fsspec", "peft", "transformers"}
+
+
+def test_what_the_package_imports_is_declared_once(installed):
+    project = installed.tomllib.loads((installed.ROOT / "pyproject.toml").read_text())["project"]
+    declared = [re.match(r"[\w-]+", line)[0].replace("_", "-") for line in project["dependencies"]]
+    assert len(declared) == len(set(declared))
+    imported = set()
+    for path in (installed.ROOT / "openclip_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    packages = metadata.packages_distributions()
+    for name in imported - sys.stdlib_module_names - {"openclip_ext"}:
+        known_as = {package.lower().replace("_", "-") for package in packages.get(name, [name.replace("_", "-")])}
+        assert known_as & {*declared, *OPTIONAL}, f"{name} is imported and not declared"
 
 
 def test_a_requirement_of_another_platform_is_none(installed):

@@ -47,12 +47,13 @@ class ShardListing:
     def ids_of(self, url: str) -> range:
         """The sample ids of a shard, which follow those of the shards before it; of no size, they are far from others'.
 
-        A sample beyond the size in `sizes.json` repeats one of them: it must not run into the next shard's.
+        A sample beyond the size in `sizes.json` repeats one of them: it must not run into the next shard's. Of
+        size 0 there is none to repeat.
         """
         size = self.size_of.get(url)
         if size is None:
             return range(zlib.crc32(url.encode()) << 31, (zlib.crc32(url.encode()) + 1) << 31)
-        return range(self.offsets[url], self.offsets[url] + max(size, 1))
+        return range(self.offsets[url], self.offsets[url] + size)
 
     @functools.cached_property
     def number_of(self) -> dict[str, int]:

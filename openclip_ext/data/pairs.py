@@ -102,7 +102,7 @@ def pairs_from_folder(folder: str, template: str) -> list[tuple[str, str]]:
     image's folder, underscores read as spaces.
 
     Raises:
-        UserError: no image below the folder.
+        UserError: no image below the folder, a text file that is no UTF-8, or a template that cannot be filled.
     """
     pairs = []
     for parent, folders, files in os.walk(folder):
@@ -113,11 +113,25 @@ def pairs_from_folder(folder: str, template: str) -> list[tuple[str, str]]:
                 continue
             sidecar = os.path.join(parent, stem + ".txt")
             if os.path.exists(sidecar):
-                with open(sidecar, encoding="utf-8") as file:
-                    caption = file.read().strip()
+                caption = _text(sidecar)
             else:
-                caption = template.format(os.path.basename(os.path.abspath(parent)).replace("_", " "))
+                caption = _filled(template, os.path.basename(os.path.abspath(parent)).replace("_", " "))
             pairs.append((os.path.join(parent, name), caption))
     if not pairs:
         raise UserError(f"{folder}: no image below this folder (looked for {', '.join(_IMAGE_FILES)})")
     return pairs
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error}); save it as one") from error
+
+
+def _filled(template: str, name: str) -> str:
+    try:
+        return template.format(name)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"--template {template}: cannot be filled ({error}); use {{}} for the folder's name") from error

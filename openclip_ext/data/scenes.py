@@ -140,7 +140,7 @@ def hypothesis(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def _scenes_with(rng: random.Random, size: int, label: Callable[[Any], Any], make: Callable[[], Any]) -> Iterator[Any]:
-    """As many as asked for, each label in turn as often as the others as far as a hundred draws give it."""
+    """As many as asked for, each the one of four draws whose label has come least."""
     counts: dict[Any, int] = {}
     for _ in range(size):
         drawn = [make() for _ in range(4)]

@@ -152,7 +152,7 @@ class TrainStream(IterableDataset):
         return islice((sample for sample in samples if sample["__ordinal__"] in wanted), len(wanted))
 
     def _numbered(self, url: str, record: tar.Record) -> Iterator[dict]:
-        """Samples of a shard with their `sample_id`."""
+        """Samples of a shard with their `sample_id`; none of one that has no ids."""
         if self.config.sample_id == "hash":
             for sample in tar.read_shard(url, record):
                 digest = hashlib.blake2b(sample["__key__"].encode(), digest_size=8).digest()
@@ -166,7 +166,8 @@ class TrainStream(IterableDataset):
             ordinal = sample["__ordinal__"]
             if size is not None and ordinal >= size:
                 record(tar.MORE_SAMPLES, url, ordinal)
-            yield sample | {"sample_id": ids[ordinal % len(ids)]}
+            if ids:
+                yield sample | {"sample_id": ids[ordinal % len(ids)]}
         for missing in range(ordinal + 1, size or 0):
             record(tar.FEWER_SAMPLES, url, missing)
 
@@ -234,9 +235,10 @@ class TableStream(Dataset):
 class EvalStream(IterableDataset):
     """Every usable pair of a listing once: dicts of `image`, `text`, `position` (B,), and `skipped`.
 
-    A batch is what can be used of `batch_size` samples in a row. In order with up to one worker; several take turns.
-    Of several ranks each reads all shards and decodes every so many batches, which sorted by `position` are those of
-    one rank. All yield as many: one that lacks a batch yields `padding`.
+    A batch is what can be used of `batch_size` samples in a row, `padding` if nothing can. In order with up to one
+    worker; several take turns. Of several ranks each reads all shards and decodes every so many batches, which sorted
+    by `position` are those of one rank. All yield as many: one that lacks a batch yields `padding`, as all do after the
+    last batch if there are faults left to tell.
     """
 
     def __init__(self, config: StreamConfig) -> None:
@@ -246,20 +248,21 @@ class EvalStream(IterableDataset):
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         config, skips = self.config, tar.Skips()
-        record = skips.record if config.rank == 0 else _ignore  # of a shard's faults one rank tells
         assert isinstance(config.source, ShardListing)
         urls = config.source.urls[worker::num_workers]
-        samples = (sample for url in urls for sample in tar.read_shard(url, record))
+        samples = (sample for url in urls for sample in tar.read_shard(url, skips.record))
         number = 0
         while block := list(islice(samples, config.batch_size)):
             if number % config.world_size == config.rank:
                 start = (number * num_workers + worker) * config.batch_size
-                rows = list(self._rows(block, start, skips.record))
-                if rows or config.world_size > 1:
-                    yield self.config.batch(rows or padding(config)) | {"skipped": skips.flush()}
+                rows = list(self._rows(block, start, skips.record)) or padding(config)
+                yield config.batch(rows) | {"skipped": skips.flush()}
+            skips.clear()  # of shards: all ranks find the same, and the one whose batch comes next tells
             number += 1
         if 0 < number % config.world_size <= config.rank:
-            yield config.batch(padding(config)) | {"skipped": skips.flush()}
+            yield config.batch(padding(config)) | {"skipped": []}
+        if skips:
+            yield config.batch(padding(config)) | {"skipped": skips.flush() if config.rank == 0 else []}
 
     def _rows(self, samples: list[dict], start: int, record: tar.Record) -> Iterator[dict]:
         for position, sample in enumerate(samples, start):
@@ -270,10 +273,6 @@ class EvalStream(IterableDataset):
 def padding(config: StreamConfig) -> list[dict]:
     """A row of no pair: a black picture, no words, and position -1."""
     return [config.evaluation_row(Image.new("RGB", (8, 8)), [""]) | {"position": -1}]
-
-
-def _ignore(kind: str, url: str, ordinal: int | None) -> None:
-    pass
 
 
 def _decoded(sample: dict, config: StreamConfig, record: tar.Record) -> tuple[Image.Image, list[str]] | None:

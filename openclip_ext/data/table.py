@@ -29,7 +29,7 @@ class Table:
         return {}
 
     def load(self, row: int) -> tuple[Any, str]:
-        """The picture in RGB and the caption. Raises one of `tar.IMAGE_ERRORS` where it cannot be opened."""
+        """The picture in RGB and the caption. Raises whatever its decoder does where it cannot be opened."""
         path, caption = self.rows[row]
         if path is None:
             return Image.new("RGB", (224, 224)), caption

@@ -21,19 +21,21 @@ keys that `openclip_ext.training.checkpoint` names.
 import argparse
 import contextlib
 import functools
+import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 
-import braceexpand
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from openclip_ext import upstream
-from openclip_ext.data.listing import ShardListing
+from openclip_ext.data.listing import ShardListing, expand_urls
 from openclip_ext.data.rows import RowFormat, random_state_kept, row_seed
 from openclip_ext.data.table import Table
+from openclip_ext.data.tar import Skips, read_shard
 from openclip_ext.errors import UserError
 from openclip_ext.losses import LossContext, Objective, Vocabulary
 from openclip_ext.registry import batch_keys
@@ -79,6 +81,7 @@ class Hosting:
         self._data = data
         if isinstance(self._data.source, ShardListing):
             _require_braces(args.train_data, self._data.source.urls)
+            _warn_of_captions(args.train_data, self._data.source.caption_keys)
         self.sample_ids = _ids_by_shard(self._data.source, args) if batch_keys(self.needs) else None
 
     def __repr__(self) -> str:
@@ -88,7 +91,8 @@ class Hosting:
         """A function `make(picture, caption, sample_id, epoch)` of the data pipeline, which can be pickled.
 
         It returns the sample's `image` (3, H, W) and `text` (L,), and what is needed of `sample_ids` (a number),
-        `image_aug` and `text_aug`. Views are those of `openclip-ext train`, a function of seed, epoch and sample id.
+        `image_aug` and `text_aug`. Views are a function of seed, epoch and sample id; of samples with one caption they
+        are those of `openclip-ext train`, which draws from several where this knows one.
         """
         rows = RowFormat(
             image_transform=image_transform,
@@ -222,16 +226,33 @@ def _ids_by_shard(source: ShardListing | Table, args: argparse.Namespace) -> dic
             f"--loss {args.loss}: it or a term of it needs sample ids or second views, which OpenCLIP's loop has for "
             "WebDataset shards only; pack some with openclip-ext shards pack, or use openclip-ext train"
         )
-    return {url: source.ids_of(url) for url in source.urls}
+    ids = {url: source.ids_of(url) for url in source.urls}
+    for url in (url for url, own in ids.items() if not own):
+        if next(read_shard(url, Skips().record), None):  # the loop would look for an id to repeat
+            raise UserError(
+                f"--train-data {args.train_data}: {url} holds samples, and sizes.json says 0; write it anew with: "
+                f"openclip-ext shards index {os.path.dirname(url) or '.'}"
+            )
+    return ids
 
 
 def _require_braces(sources: str, urls: Sequence[str]) -> None:
     """Raises UserError: `--train-data` has folders or globs, which OpenCLIP's pipeline takes for names of shards."""
-    expanded = {url for pattern in sources.split("::") for url in braceexpand.braceexpand(pattern)}
+    expanded = {url for pattern in sources.split("::") for url in expand_urls(pattern, "--train-data")}
     if not expanded.issuperset(urls):
         raise UserError(
             f"--train-data {sources}: OpenCLIP's loop expands neither folders nor globs; name shards with braces, such "
             f"as --train-data '{_range_of(urls)}'"
+        )
+
+
+def _warn_of_captions(sources: str, keys: Sequence[str]) -> None:
+    if keys:
+        warnings.warn(
+            f"--train-data {sources}: samples have several captions in their JSON, as sizes.json notes, under "
+            f"{', '.join(keys)}; OpenCLIP's loop uses one of each sample in all epochs, for second views too; to draw "
+            "from all, use openclip-ext train",
+            stacklevel=2,
         )
 
 

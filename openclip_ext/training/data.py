@@ -41,10 +41,16 @@ def training_data(config: RunConfig, plan: ObjectivePlan, table: Table | None = 
     """What `--train-data` and its kin name, `table` if that has been read already; None where they name nothing.
 
     Raises:
-        UserError: nothing matches, or the number of samples, or of ids where the loss needs them, cannot be known.
+        UserError: nothing matches, or the number of samples, or of ids where the loss needs them, cannot be known; or
+            `--view-aug` is for views that nothing wants.
     """
+    if config.view_aug != "standard" and not _wants_image_views(config, plan):
+        raise UserError(
+            f"--view-aug {config.view_aug}: is for second views of images; add --pairs views or a --loss-term that "
+            "needs them, such as brownian_bridge=0.25, or drop the flag"
+        )
     wanted = config.sample_id if "sample_ids" in plan.needs else None
-    kind = _dataset_type(config.train_data, config.dataset_type, "--train-data")
+    kind = dataset_type(config.train_data, config.dataset_type)
     if config.caption_key and kind != "webdataset":
         raise UserError(f"--caption-key {config.caption_key}: shards have JSON, {kind} data has not; drop the flag")
     if table is not None:
@@ -62,7 +68,8 @@ def training_data(config: RunConfig, plan: ObjectivePlan, table: Table | None = 
     return TrainingData(table, len(table), len(table), len(table), wanted and "index")
 
 
-def _dataset_type(path: str | None, given: str, flag: str) -> str:
+def dataset_type(path: str | None, given: str) -> str:
+    """What `--dataset-type` means for the data at `path`: itself, or what `auto` finds by the name."""
     if given != "auto":
         return given
     return "csv" if path and path.endswith((".csv", ".tsv")) else "webdataset"
@@ -107,9 +114,12 @@ def caption_format(config: RunConfig) -> CaptionFormat:
     return CaptionFormat(separator=config.caption_separator, key=config.caption_key)
 
 
+def _wants_image_views(config: RunConfig, plan: ObjectivePlan) -> bool:
+    return config.pairs == "views" or "image_aug" in (data_needs(plan) if config.fusion else plan.needs)
+
+
 def row_format(config: RunConfig, plan: ObjectivePlan, transform, tokenizer) -> dict[str, Any]:
     """What training rows hold: the fields of `RowFormat`, second views only where they are needed."""
-    views = config.pairs == "views"
     needs = data_needs(plan) if config.fusion else plan.needs
     if config.task in TWO_IMAGES and config.task in QUESTIONS:
         transform = Pictures(transform)
@@ -117,8 +127,8 @@ def row_format(config: RunConfig, plan: ObjectivePlan, transform, tokenizer) -> 
     return {
         "image_transform": transform,
         "tokenizer": tokenizer,
-        "image_aug_transform": image_aug if views or "image_aug" in needs else None,
+        "image_aug_transform": image_aug if _wants_image_views(config, plan) else None,
         "text_aug": "text_aug" in needs,
         "row_seeds": "row_seeds" in needs,
-        "captions": None if views else caption_format(config),
+        "captions": None if config.pairs == "views" else caption_format(config),
     }

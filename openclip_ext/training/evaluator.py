@@ -28,7 +28,7 @@ from openclip_ext.evaluation.tasks.zero_shot import set_name
 from openclip_ext.training.average import WeightAverage
 from openclip_ext.training.checkpoint import Checkpoint
 from openclip_ext.training.config import RunConfig
-from openclip_ext.training.data import _dataset_type, caption_format
+from openclip_ext.training.data import caption_format, dataset_type
 from openclip_ext.training.log import logger, report_skips, start_logging, stop_logging
 
 #: By flag: what the metrics' names begin with, as OpenCLIP calls them.
@@ -81,7 +81,7 @@ def make_evaluator(config: RunConfig, accelerator: Accelerator, tokenizer, trans
     pairs = None
     if config.val_data:
         source: Table | ShardListing
-        if _dataset_type(config.val_data, config.dataset_type, "--val-data") == "csv":
+        if dataset_type(config.val_data, config.dataset_type) == "csv":
             source = csv_table(config.val_data, config.csv_img_key, config.csv_caption_key, config.csv_separator)
         else:
             source = list_shards(config.val_data, flag="--val-data")

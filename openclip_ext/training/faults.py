@@ -132,7 +132,7 @@ class Faults:
 
 
 def _unusable(skipped: Skipped) -> int:
-    """How many samples; those beyond what `sizes.json` says can be used."""
+    """How many samples; those beyond what `sizes.json` says are not missing."""
     return sum(count for kind, _, count in skipped if kind != tar.MORE_SAMPLES)
 
 

@@ -12,7 +12,7 @@ from openclip_ext.evaluation.tasks.zero_shot import (
     require_words_have_a_set,
 )
 from openclip_ext.fusion.config import ANSWERING, TASKS
-from openclip_ext.options import Parser
+from openclip_ext.options import Parser, require_use
 from openclip_ext.training.config import RunConfig, run_config
 from openclip_ext.training.fault_flags import add_fault_flags, require_fault_limits
 from openclip_ext.training.keep_flags import add_keep_flags, require_keep_limits
@@ -32,6 +32,9 @@ _AT_LEAST = {
         "lr_cooldown_end",
     ),
 }
+
+#: What flags have a use with; see `require_use`. That of `--view-aug` depends on the loss: `training_data`.
+_USED_WITH = {"classes": ("imagenet_val", "imagenet_v2"), "sample_id_table": ("sample_id=hash",)}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,6 +78,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_data_flags(ours) -> None:
+    ours.add_argument(
+        "--train-data",
+        metavar="DATA",
+        help="What to train on: shards or folders of them, with braces or stars, a sizes.json for all shards it names, "
+        "or several of these joined by ::; or a CSV. Names that begin with pipe: are commands that are run, those in a "
+        "sizes.json too: use only one that you trust.",
+    )
     ours.add_argument(
         "--recent-batches",
         type=int,
@@ -246,6 +256,7 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
     _require_fusion_agrees(config)
     if bool(config.probe_train) != bool(config.probe_val):
         raise UserError("--probe-train, --probe-val: give both or neither")
+    require_use(flags, given, _USED_WITH)
     require_words_have_a_set(config.zero_shot, config.class_names, config.templates)
     if config.save_best and not (config.logs_folder and (config.train_data or config.dataset_type == "synthetic")):
         raise UserError(f"--save-best {config.save_best}: needs --train-data, and a folder in --logs to keep it in")

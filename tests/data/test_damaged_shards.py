@@ -9,6 +9,7 @@ import tarfile
 import zlib
 
 import pytest
+from PIL import Image, features
 
 from batches import config
 from openclip_ext.data import tar
@@ -107,6 +108,30 @@ def enormous_png():
     """A PNG of a few bytes that says it has 60,000 x 60,000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="a Pillow without AVIF")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_damaged_avifs_are_counted(tmp_path):
+    """Under any extension: Pillow goes by what a file holds."""
+    rng = random.Random("damage avif")
+    buffer = io.BytesIO()
+    Image.frombytes("RGB", (16, 16), rng.randbytes(768)).save(buffer, "AVIF")
+    shard = [(damaged(buffer.getvalue(), "flip bits", rng), "a") for _ in range(300)]
+    small_shard(tmp_path / "0.tar", shard, count=len(shard))
+    found = [image for image, _ in read(str(tmp_path / "0.tar"))]
+    assert len(found) == 600 and None in found
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, TypeError, struct.error])
+def test_whatever_a_decoder_raises_the_picture_is_corrupt(tmp_path, pairs, monkeypatch, error):
+    def raising(*args):
+        raise error("Failed to decode image")
+
+    small_shard(tmp_path / "0.tar", pairs)
+    monkeypatch.setattr(Image.Image, "convert", raising)
+    (report,) = check_shards(list_shards(str(tmp_path)), progress=False)
+    assert report.faults == {"corrupt image": 6}
 
 
 def test_hostile_members_are_skipped_and_nothing_is_written(tmp_path, pairs):

@@ -183,6 +183,16 @@ def test_ids_of_a_shard_with_more_samples_than_recorded_stay_in_its_range(tmp_pa
     assert kinds == {("more samples than sizes.json says", "00001.tar")}
 
 
+def test_samples_of_a_shard_of_size_0_are_left_out_and_counted(tmp_path, shards):
+    shutil.copytree(shards, tmp_path / "s")
+    (tmp_path / "s" / "sizes.json").write_text('{"00000.tar": 64, "00001.tar": 0, "00002.tar": 64, "00003.tar": 0}')
+    batches = epoch(str(tmp_path / "s"), num_samples=128)
+    assert sorted(ids_of(batches)) == list(range(128))
+    skipped = {(kind, os.path.basename(url)): count for batch in batches for kind, url, count in batch["skipped"]}
+    more = "more samples than sizes.json says"
+    assert skipped == {(more, "00001.tar"): 64, (more, "00003.tar"): 64}
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("resampled", [False, True])
 def test_shards_without_a_full_batch_are_an_error_not_an_endless_wait(tmp_path, workers, resampled):
@@ -251,3 +261,37 @@ def test_evaluation_reads_every_pair_once_in_order(shards, val_shards, workers):
     again = list(eval_loader(config(val_shards), workers=workers))
     assert all(torch.equal(a["text"], b["text"]) for a, b in zip(batches, again, strict=True))
     assert sum(len(batch["image"]) for batch in eval_loader(config(shards), workers=workers)) == 256
+
+
+@pytest.fixture
+def second_unreadable(tmp_path, shards):
+    """A shard of 64 samples, and one that is no tar."""
+    shutil.copy(f"{shards}/00000.tar", tmp_path / "0.tar")
+    (tmp_path / "1.tar").write_bytes(random.Random(0).randbytes(9000))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [16, 30])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_tells_of_shards_that_nobody_can_read_once(second_unreadable, workers, batch_size, world_size):
+    streams = [
+        config(second_unreadable, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    ranks = [list(eval_loader(stream, workers=workers)) for stream in streams]
+    assert len({len(batches) for batches in ranks}) == 1
+    skipped = [tuple(row) for batches in ranks for batch in batches for row in batch["skipped"]]
+    assert skipped == [("unreadable shard", f"{second_unreadable}/1.tar", 1)]
+    positions = [p for batches in ranks for batch in batches for p in batch["position"].tolist() if p >= 0]
+    assert len(positions) == 64
+    if workers == 0:
+        assert sorted(positions) == list(range(64))
+
+
+def test_evaluation_tells_of_faults_of_every_rank_once(faulty):
+    ranks = [list(eval_loader(config(faulty, batch_size=8, rank=rank, world_size=2), workers=0)) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1])
+    skipped = collections.Counter()
+    for kind, url, count in (row for batches in ranks for batch in batches for row in batch["skipped"]):
+        skipped[kind, os.path.basename(url)] += count
+    assert skipped == {("corrupt image", "a.tar"): 2, ("missing caption", "a.tar"): 1, ("truncated shard", "b.tar"): 1}

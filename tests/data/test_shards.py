@@ -188,6 +188,22 @@ def test_a_folder_takes_captions_from_text_files_or_folder_names(tmp_path, pairs
     assert [caption for _, caption in found] == ["a dog on a log", "a photo of a tabby cat", "a photo of a tabby cat"]
 
 
+@pytest.mark.parametrize("template", ["a {0[x]}", "a {0.x}", "a {x}", "a {1}", "a {"])
+def test_a_template_that_cannot_be_filled_is_one_line(tmp_path, pairs, capsys, template):
+    (tmp_path / "a.png").write_bytes(pairs[0][0])
+    assert main(["shards", "pack", str(tmp_path), str(tmp_path / "out"), "--template", template]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"--template {template}: cannot be filled" in error and error.endswith("use {} for the folder's name")
+
+
+def test_a_text_file_that_is_no_utf_8_is_one_line(tmp_path, pairs, capsys):
+    (tmp_path / "a.png").write_bytes(pairs[0][0])
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    assert main(["shards", "pack", str(tmp_path), str(tmp_path / "out")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/a.txt: not a text file in UTF-8" in error
+
+
 def test_packing_is_reproducible_and_shuffling_keeps_all_pairs(tmp_path, pairs):
     for name in ("one", "two"):
         pack(pairs[:20], str(tmp_path / name), samples_per_shard=7, shuffle_seed=3, progress=False)

@@ -381,6 +381,32 @@ def test_folders_and_globs_are_refused_with_the_braces_to_use(patched, train_fla
     assert error.endswith(f"such as --train-data '{braces}'")
 
 
+def test_that_one_of_several_captions_is_used_is_said(patched, train_flags, pairs, tmp_path):
+    from open_clip_train.params import parse_args
+
+    several = [(image, [caption, f"another {caption}"]) for image, caption in pairs[:16]]
+    pack(several, str(tmp_path / "several"), progress=False)
+    flags = train_flags("--loss", "clip", "--train-data", tmp_path / "several/00000.tar")
+    with pytest.warns(UserWarning, match="several captions in their JSON, .*, under captions; .* one of each sample"):
+        parse_args(stock.without_ours(flags))
+
+
+def test_a_shard_of_size_0_that_holds_samples_is_refused_and_an_empty_one_is_not(
+    patched, train_flags, two_shards, capsys
+):
+    folder = Path(two_shards).parent
+    (folder / "sizes.json").write_text('{"00000.tar": 16, "00001.tar": 0}')
+    flags = stock.without_ours(train_flags("--loss", "sogclr", "--train-data", two_shards))
+    with pytest.raises(SystemExit) as exit:
+        patched.main(flags)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and f"{folder}/00001.tar holds samples, and sizes.json says 0; write" in error
+    tarfile.open(folder / "00001.tar", "w").close()
+    from open_clip_train.params import parse_args
+
+    assert [len(ids) for ids in parse_args(flags).loss_plugin.host.sample_ids.values()] == [16, 0]
+
+
 def test_the_end_of_a_shard_in_newer_webdataset_is_no_file(patched):
     from open_clip_train.data import group_by_keys_nothrow
 

@@ -84,8 +84,15 @@ RUNS = {
     "siglip": ("--lora", "r=2,dropout=0.5", "--dataset-resampled"),
     "dcl": ("--pairs", "views", "--momentum-encoder", 0.9, *RECENT),
     "batch_corrected": (*RECENT, "--accum-freq", 2, "--batch-size", 16),
-    "sogclr": ("--sample-id", "hash", "--view-aug", "auto"),
-    "gamma_decomp": (*RECENT, "--loss-arg", "draws=2", *(word for term in TERMS for word in ("--loss-term", term))),
+    "sogclr": ("--sample-id", "hash"),
+    "gamma_decomp": (
+        *RECENT,
+        "--loss-arg",
+        "draws=2",
+        "--view-aug",
+        "auto",
+        *(word for term in TERMS for word in ("--loss-term", term)),
+    ),
     "emc2": (*RECENT, "--loss-arg", "kernel=mh"),
 }
 

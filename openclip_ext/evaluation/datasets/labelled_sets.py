@@ -2,10 +2,9 @@
 
 import os
 
-import braceexpand
 from torch.utils.data import IterableDataset
 
-from openclip_ext.data.listing import list_shards
+from openclip_ext.data.listing import expand_urls, list_shards
 from openclip_ext.errors import UserError
 from openclip_ext.evaluation.datasets.class_folders import class_folders
 from openclip_ext.evaluation.datasets.labelled import LabelledFiles, LabelledSet, LabelledShards
@@ -37,7 +36,7 @@ def labelled_set(path: str, flag: str, class_names: str | None, templates: str |
     beside = os.path.join(path, CLASS_NAMES_FILE)
     names_file = class_names or (beside if os.path.isfile(beside) else None)
     names = read_class_names(names_file, "--class-names") if names_file else None
-    shards = _shard_source(path)
+    shards = _shard_source(path, flag)
     if shards is not None:
         listing = list_shards(shards, flag=flag)
         if names is None:
@@ -51,11 +50,14 @@ def labelled_set(path: str, flag: str, class_names: str | None, templates: str |
     return LabelledSet(LabelledFiles(samples), names or [name.replace("_", " ") for name in folders], prompts)
 
 
-def _shard_source(path: str) -> str | None:
-    """What names the shards, in the folders that braces mean if need be; None: there are none."""
+def _shard_source(path: str, flag: str) -> str | None:
+    """What names the shards, in the folders that braces mean if need be; None: there are none.
+
+    Raises UserError: braces do not pair.
+    """
     if not os.path.isdir(path) and path.endswith(".tar"):
         return path
-    parts = [path] if os.path.isdir(path) else list(braceexpand.braceexpand(path))
+    parts = [path] if os.path.isdir(path) else expand_urls(path, flag)
     sources = [_shard_folder(part) for part in parts]
     return None if None in sources else "::".join(filter(None, sources))
 
