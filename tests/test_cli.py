@@ -29,7 +29,7 @@ def test_losses_lists_every_loss_with_package_needs_and_options(capsys):
     assert by_name["gamma_decomp"]["needs"] == ["encoded_again", "num_samples", "sample_ids"]
     assert by_name["siglip"]["needs"] == ["logit_bias"]
     assert [row["name"] for row in by_name["gamma_decomp"]["options"]] == [
-        "recent_batches", "recent_check", "recent_limit", "rate_device", "rate_path", "rate_shard",
+        "recent_batches", "recent_check", "recent_limit", "recent_enough", "rate_device", "rate_path", "rate_shard",
         "gamma", "gamma_decay", "draws", "max_weight", "decoupled", "negatives",
     ]  # fmt: skip
     assert all(row["package"] == "openclip-ext" for row in data["losses"])
