@@ -39,7 +39,9 @@ def seconds(args: argparse.Namespace) -> dict[str, float]:
     texts = torch.randint(1, model.vocab_size, (args.batch_size, length), device=args.device)
     ids = torch.arange(args.batch_size, device=args.device)
     losses = {
-        name: create_loss(args.loss, num_samples=args.batch_size, device=args.device, recent_batches=steps)
+        name: create_loss(
+            args.loss, num_samples=args.batch_size, device=args.device, recent_batches=steps, recent_enough="inf"
+        )
         for name, steps in (("without", 0), ("with", args.recent_batches))
     }
 

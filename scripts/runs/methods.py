@@ -1,7 +1,7 @@
 """Losses and their options as one word."""
 
 #: Short for options that are named often.
-SHORT = {"recent": "recent_batches", "check": "recent_check", "limit": "recent_limit"}
+SHORT = {"recent": "recent_batches", "check": "recent_check", "limit": "recent_limit", "enough": "recent_enough"}
 
 
 def parse_method(text: str) -> tuple[str, dict[str, str]]:
