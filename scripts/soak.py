@@ -68,8 +68,8 @@ class Job:
         command = [
             sys.executable, "-m", "openclip_ext", "train", "--model", "tiny", "--model-config", out / "tiny.json",
             "--train-data", out / "shards", "--logs", out / "logs", "--name", name, "--resume", "latest",
-            "--loss", "gamma_decomp", "--loss-arg", "gamma=0.5", "--loss-arg", "recent_enough=inf", "--recent-batches", 4, "--recent-check", 3,
-            "--ema", 0.9, "--aug-cfg", "scale=(0.5,1.0)", "--batch-size", 16, "--workers", 1, "--device", "cpu",
+            "--loss", "gamma_decomp", "--loss-arg", "gamma=0.5", "--recent-batches", 4, "--recent-check", 3,
+            "--loss-arg", "recent_enough=inf", "--ema", 0.9, "--aug-cfg", "scale=(0.5,1.0)", "--batch-size", 16, "--workers", 1, "--device", "cpu",
             "--precision", "fp32", "--lr", 1e-4, "--warmup", 10, "--lr-scheduler", "const", "--epochs", 100_000,
             "--log-every-n-steps", 1, "--save-every-steps", 7, "--keep-last", 3, "--save-frequency", SAVED_EPOCHS,
             "--rank-timeout", 10, *flags,
