@@ -34,7 +34,9 @@ COLUMNS = (
     ("stream2", 32, "stream2, 32"),
     ("flickr", 64, "features, 64"),
     ("digits", 32, "digits, 32"),
-    ("photos", 64, "fine-tuning, 64"),
+    ("photos", 64, "photos, 64"),
+    ("digits_lora", 32, "LoRA, 32"),
+    ("digits_tuned", 32, "at 1e-5, 32"),
 )
 
 
