@@ -103,7 +103,6 @@ def files_of(task: str, args: argparse.Namespace) -> Sequence[str]:
         return getattr(args, task, ())
     checkpoint = os.path.join(args.out, "pretrained.pt")
     if not os.path.exists(checkpoint):
-        os.makedirs(args.out, exist_ok=True)
         pretrain_on_digits(checkpoint)
     return [checkpoint]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from openclip_ext.ops.gather import gather_rows, sum_over_ranks
-from openclip_ext.ops.pairs import Columns, PairBatch, occurrences
+from openclip_ext.ops.pairs import Columns, PairBatch, StoredPairs, occurrences
 
 
 @torch.no_grad()
@@ -58,24 +58,23 @@ def stored_standing(pairs: PairBatch) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def counting_negatives(pairs: PairBatch) -> Tensor:
+def counting_negatives(pairs: PairBatch, stored: StoredPairs) -> Tensor:
     """How many negatives that count a batch holds of each own anchor, both directions, (2, B).
 
         G (sum_j r_ij)^2 / (C_i sum_j r_ij^2)     j: the C_i negatives of anchor i in the batch and among stored pairs
 
     The fraction is the share of negatives that carry the softmax over them, by its effective sample size (Kish): 1
-    where all have the same score, 1 / C_i where one outweighs all others. A collective call over several ranks.
+    where all have the same score, 1 / C_i where one outweighs all others.
     """
-    found = []
-    for directions in zip(pairs.in_batch, pairs.in_stored, strict=True):
+    count, found = (pairs.batch_count + pairs.count_of(stored)).clamp_min(1), []
+    for columns in zip(pairs.in_batch, pairs.columns_of(stored), strict=True):
         first = pairs.image.new_full(pairs.positive.shape, -torch.inf)
         second = first.clone()
-        for _, _, scores, same in itertools.chain(*directions):
+        for _, _, scores, same in itertools.chain(*columns):
             scores = scores.masked_fill(same, -torch.inf)
-            first, second = (
-                torch.logaddexp(total, (power * scores).logsumexp(1)) for power, total in ((1, first), (2, second))
-            )
-        found.append((2 * first - second).exp().nan_to_num(0.0) / pairs.count.clamp_min(1))
+            first = torch.logaddexp(first, scores.logsumexp(1))
+            second = torch.logaddexp(second, (2 * scores).logsumexp(1))
+        found.append((2 * first - second).exp().nan_to_num(0.0) / count)
     return len(pairs.all_ids) * torch.stack(found)
 
 

@@ -236,8 +236,12 @@ class PairBatch:
     @cached_property
     def in_stored(self) -> tuple[Columns, Columns]:
         """Own anchors of each direction and stored columns."""
-        common = self.ids, self.joined.ids, self.logit_scale, self.tile
-        return Columns(self.image, self.joined.text, *common), Columns(self.text, self.joined.image, *common)
+        return self.columns_of(self.joined)
+
+    def columns_of(self, stored: StoredPairs) -> tuple[Columns, Columns]:
+        """Own anchors of each direction and columns of stored pairs, whether these join the batch or not."""
+        common = self.ids, stored.ids, self.logit_scale, self.tile
+        return Columns(self.image, stored.text, *common), Columns(self.text, stored.image, *common)
 
     def scores_of(self, direction: int, rows: slice) -> tuple[Tensor, Tensor]:
         """s_ij of the own anchors `rows` and the batch's columns, and whether both are one sample, (b, G) each."""
@@ -265,9 +269,11 @@ class PairBatch:
     @cached_property
     def count(self) -> Tensor:
         """The number of negatives of each own anchor, (B,)."""
-        if self.stored is None:
-            return self.batch_count
-        return self.batch_count + len(self.stored.ids) - occurrences(self.ids, self.stored.ids)
+        return self.batch_count if self.stored is None else self.batch_count + self.count_of(self.stored)
+
+    def count_of(self, stored: StoredPairs) -> Tensor:
+        """The number of negatives of each own anchor among stored pairs, (B,)."""
+        return len(stored.ids) - occurrences(self.ids, stored.ids)
 
     @cached_property
     def log_count(self) -> Tensor:

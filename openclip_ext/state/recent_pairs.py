@@ -11,7 +11,6 @@ it pulls: if a kind of pair is there too often by chance, it is pulled together 
 that noise cancels. Stored pairs would take over the push, and leave the noise.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -143,7 +142,7 @@ class RecentPairs(nn.Module):
             for difference in (column[step] - now, now - now.mean(0)):
                 # The sum of squares of all scores, without the scores: |A C^T|^2 = <A^T A, C^T C>.
                 totals.append(((anchors.T @ anchors) * (difference.T @ difference)).sum())
-        totals.append(counting_negatives(dataclasses.replace(pairs, stored=self._youngest(self.held))).sum())
+        totals.append(counting_negatives(pairs, self._youngest(self.held)).sum())
         *squares, counting = sum_over_ranks(torch.stack(totals), len(pairs.sizes))
         error, spread = torch.stack(squares).clamp_min(0).sqrt().view(2, 2).unbind(1)
         error = (error / spread).nan_to_num(math.inf).max()
