@@ -1,4 +1,4 @@
-"""Names of the losses and terms that this package registers, so that a new one is in every test of all of them."""
+"""Names of the losses and terms that this package registers, so that a new one is in every test of all of them; flags."""
 
 from importlib.metadata import entry_points
 
@@ -13,3 +13,6 @@ def _names(group):
 
 LOSSES = _names(LOSS_GROUP)
 TERMS = _names(TERM_GROUP)
+
+#: So slow that recent pairs stay fresh, never left out for being of no need, and checked as often as can be.
+FRESH = ("--recent-check", 1, "--lr", 1e-5, "--recent-limit", 0.5, "--loss-arg", "recent_enough=inf")

@@ -20,18 +20,9 @@ from openclip_ext.training.keep_flags import add_keep_flags, require_keep_limits
 #: The least that numbers may be.
 _AT_LEAST = {
     1: ("batch_size", "accum_freq", "epochs", "log_every_n_steps", "recent_check"),
-    0: (
-        "recent_batches",
-        "lr",
-        "wd",
-        "warmup",
-        "eps",
-        "workers",
-        "grad_clip_norm",
-        "epochs_cooldown",
-        "lr_cooldown_end",
-    ),
-}
+    0: ("recent_batches", "lr", "wd", "warmup", "eps", "workers", "grad_clip_norm", "epochs_cooldown",
+        "lr_cooldown_end"),
+}  # fmt: skip
 
 #: What flags have a use with; see `require_use`. That of `--view-aug` depends on the loss: `training_data`.
 _USED_WITH = {"classes": ("imagenet_val", "imagenet_v2"), "sample_id_table": ("sample_id=hash",)}

@@ -7,20 +7,9 @@ import pytest
 import torch
 
 from openclip_ext.cli import main
+from ours import FRESH
 
-#: So slow that recent pairs stay fresh, and checked as often as can be.
-RECENT = (
-    "--recent-batches",
-    3,
-    "--recent-check",
-    1,
-    "--lr",
-    1e-5,
-    "--recent-limit",
-    0.5,
-    "--loss-arg",
-    "recent_enough=inf",
-)
+RECENT = ("--recent-batches", 3, *FRESH)
 
 
 def rows(tmp_path, name="run"):

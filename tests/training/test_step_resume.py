@@ -21,7 +21,7 @@ from openclip_ext.data import passes
 from openclip_ext.files import keep_rows
 from openclip_ext.training.loop import Trainer
 from openclip_ext.training.stopping import SIGNALS
-from ours import LOSSES
+from ours import FRESH, LOSSES
 
 #: What a resumed run measures anew.
 _TIMES = {"samples_per_second"}
@@ -65,19 +65,7 @@ def check_resumes(train_flags, tmp_path, flags, steps, epochs=1, per_epoch=8):
         assert_equal(tmp_path, "again", f"epoch_{epochs}")
 
 
-#: So slow that recent pairs stay fresh, and checked so often that a check is under way at any time.
-RECENT = (
-    "--recent-batches",
-    4,
-    "--recent-check",
-    1,
-    "--lr",
-    1e-5,
-    "--recent-limit",
-    0.5,
-    "--loss-arg",
-    "recent_enough=inf",
-)
+RECENT = ("--recent-batches", 4, *FRESH)
 TERMS = ("feature_separation=0.5", "brownian_bridge=0:0.25", "geometric_consistency=0.02", "caption_words=0.1")
 RUNS = {
     "clip": ("--ema", 0.9, "--force-patch-dropout", 0.5, "--accum-freq", 2, "--batch-size", 16, "--grad-clip-norm", 1),
