@@ -1,4 +1,4 @@
-"""Names of the losses and terms that this package registers, so that a new one is in every test of all of them; flags."""
+"""Names of the losses and terms that this package registers, so that a new one is in every test of all; and flags."""
 
 from importlib.metadata import entry_points
 
